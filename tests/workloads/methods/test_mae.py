@@ -1,0 +1,165 @@
+"""MAE against the golden numbers and checks of its paper's card (arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from workloads.data.keys import sample_keys
+from workloads.methods.base import DataInfo, Inputs, Progress
+from workloads.methods.mae import MAE, MAEConfig
+from workloads.models.vit import ViTConfig, sincos_2d
+from workloads.parts.masking import random_masking
+from workloads.parts.patches import normalise_patches, patchify, unpatchify
+from workloads.parts.schedules import warmup_cosine
+
+START = Progress(step=0, epoch=0, total_steps=10)
+
+
+def no_load(name: str) -> None:
+    raise AssertionError(name)
+
+
+def mae(image_size: int = 16, patch_size: int = 4, **config: object) -> MAE:
+    torch.manual_seed(0)
+    encoder = ViTConfig(image_size=image_size, patch_size=patch_size, dim=32, depth=2, heads=4).build()
+    info = DataInfo(num_instances=8, num_classes=2, shape=(3, image_size, image_size))
+    defaults = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return MAE(MAEConfig.model_validate(defaults | config), Inputs(encoder, info, no_load, no_load))  # type: ignore[arg-type]
+
+
+def batch(n: int = 4, size: int = 16) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    index = torch.arange(n)
+    return {
+        "image": torch.randn(n, 3, size, size, generator=generator),
+        "index": index,
+        "key": sample_keys(0, 0, index),
+        "label": index % 2,
+    }
+
+
+@pytest.fixture
+def arange() -> torch.Tensor:
+    return torch.arange(48.0).reshape(1, 3, 4, 4)
+
+
+def test_patchify_is_channel_last_inside_a_patch(arange: torch.Tensor) -> None:
+    patches = patchify(arange, 2)
+    assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
+    assert patches[0, 3].tolist() == [10, 26, 42, 11, 27, 43, 14, 30, 46, 15, 31, 47]
+    assert torch.equal(unpatchify(patches, 2), arange)
+
+
+def test_masking_golden() -> None:
+    mask = random_masking(torch.tensor([[0.7, 0.1, 0.9, 0.3]]), 0.75)
+    assert mask.ids_keep.tolist() == [[1]]
+    assert mask.ids_restore.tolist() == [[2, 0, 3, 1]]
+    assert mask.mask.tolist() == [[1, 0, 1, 1]]
+
+
+def test_normalised_target_is_unbiased_with_eps_in_the_root(arange: torch.Tensor) -> None:
+    target = normalise_patches(patchify(arange, 2))
+    assert target[0, 0, :3].tolist() == pytest.approx([-1.339251, -0.180980, 0.977291], abs=1e-6)
+
+
+@pytest.mark.parametrize(("patch_size", "expected"), [(2, 11 / 12), (16, 767 / 768)])
+def test_loss_of_a_zero_prediction_with_normalised_target(patch_size: int, expected: float) -> None:
+    size = patch_size * 2
+    method = mae(size, patch_size, norm_pix=True)
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    loss = method.loss(image, torch.zeros(1, 4, 3 * patch_size**2), torch.tensor([[1.0, 0, 1, 1]]))
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_loss_of_a_zero_prediction_with_raw_target(arange: torch.Tensor) -> None:
+    loss = mae(4, 2, norm_pix=False).loss(arange, torch.zeros(1, 4, 12), torch.tensor([[1.0, 0, 1, 1]]))
+    assert loss.item() == pytest.approx(793.833313, abs=1e-4)
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "ratio", "tokens"), [(224, 16, 0.75, 50), (16, 4, 0.5, 9)])
+def test_encoder_sees_only_visible_tokens(image_size: int, patch_size: int, ratio: float, tokens: int) -> None:
+    method = mae(image_size, patch_size, mask_ratio=ratio)
+    seen: list[int] = []
+    for block in method.encoder.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    method(batch(1, image_size), START)
+    assert seen == [tokens, tokens]
+
+
+def test_no_gradient_to_predictions_of_kept_patches() -> None:
+    method, data = mae(), batch()
+    mask = method.mask(data["key"])
+    pred = torch.randn(4, 16, 48, requires_grad=True)
+    method.loss(data["image"], pred, mask.mask).backward()
+    assert pred.grad is not None
+    assert pred.grad[mask.mask == 0].abs().max() == 0
+    assert (pred.grad[mask.mask == 1].abs().amax(dim=1) > 0).all()
+
+
+def test_removed_pixels_do_not_reach_the_encoder_and_kept_ones_not_the_target() -> None:
+    method, data = mae(norm_pix=False), batch(1)
+    mask = method.mask(data["key"])
+    patches = patchify(data["image"], 4)
+    noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(2))
+    hidden = mask.mask[:, :, None]
+    other_removed = unpatchify(patches + noise * hidden, 4)
+    other_kept = unpatchify(patches + noise * (1 - hidden), 4)
+    assert torch.equal(method.encode(data["image"], mask), method.encode(other_removed, mask))
+    pred = torch.zeros(1, 16, 48)
+    assert torch.equal(method.loss(data["image"], pred, mask.mask), method.loss(other_kept, pred, mask.mask))
+
+
+def test_sincos_encodes_the_column_first() -> None:
+    table = sincos_2d(8, 2)
+    assert table[0].tolist() == [0] * 8
+    assert table[2].tolist() == pytest.approx([0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1], abs=1e-5)
+    assert table[3].tolist() == pytest.approx([0, 0, 1, 1, 0.841471, 0.01, 0.540302, 0.99995], abs=1e-5)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.0), (20, 0.5), (40, 1.0), (420, 0.5), (800, 0.0)])
+def test_learning_rate_golden(epoch: float, rate: float) -> None:
+    assert warmup_cosine(epoch, warmup=40, total=800, base=1) == pytest.approx(rate, abs=1e-12)
+
+
+def test_positions_are_fixed_and_tokens_decay() -> None:
+    method = mae()
+    decay, no_decay = method.parameter_groups()
+    named = {id(p): name for name, p in method.named_parameters()}
+    decayed = {named[id(p)] for p in decay["params"]}
+    assert {"mask_token", "encoder.cls_token"} <= decayed
+    assert all(named[id(p)].endswith("bias") or "norm" in named[id(p)] for p in no_decay["params"])
+    assert no_decay["weight_decay"] == 0
+    trained = decayed | {named[id(p)] for p in no_decay["params"]}
+    assert "encoder.pos_embed" not in trained
+    assert "decoder_pos_embed" not in named.values()
+
+
+def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
+    method, data = mae(), batch(8)
+    whole = method.mask(data["key"])
+    parts = [method.mask(keys) for keys in data["key"].split(2)]
+    assert torch.equal(whole.mask, torch.cat([part.mask for part in parts]))
+    another_epoch = method.mask(sample_keys(0, 1, data["index"]))
+    assert not torch.equal(whole.mask, another_epoch.mask)
+
+
+def test_pictures_keep_the_visible_patches() -> None:
+    method, data = mae().eval(), batch(2)
+    pictures = method.pictures(data)
+    mask = method.mask(data["key"]).mask[:, :, None]
+    kept = patchify(pictures["reconstruction"], 4) * (1 - mask)
+    assert torch.allclose(kept, patchify(data["image"], 4) * (1 - mask))
+    assert not torch.allclose(pictures["reconstruction"], data["image"])
+
+
+def test_a_network_without_tokens_is_refused() -> None:
+    info = DataInfo(num_instances=8, num_classes=2, shape=(3, 16, 16))
+    with pytest.raises(ValueError, match="got model Linear, expected a ViT"):
+        MAE(MAEConfig(), Inputs(nn.Linear(2, 2), info, no_load, no_load))  # type: ignore[arg-type]
+
+
+def test_a_ratio_that_hides_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match="one visible patch at least"):
+        mae(mask_ratio=0.99)

@@ -1,0 +1,85 @@
+"""A JobSpec -> its manifests, its method, and a method back from an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workloads import artifact, catalog
+from workloads.data.manifest import Manifest, open_manifest
+from workloads.data.views import View
+from workloads.methods.base import DataInfo, Frozen, Inputs, Method, MethodConfig
+from workloads.models.encoders import build_encoder, model_config
+from workloads.spec import JobSpec, Stream
+
+
+def open_stream(stream: Stream) -> Manifest:
+    """The manifest of a stream, cut down to `per_class` where the spec says so."""
+    manifest = open_manifest(stream.shards)
+    return manifest if stream.per_class is None else manifest.select(stream.per_class, stream.subset_seed)
+
+
+def image_size(spec: JobSpec) -> int:
+    return int(model_config(spec.model).image_size)  # type: ignore[attr-defined]
+
+
+def method_of(spec: JobSpec) -> tuple[type[Method], MethodConfig]:
+    """Class and validated config of `method:`."""
+    cls: type[Method] = catalog.load("method", spec.method.name)
+    return cls, cls.Config.model_validate(spec.method.config)
+
+
+def views_of(spec: JobSpec) -> dict[str, View]:
+    cls, config = method_of(spec)
+    return cls.views(config, image_size(spec))
+
+
+def data_info(spec: JobSpec, manifest: Manifest) -> DataInfo:
+    size = image_size(spec)
+    return DataInfo(num_instances=len(manifest), num_classes=manifest.num_classes, shape=(3, size, size))
+
+
+def build_method(spec: JobSpec, info: DataInfo, home: Path) -> Method:
+    """The method at its start: weights from the seed, then from `init`.
+
+    Raises:
+        ValueError: names, sizes or weights that do not fit each other.
+    """
+    torch.manual_seed(spec.seed)
+    encoder = build_encoder(spec.model)
+    if spec.init is not None:
+        artifact.load_encoder_weights(encoder, artifact.resolve(spec.init, home))
+
+    def load(reference: str) -> Frozen:
+        return Frozen(artifact.load_model(artifact.resolve(reference, home)))
+
+    def build(inner: dict[str, Any]) -> Method:
+        config = dict(inner)
+        inner_cls: type[Method] = catalog.load("method", config.pop("name"))
+        return inner_cls(inner_cls.Config.model_validate(config), inputs)
+
+    inputs = Inputs(encoder=encoder, data=info, load=load, build=build)
+    cls, config = method_of(spec)
+    return cls(config, inputs)
+
+
+def restore_method(folder: Path, home: Path) -> Method:
+    """The trained method of an artifact that reconstructs, in eval mode.
+
+    Raises:
+        artifact.ArtifactError: the artifact holds no method state.
+    """
+    from safetensors.torch import load_model
+
+    card = artifact.read_card(folder)
+    if not card.reconstructs:
+        raise artifact.ArtifactError(
+            f"got {folder}, whose method {card.spec.method.name!r} draws no reconstructions; use one that does"
+        )
+    size = card.image_size
+    info = DataInfo(num_instances=card.num_instances, num_classes=len(card.classes), shape=(3, size, size))
+    method = build_method(card.spec.model_copy(update={"init": None}), info, home)
+    load_model(method, str(folder / "method.safetensors"))
+    return method.eval()

@@ -1,0 +1,89 @@
+"""Names of a JobSpec -> the classes that they name, imported on demand.
+
+A new method, model or evaluation is one line here. Nothing is imported until its
+name is used, so listing the catalog costs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+METHODS = {
+    "fine_tune": "workloads.methods.fine_tune:FineTune",
+    "mae": "workloads.methods.mae:MAE",
+}
+MODELS = {
+    "vit": "workloads.models.vit:ViTConfig",
+    "vit_tiny": "workloads.models.vit:ViTTiny",
+    "vit_small": "workloads.models.vit:ViTSmall",
+    "vit_base": "workloads.models.vit:ViTBase",
+    "vit_large": "workloads.models.vit:ViTLarge",
+    "vit_huge": "workloads.models.vit:ViTHuge",
+}
+EVALUATIONS = {
+    "accuracy": "workloads.evaluation.accuracy:Accuracy",
+    "fine_tune": "workloads.evaluation.fine_tune:FineTuneEvaluation",
+    "knn": "workloads.evaluation.knn:KNN",
+    "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
+}
+KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS}
+
+
+class UnknownName(ValueError):
+    """A name that the catalog does not hold; says the nearest ones."""
+
+    def __init__(self, kind: str, got: str, valid: list[str]) -> None:
+        self.kind, self.got, self.valid = kind, got, valid
+        super().__init__(kind, got, valid)
+
+    def __str__(self) -> str:
+        return f"got {self.kind} {self.got!r}, expected one of the catalog; {nearest(self.got, self.valid)}"
+
+
+def nearest(got: str, valid: list[str]) -> str:
+    """'did you mean ...?' for a typo, else the whole (short) list."""
+    close = difflib.get_close_matches(got, valid, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    return f"valid are {', '.join(sorted(valid))}"
+
+
+def load(kind: str, name: str) -> Any:
+    """Imports what `name` names.
+
+    Args:
+        kind: "method", "model" or "evaluation".
+        name: a key of that table.
+
+    Raises:
+        UnknownName: the table has no such key.
+    """
+    table = KINDS[kind]
+    if name not in table:
+        raise UnknownName(kind, name, list(table))
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def problems_of(error: ValidationError, config: type[BaseModel]) -> list[tuple[tuple[str | int, ...], str]]:
+    """(location, sentence) of each error of a pydantic model; an unknown key is answered by the nearest valid ones."""
+    found: list[tuple[tuple[str | int, ...], str]] = []
+    for item in error.errors(include_url=False, include_context=False):
+        location = item["loc"]
+        if item["type"] == "extra_forbidden":
+            owner: Any = config
+            for part in location[:-1]:
+                fields = getattr(owner, "model_fields", {})
+                owner = fields[part].annotation if part in fields else owner
+            keys = [f.alias or n for n, f in getattr(owner, "model_fields", {}).items()]
+            message = f"got unknown key {location[-1]!r}; {nearest(str(location[-1]), keys)}"
+        elif item["type"] == "missing":
+            message = f"got nothing for {location[-1]!r}, expected a value; add it"
+        else:
+            message = f"got {item['input']!r:.100}: {item['msg']}"
+        found.append((location, message))
+    return found

@@ -1,0 +1,51 @@
+"""Randomness that belongs to a sample: a counter-based hash, the same on every device and rank.
+
+Each sample of an epoch has an int64 key; whatever is drawn for it is a pure function of
+(key, salt, position). So crops and masks do not depend on the number of ranks, on
+micro-batches or on where a run was resumed. The mixer is the finaliser of SplitMix64
+(Steele, Lea and Flood 2014).
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's is arithmetic, so the copies of the sign are masked away."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of int64; products wrap around."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
+    """One key a sample and epoch. `index` int64 [B] -> int64 [B]."""
+    base = mix(mix(torch.tensor(seed, dtype=torch.int64)) + epoch).to(index.device)
+    return mix(base ^ mix(index))
+
+
+def uniform(keys: Tensor, n: int, salt: str) -> Tensor:
+    """Draws in [0, 1), float64 [B, n] for keys int64 [B]; another `salt` gives independent draws."""
+    position = torch.arange(n, device=keys.device, dtype=torch.int64)
+    salted = mix(keys ^ zlib.crc32(salt.encode()))
+    return _shift(mix(salted[:, None] + position * _GOLDEN), 11).double() * 2.0**-53

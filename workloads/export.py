@@ -1,0 +1,35 @@
+"""The newest checkpoint of a run -> its artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workloads import artifact, assemble, checkpoint
+from workloads.methods.base import Method
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
+
+
+def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.Card:
+    """Writes the artifact of the newest checkpoint into `run.artifact`."""
+    cls, _ = assemble.method_of(spec)
+    manifests = {name: assemble.open_stream(spec.data[name]) for name in cls.streams}
+    first = manifests[cls.streams[0]]
+    method = assemble.build_method(spec, assemble.data_info(spec, first), home)
+    checkpoint.restore(run.checkpoints, method)
+    view = next(iter(assemble.views_of(spec).values()))
+    card: dict[str, Any] = {
+        "kind": cls.exports,
+        "job_id": job_id,
+        "spec": spec,
+        "paper": cls.paper,
+        "classes": first.classes,
+        "image_size": view.size,
+        "mean": view.mean,
+        "std": view.std,
+        "num_instances": len(first),
+        "datasets": {n: {"samples": len(m), "content_hash": m.content_hash} for n, m in manifests.items()},
+    }
+    draws = cls.pictures is not Method.pictures
+    return artifact.write(run.artifact, method.eval().export(), card, method if draws else None)

@@ -1,0 +1,165 @@
+"""An artifact that answers: bytes of images in, classes, features or reconstructions out.
+
+The preprocessing is that of the evaluations: the whole image, resized to the size of
+the artifact, normalised as its card says.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from workloads import artifact
+from workloads.data.views import View
+from workloads.methods.base import Method
+from workloads.models.vit import ViT
+
+TOP = 5  # classes in an answer
+CHUNK = 64  # images in one forward: a request of any length needs the memory of this many
+
+
+class Model:
+    """One artifact in memory, in eval mode; several threads may call it at once."""
+
+    def __init__(self, folder: Path, home: Path = Path()) -> None:
+        """Loads the network; the state of its method is loaded by the first `reconstruct`.
+
+        Args:
+            folder: the artifact.
+            home: where the method finds its teachers, if it has any.
+
+        Raises:
+            artifact.ArtifactError: no artifact, or weights that are not those of its card.
+        """
+        self.card = artifact.read_card(folder)
+        self._folder, self._home = folder, home
+        self._network = artifact.load_model(folder)
+        self._view = View(size=self.card.image_size, mean=self.card.mean, std=self.card.std)
+        self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (self.card.mean, self.card.std))
+
+    def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The most probable classes of each image: `{"label", "index", "probabilities": {label: p}}`, top 5.
+
+        Args:
+            images: encoded (JPEG, PNG, ...).
+
+        Raises:
+            ValueError: the artifact is an encoder.
+            ImageError: bytes that are no image, or too many pixels; says the position.
+        """
+        self.expect_classifier()
+        return self.classify(self.decode(images))
+
+    def embed(self, images: Sequence[bytes]) -> list[list[float]]:
+        """Pooled features of each image, `card.num_features` numbers; of a classifier those before its head.
+
+        Raises:
+            ImageError: bytes that are no image, or too many pixels; says the position.
+        """
+        return self.features(self.decode(images))
+
+    def reconstruct(self, images: Sequence[bytes]) -> list[dict[str, str]]:
+        """What the method draws of each image, as base64 PNG: of MAE `original`, `masked`, `reconstruction`.
+
+        The same bytes give the same masks.
+
+        Raises:
+            ValueError: the artifact holds no state of a method that draws.
+            ImageError: bytes that are no image, or too many pixels; says the position.
+        """
+        method = self._method
+        pixels = torch.stack(self.decode(images))
+        keys = torch.tensor([_key(data) for data in images])
+        drawn: list[dict[str, str]] = []
+        for start in range(0, len(images), CHUNK):
+            batch = {"image": self._normalise(pixels[start : start + CHUNK]), "key": keys[start : start + CHUNK]}
+            with torch.inference_mode():
+                pictures = {name: self._pngs(picture) for name, picture in method.pictures(batch).items()}
+            drawn += [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
+        return drawn
+
+    def expect_classifier(self) -> None:
+        """Raises ValueError where the artifact is an encoder: it has no classes to predict."""
+        if self.card.kind != "classifier":
+            raise ValueError("got an encoder, expected a classifier; use :embed or fine-tune it")
+
+    def decode(self, images: Sequence[bytes]) -> list[Tensor]:
+        """uint8 [3, S, S] of each image, with S the size of the artifact.
+
+        Raises:
+            ImageError: bytes that are no image, or too many pixels; says the position.
+        """
+        raise NotImplementedError
+
+    def classify(self, pixels: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """`predict` of decoded images."""
+        classes = self.card.classes
+        answers: list[dict[str, Any]] = []
+        for images in self._chunks(pixels):
+            with torch.inference_mode():
+                top = self._network(images).float().softmax(dim=1).topk(min(TOP, len(classes)))
+            for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                probabilities = {classes[index]: value for index, value in zip(indices, values, strict=True)}
+                answers.append({"label": classes[indices[0]], "index": indices[0], "probabilities": probabilities})
+        return answers
+
+    def features(self, pixels: Sequence[Tensor]) -> list[list[float]]:
+        """`embed` of decoded images."""
+        answers: list[list[float]] = []
+        for images in self._chunks(pixels):
+            with torch.inference_mode():
+                answers += self._pooled(images).float().tolist()
+        return answers
+
+    def warm_up(self) -> None:
+        """One forward: the first one of a process is slow, and a broken device shows here."""
+        self.features([torch.zeros(3, self.card.image_size, self.card.image_size, dtype=torch.uint8)])
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, num_features]."""
+        network: Any = self._network
+        if self.card.kind == "encoder":
+            return network(images)
+        tokens = network.forward_features(images)
+        if isinstance(network, ViT):
+            return network.fc_norm(tokens[:, 1:].mean(dim=1))
+        return network.forward_head(tokens, pre_logits=True)
+
+    @cached_property
+    def _method(self) -> Method:
+        from workloads.assemble import restore_method  # which imports the data package's manifest readers
+
+        return restore_method(self._folder, self._home)
+
+    def _chunks(self, pixels: Sequence[Tensor]) -> Iterable[Tensor]:
+        """uint8 [3, S, S] each -> normalised [at most CHUNK, 3, S, S]."""
+        for start in range(0, len(pixels), CHUNK):
+            yield self._normalise(torch.stack(tuple(pixels[start : start + CHUNK])))
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self._mean) / self._std
+
+    def _pngs(self, pictures: Tensor) -> list[str]:
+        """Normalised [B, 3, S, S] -> base64 PNG of each."""
+        pixels = ((pictures.float() * self._std + self._mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return [_png(pixel) for pixel in pixels]
+
+
+def _png(pixels: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _key(data: bytes) -> int:
+    """The int64 key of an image: a function of its bytes alone."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

@@ -1,0 +1,101 @@
+"""Keeps `record.json` true while a job runs: state, progress, skipped samples, a heartbeat.
+
+The process that owns the job (not its workers) has the one Journal. A thread renews the
+record from the files that workers append to, so no training step waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from workloads.record import HEARTBEAT_S, Record, RunFolder, RunState
+
+logger = logging.getLogger(__name__)
+
+_TAIL_BYTES = 4096
+_MAX_SKIPPED = 1000  # listed in the record; `skipped.txt` has all
+
+
+class Journal:
+    """Context manager: STARTING on entry, a heartbeat until exit; the owner sets the final state."""
+
+    def __init__(self, run: RunFolder, job_id: str, attempt: int) -> None:
+        now = time.time()
+        before = run.read_record()
+        self._run = run
+        self._lock = threading.Lock()
+        self._record = Record(
+            job_id=job_id,
+            state="STARTING",
+            attempt=attempt,
+            started_at=before.started_at if before else now,
+            updated_at=now,
+            step=before.step if before else 0,
+            epoch=before.epoch if before else 0,
+            total_steps=before.total_steps if before else 0,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="journal", daemon=True)
+
+    def __enter__(self) -> Journal:
+        self._run.total_steps.unlink(missing_ok=True)  # of an earlier attempt
+        self.update()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def update(self, **changes: Any) -> None:
+        """Sets fields of the record and writes it now."""
+        with self._lock:
+            self._record = self._record.model_copy(update=self._seen() | changes)
+            self._run.write_record(self._record)
+
+    def finish(self, state: RunState, reason: str | None = None, hint: str | None = None) -> None:
+        self.update(state=state, reason=reason, hint=hint, finished_at=time.time())
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_S / 5):
+            try:
+                self.update()
+            except OSError as error:  # a full disk must not end the run by its heartbeat
+                logger.warning("the record could not be written: %s", error)
+
+    def _seen(self) -> dict[str, Any]:
+        """Progress and skipped samples from the files of the workers."""
+        seen: dict[str, Any] = {}
+        point = _last_point(self._run.metrics)
+        if point is not None:
+            seen |= {"step": point["step"], "epoch": point["epoch"]}
+        if self._run.total_steps.exists():
+            seen["total_steps"] = int(self._run.total_steps.read_text())
+            if self._record.state == "STARTING":
+                seen["state"] = "RUNNING"
+        if self._run.skipped.exists():
+            seen["skipped"] = sorted(set(self._run.skipped.read_text().splitlines()))[:_MAX_SKIPPED]
+        return seen
+
+
+def _last_point(path: Path) -> dict[str, Any] | None:
+    """The last whole line of `metrics.jsonl`, read from its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    if len(lines) < 2 and path.stat().st_size > _TAIL_BYTES:
+        return None
+    point: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return point

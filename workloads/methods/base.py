@@ -1,0 +1,135 @@
+"""The interface of a method: one paper, one file, one class.
+
+A method is told everything it may use (`Inputs`), says as data what it looks at
+(`views`), and is otherwise an `nn.Module` whose forward is the loss of one
+micro-batch. Its state is parameters and persistent buffers under one name;
+schedules are functions of `Progress`; randomness comes from the sample
+(`batch["key"]`, see `workloads.parts.randomness`) or from torch's generators, which the
+loop seeds from (seed, step, micro-batch, rank). So a resumed run has nothing else to restore, and
+two ranks compute what one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from workloads.data.views import View
+
+Batch: TypeAlias = dict[str, Any]
+"""One collated batch. That of an image stream holds:
+
+NAME: [B, 3, H, W] for each view NAME of `Method.views`; uint8 from the reader, normalised floats for the method.
+index: int64 [B], the row in the manifest.
+key: int64 [B], a random key of (seed, epoch, index).
+label: int64 [B], -1 where there is none.
+"""
+
+
+class MethodConfig(BaseModel):
+    """Beside its user, frozen; a typo in a job is an error, not a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Facts of the manifest that modules may be sized by."""
+
+    num_instances: int
+    num_classes: int
+    shape: tuple[int, ...]  # of one view: (C, H, W)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Schedules are functions of it: a resumed run has no counter to restore."""
+
+    step: int  # optimizer steps done before this one
+    epoch: int
+    total_steps: int
+
+
+class Frozen(nn.Module):
+    """A teacher: eval mode for ever, no gradients, outside parameters and checkpoint of whoever holds it.
+
+    Holders keep it out of their module tree by `object.__setattr__` or inside a tuple.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a job hands over; teachers and inner methods come by name."""
+
+    encoder: nn.Module
+    data: DataInfo
+    load: Callable[[str], Frozen]  # "name@version", "job:<id>" or a folder -> module in eval mode
+    build: Callable[[dict[str, Any]], Method]  # {"name": ..., **config} -> another method on the same inputs
+
+
+@dataclass(frozen=True)
+class Output:
+    loss: Tensor | None  # None: nothing to differentiate (a memory being filled)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """One paper, one file. State is parameters and persistent buffers; nothing else survives a restart."""
+
+    Config: ClassVar[type[MethodConfig]]
+    paper: ClassVar[str]  # "MAE, He et al. 2022, arXiv 2111.06377"
+    streams: ClassVar[tuple[str, ...]] = ("train",)  # two or more: a batch is a dict of batches
+    exports: ClassVar[str] = "encoder"  # or "classifier": what `export` returns, hence what can be served
+
+    def __init__(self, config: Any, inputs: Inputs) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def views(cls, config: Any, image_size: int) -> dict[str, View]:
+        """What the method looks at, as data: geometry is executed at decode, photometry in batches."""
+        return {"image": View(size=image_size)}
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        """The loss of one micro-batch; named forward so that DDP, FSDP and compile see it."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(batch, progress)")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained and how: dicts of `params`, `lr_scale` (default 1), `weight_decay` (default: the job's).
+
+        The default trains every parameter that requires a gradient; 1-D parameters (biases, norms) do not decay.
+        """
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                (no_decay if parameter.ndim <= 1 else decay).append(parameter)
+        return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+    def after_step(self, progress: Progress) -> None:
+        """Once per optimizer step: EMA, masks, norms (in forward it would run per micro-batch)."""
+
+    def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
+        """Once per pass: re-cluster, grow, prune; `scan(stream)` walks the data without gradients."""
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Optional: reconstructions, masks, attention, each [B, 3, H, W] in the range of the normalised input."""
+        return {}
+
+    def export(self) -> nn.Module:
+        """What is evaluated, registered and served."""
+        raise NotImplementedError(f"{type(self).__name__} must define export()")

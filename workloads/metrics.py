@@ -1,0 +1,129 @@
+"""What a run says about itself while it trains: the curve, and the samples that it skipped.
+
+`metrics.jsonl` has one JSON line a point, written in batches, off the critical path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workloads.data.reader import Reader
+from workloads.ranks import Ranks
+
+FLUSH_S = 1.0
+OnPoint = Callable[[dict[str, Any]], None]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint is from before that."""
+
+    hint = "lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_grad_norm"
+
+
+class MetricsWriter:
+    """Appends points to `metrics.jsonl`; only rank 0 has one."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab")  # noqa: SIM115
+        self._drop_torn_line(path)
+        self._lines: list[bytes] = []
+        self._flushed = time.monotonic()
+
+    def _drop_torn_line(self, path: Path) -> None:
+        """A killed run may leave half a line, which the next point would otherwise continue."""
+        text = path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole != len(text):
+            os.truncate(path, whole)
+
+    def append(self, point: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(point).encode() + b"\n")
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.write(b"".join(self._lines))
+        self._file.flush()
+        self._lines.clear()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+class Curve:
+    """Collects what steps report and turns it into a point of the curve every few steps.
+
+    Losses stay on the device until a point is due, so a GPU is not waited for each step.
+    """
+
+    def __init__(self, ranks: Ranks, writer: MetricsWriter | None, on_point: OnPoint, batch_size: int) -> None:
+        self._ranks, self._writer, self._on_point, self._batch_size = ranks, writer, on_point, batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[Tensor] = []
+        self._metrics: dict[str, list[Tensor]] = {}
+        self._wait_s = 0.0
+        self._since = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        self._wait_s += seconds
+
+    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self._losses.append(loss)
+        for name, value in metrics.items():
+            self._metrics.setdefault(name, []).append(value.detach())
+
+    def point(self, step: int, epoch: int, lr: float) -> None:
+        """Means over the steps since the last point and over ranks.
+
+        Raises:
+            NonFiniteLossError: on every rank at once, naming the first such step.
+        """
+        if not self._losses:
+            return
+        losses = self._ranks.mean(torch.stack(self._losses).float())
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            at = step - len(self._losses) + int(bad[0])
+            raise NonFiniteLossError(f"the loss became {losses[bad[0]].item()} at step {at + 1}")
+        means = {n: self._ranks.mean(torch.stack(v).float().mean()).item() for n, v in sorted(self._metrics.items())}
+        elapsed = time.perf_counter() - self._since
+        point: dict[str, Any] = {"step": step, "epoch": epoch, "loss": losses.mean().item(), "lr": lr}
+        point |= {name: value if math.isfinite(value) else None for name, value in means.items()}
+        point["samples_per_s"] = round(len(self._losses) * self._batch_size / elapsed, 1)
+        point["data_wait_share"] = round(self._wait_s / elapsed, 4)
+        if self._writer is not None:
+            self._writer.append(point)
+            self._on_point(point)
+        self._reset()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class SkippedLog:
+    """Appends newly skipped samples of this rank to `skipped.txt`, a line each."""
+
+    def __init__(self, path: Path, readers: dict[str, Reader]) -> None:
+        self._path, self._readers, self._known = path, readers, 0
+
+    def write(self) -> None:
+        lines = [why for reader in self._readers.values() for why in list(reader.skipped.values())]
+        if len(lines) > self._known:
+            with open(self._path, "a") as file:
+                file.write("".join(f"{line}\n" for line in lines[self._known :]))
+            self._known = len(lines)

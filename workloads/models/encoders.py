@@ -1,0 +1,139 @@
+"""`model:` of a JobSpec -> an encoder: ours by a catalog name, else any model of timm.
+
+What an encoder offers: `encoder(images [B, 3, H, W]) -> [B, num_features]`, `num_features`.
+timm is imported only for its own names: that import costs seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from workloads import catalog
+from workloads.models.vit import ViT, ViTConfig
+from workloads.spec import Named
+
+
+class TimmConfig(BaseModel):
+    """Arguments of `timm.create_model` that a job may set beside the name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    architecture: str
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int | None = None
+    drop_path_rate: float | None = None
+
+    def build(self) -> nn.Module:
+        """A fresh network; a plain ViT of timm becomes ours of the same size, so masked methods can use it."""
+        from workloads.models.timm_import import timm
+
+        options: dict[str, Any] = {"num_classes": 0}
+        if self.patch_size is not None:
+            options["patch_size"] = self.patch_size
+        if self.drop_path_rate is not None:
+            options["drop_path_rate"] = self.drop_path_rate
+        entry = inspect.signature(timm.models.model_entrypoint(self.architecture))
+        assert "kwargs" in entry.parameters
+        fixed = timm.models.get_pretrained_cfg(self.architecture)
+        if self.architecture.startswith(("vit_", "deit", "swin", "beit", "eva")):
+            options["img_size"] = self.image_size
+        elif fixed is not None and fixed.fixed_input_size and fixed.input_size[1] != self.image_size:
+            raise ValueError(
+                f"got image_size={self.image_size} for {self.architecture}, expected {fixed.input_size[1]}: "
+                "its input size is fixed; set that, or choose another model"
+            )
+        try:
+            model = timm.create_model(self.architecture, **options)
+        except (TypeError, AssertionError) as error:
+            raise ValueError(
+                f"got {options} for timm model {self.architecture}: {error}; remove what it refuses"
+            ) from error
+        del options["num_classes"]
+        model.manta_args = options  # what an artifact must say so that timm builds it again
+        return _plain_vit(model, self.image_size) or model
+
+
+def _plain_vit(model: nn.Module, image_size: int) -> ViT | None:
+    """Our ViT in the size of timm's, if that is the plain one (no registers, layer scale, other norms, positions)."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(model) is not VisionTransformer:
+        return None
+    block: Any = model.blocks[0]
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=model.patch_embed.patch_size[0],
+        dim=model.embed_dim,
+        depth=len(model.blocks),
+        heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
+    )
+    ours = config.build()
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    plain: bool = theirs == {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    plain = plain and isinstance(block.mlp.act, nn.GELU) and block.norm1.eps == block.norm2.eps == 1e-6
+    return ours if plain else None
+
+
+def model_config(model: Named) -> BaseModel:
+    """The validated config of `model:`; it has `build()` and `image_size`.
+
+    Raises:
+        catalog.UnknownName: neither ours nor timm's; says the nearest names of both.
+        pydantic.ValidationError: a key that the model does not know, or a value out of range.
+    """
+    if model.name in catalog.MODELS:
+        config: BaseModel = catalog.load("model", model.name).model_validate(model.config)
+        return config
+    from workloads.models.timm_import import timm
+
+    base, _, _ = model.name.partition(".")
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.6)
+        raise catalog.UnknownName("model", model.name, [*catalog.MODELS, *close])
+    return TimmConfig.model_validate({"architecture": model.name, **model.config})
+
+
+def build_encoder(model: Named) -> nn.Module:
+    encoder: nn.Module = model_config(model).build()  # type: ignore[attr-defined]
+    return encoder
+
+
+def classifier_of(encoder: nn.Module, num_classes: int, drop_path: float) -> nn.Module:
+    """The encoder's weights under a fresh classification head."""
+    if isinstance(encoder, ViT):
+        return encoder.as_classifier(num_classes, drop_path)
+    encoder.reset_classifier(num_classes)  # type: ignore[operator]
+    return encoder
+
+
+def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Depth of each parameter for layer-wise decay: name -> id, and the id of the head.
+
+    ViT: cls, pos and patch embedding 0, block i -> i + 1, the rest depth + 1.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if isinstance(model, ViT):
+        last = model.config.depth + 1
+        stem = ("cls_token", "pos_embed", "patch_embed.")
+        ids = {
+            n: 0 if n.startswith(stem) else int(n.split(".")[1]) + 1 if n.startswith("blocks.") else last for n in names
+        }
+        return ids, last
+    from timm.models import group_parameters
+
+    ids = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    return ids, max(ids.values())
+
+
+def timm_folder_config(model: nn.Module) -> dict[str, Any]:
+    """`architecture` and `model_args` with which `timm.create_model("local-dir:...")` builds the same network."""
+    if isinstance(model, ViT):
+        return {"architecture": model.architecture, "model_args": model.timm_args()}
+    args = dict(getattr(model, "manta_args", {}))
+    return {"architecture": model.default_cfg["architecture"], "model_args": args}  # type: ignore[index]

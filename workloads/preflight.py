@@ -1,0 +1,145 @@
+"""Everything about a JobSpec that can be found wrong without training.
+
+The service asks before it accepts a job, `manta run --local` and `workloads.run` ask
+before they start. Modules are built on the meta device, so a network of any size costs
+milliseconds and no memory. torch is imported at the first check; `warm` does it ahead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from workloads import catalog
+from workloads.spec import JobSpec, Named
+
+
+class Problem(BaseModel):
+    """One thing that is wrong: where in the spec, what (got, expected), and what to do."""
+
+    loc: list[str | int]
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.loc))}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+def warm() -> None:
+    """Imports what `check` needs, seconds of it, so that the first request need not wait."""
+    importlib.import_module("workloads.assemble")
+    importlib.import_module("workloads.models.timm_import")
+    for kind, table in catalog.KINDS.items():
+        for name in table:
+            catalog.load(kind, name)
+
+
+def check(spec: JobSpec, home: Path) -> list[Problem]:
+    """What is wrong with `spec`; `[]` means that it can start.
+
+    Args:
+        spec: a JobSpec whose own fields are valid.
+        home: where `init` and other references to weights are looked up.
+    """
+    problems = _config("method", "method", spec.method)
+    for i, evaluation in enumerate(spec.evaluate):
+        problems += _config("evaluation", "evaluate", evaluation, i)
+    problems += _model(spec)
+    if not problems:
+        problems += _streams(spec)
+    if not problems:
+        problems += _data(spec) + _init(spec, home)
+    if not problems:
+        problems += _fit(spec, home)
+    return problems
+
+
+def _config(kind: str, field: str, named: Named, *index: int) -> list[Problem]:
+    """Name and keys of `{name: ..., **config}`."""
+    try:
+        cls = catalog.load(kind, named.name)
+    except catalog.UnknownName as error:
+        return [Problem(loc=[field, *index, "name"], message=str(error), hint=f"GET /v1/{kind}s lists them")]
+    try:
+        cls.Config.model_validate(named.config)
+    except ValidationError as error:
+        found = catalog.problems_of(error, cls.Config)
+        hint = f"GET /v1/{kind}s/{named.name} has the schema"
+        return [Problem(loc=[field, *index, *loc], message=message, hint=hint) for loc, message in found]
+    return []
+
+
+def _model(spec: JobSpec) -> list[Problem]:
+    from workloads.models.encoders import TimmConfig, model_config
+
+    try:
+        model_config(spec.model)
+    except catalog.UnknownName as error:
+        return [Problem(loc=["model", "name"], message=str(error), hint="a name of ours or of timm")]
+    except ValidationError as error:
+        known = spec.model.name in catalog.MODELS
+        config: Any = catalog.load("model", spec.model.name) if known else TimmConfig
+        return [Problem(loc=["model", *loc], message=message) for loc, message in catalog.problems_of(error, config)]
+    return []
+
+
+def _streams(spec: JobSpec) -> list[Problem]:
+    wanted = catalog.load("method", spec.method.name).streams
+    if set(spec.data) == set(wanted):
+        return []
+    got, expected = sorted(spec.data), ", ".join(wanted)
+    close = [f"{name!r} is like {m[0]!r}" for name in got if (m := difflib.get_close_matches(name, wanted, n=1))]
+    message = f"got streams {', '.join(got)}, expected {expected} for method {spec.method.name}"
+    return [Problem(loc=["data"], message=message, hint="; ".join(close) or f"give exactly: {expected}")]
+
+
+def _data(spec: JobSpec) -> list[Problem]:
+    """Shards that cannot be read or hold no image, without a scan of all of them."""
+    from workloads.data.manifest import DataError, peek
+
+    streams: list[tuple[list[str | int], Any]] = [(["data", name], s.shards) for name, s in spec.data.items()]
+    for i, evaluation in enumerate(spec.evaluate):
+        config = catalog.load("evaluation", evaluation.name).Config.model_validate(evaluation.config)
+        streams += [(["evaluate", i, "data", name], getattr(config.data, name).shards) for name in ("train", "test")]
+    problems = []
+    for loc, shards in streams:
+        try:
+            peek(shards)
+        except DataError as error:
+            problems.append(Problem(loc=[*loc, "shards"], message=str(error)))
+    return problems
+
+
+def _init(spec: JobSpec, home: Path) -> list[Problem]:
+    from workloads.artifact import ArtifactError, resolve
+
+    if spec.init is None:
+        return []
+    try:
+        resolve(spec.init, home)
+    except ArtifactError as error:
+        return [Problem(loc=["init"], message=str(error))]
+    return []
+
+
+def _fit(spec: JobSpec, home: Path) -> list[Problem]:
+    """Builds the method on the meta device: sizes that do not divide, a model that the method cannot use."""
+    import torch
+
+    from workloads import assemble
+    from workloads.methods.base import DataInfo
+
+    size = assemble.image_size(spec)
+    info = DataInfo(
+        num_instances=spec.batch_size, num_classes=2, shape=(3, size, size)
+    )  # the data itself is not read yet
+    try:
+        with torch.device("meta"):
+            assemble.build_method(spec.model_copy(update={"init": None}), info, home)
+    except ValueError as error:
+        return [Problem(loc=["method"], message=str(error))]
+    return []

@@ -1,0 +1,46 @@
+"""Who else runs this job: rank, world size, and the few things that ranks agree on.
+
+One process is the world of size 1, where every agreement is free; the loop has no
+branch for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose backward averages gradients over ranks."""
+        if self.world_size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks, on the CPU."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values.cpu()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        if self.world_size == 1:
+            return flag
+        vote = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(vote)
+        return bool(vote.item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()

@@ -1,0 +1,165 @@
+"""The adapter to Ray Train: one group of workers, each in the same loop as everywhere else.
+
+Checkpoints are ours, so Train only starts, watches and restarts the group. It is used
+without its torch backend, whose rendezvous store would listen on every interface: the
+process group is made here, on the address that Ray itself uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from workloads import checkpoint
+from workloads.data.manifest import DataError
+from workloads.metrics import NonFiniteLossError
+from workloads.ranks import Ranks
+from workloads.record import RunFolder, write_atomic
+from workloads.spec import JobSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKER_FAILURES = 5
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+FINAL = (DataError, NonFiniteLossError, checkpoint.CheckpointError, ValueError)  # would happen again
+
+
+class TrainingFailedError(RuntimeError):
+    """A failure that a worker reported as final; keeps its hint."""
+
+    def __init__(self, message: str, hint: str | None) -> None:
+        self.hint = hint
+        super().__init__(message)
+
+
+def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callable[[], None]) -> bool:
+    """Runs the loop on `spec.resources.workers` Ray workers, restarted from the last checkpoint when one dies.
+
+    Args:
+        spec: the job.
+        run: its folder, on storage that all workers see.
+        home: where references to weights are looked up.
+        connected: called after `ray.init`, which replaces signal handlers.
+
+    Returns:
+        True when the job is done, False when it was stopped.
+
+    Raises:
+        TrainingFailedError: a failure that would happen again, with its hint.
+        ray.train.WorkerGroupError: workers died more often than MAX_WORKER_FAILURES.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.data_parallel_trainer import DataParallelTrainer
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    connected()
+    (run.path / "fatal.json").unlink(missing_ok=True)
+    resources = spec.resources
+    trainer = DataParallelTrainer(
+        _worker,
+        train_loop_config={"spec": spec.model_dump_json(), "run": str(run.path), "home": str(home)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker}
+            | ({"GPU": resources.gpus_per_worker} if resources.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=run.path.name,
+            storage_path=str(run.path / "ray_train"),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=2),  # type: ignore[call-arg]
+        ),
+    )
+    trainer.fit()
+    if (run.path / "fatal.json").exists():
+        failure = json.loads((run.path / "fatal.json").read_text())
+        raise TrainingFailedError(failure["reason"], failure["hint"])
+    return checkpoint.latest_step(run.checkpoints) == int(run.total_steps.read_text())
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
+    import ray.train
+
+    from workloads.train import train
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    spec = JobSpec.model_validate_json(config["spec"])
+    run = RunFolder(Path(config["run"]))
+    if (run.path / "fatal.json").exists():  # the group was restarted for a failure that would come again
+        return
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = torch.device("cpu")
+    if spec.resources.gpus:
+        device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(spec.resources.cpus_per_worker)
+    if world_size > 1:
+        _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo")
+    with _logging(run, rank):
+        try:
+            train(
+                spec,
+                run,
+                Path(config["home"]),
+                Ranks(rank, world_size, device),
+                should_stop=run.stop.exists,
+            )
+        except FINAL as error:
+            logger.exception("rank %d failed", rank)
+            failure = {"reason": f"{type(error).__name__}: {error}", "hint": getattr(error, "hint", None)}
+            write_atomic(run.path / "fatal.json", json.dumps(failure))
+            raise
+        finally:
+            if world_size > 1:
+                dist.destroy_process_group()
+
+
+def _join(rank: int, world_size: int, backend: str) -> None:
+    """Makes the process group over a store that listens on Ray's own address only."""
+    import ray.util
+    from ray.train.collective import broadcast_from_rank_zero
+
+    address = None
+    listener = None
+    if rank == 0:
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=world_size)
+        address = listener.getsockname()[:2]
+    host, port = broadcast_from_rank_zero(address)
+    if listener is not None:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, world_size, is_master=True, master_listen_fd=os.dup(listener.fileno())
+        )
+        listener.close()
+    else:
+        store = dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+@contextlib.contextmanager
+def _logging(run: RunFolder, rank: int) -> Iterator[None]:
+    """Sends this worker's log into the job's own, marked with its rank."""
+    handler = logging.FileHandler(run.log)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

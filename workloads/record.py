@@ -1,0 +1,116 @@
+"""The run folder: what a job says about itself, whoever started it.
+
+    <runs>/<job id>/
+        job.json         the JobSpec as it was accepted
+        record.json      state, attempt, progress, reason: replaced by rename, so never half a record
+        metrics.jsonl    one JSON object a line, appended in batches
+        total_steps      written when training starts: tells the journal that the job is RUNNING
+        skipped.txt      a line for each sample that could not be decoded, appended by every rank
+        log.txt          the log of the job, all attempts
+        stop             appears when somebody asks the run to stop; the ranks agree on it and checkpoint
+        checkpoints/     `workloads.checkpoint`
+        artifact/        `workloads.artifact`
+        evaluations.json results of `evaluate`
+
+The service, a shell and a notebook read the same files; only the run writes them
+(but for `stop`). No torch, no Ray in here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+RunState = Literal["STARTING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+HEARTBEAT_S = 5.0  # a living run renews `updated_at` at least this often
+
+
+class Record(BaseModel):
+    """What `record.json` holds; times are seconds since the epoch."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    job_id: str
+    state: RunState
+    attempt: int = 1
+    reason: str | None = None
+    hint: str | None = None
+    started_at: float
+    updated_at: float
+    finished_at: float | None = None
+    step: int = 0
+    epoch: int = 0
+    total_steps: int = 0
+    skipped: list[str] = []  # samples that could not be decoded: "file: member at offset: why"
+    warnings: list[str] = []
+    pid: int = 0
+    host: str = ""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces `path` by `text` so that a reader, a crash or a full disk never shows half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """Paths and small files of one run; reads tolerate a run that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = path / "job.json"
+        self.record = path / "record.json"
+        self.metrics = path / "metrics.jsonl"
+        self.total_steps = path / "total_steps"
+        self.skipped = path / "skipped.txt"
+        self.log = path / "log.txt"
+        self.stop = path / "stop"
+        self.checkpoints = path / "checkpoints"
+        self.artifact = path / "artifact"
+        self.evaluations = path / "evaluations.json"
+
+    def read_record(self) -> Record | None:
+        try:
+            return Record.model_validate_json(self.record.read_text())
+        except FileNotFoundError:
+            return None
+
+    def write_record(self, record: Record) -> None:
+        write_atomic(self.record, record.model_copy(update={"updated_at": time.time()}).model_dump_json(indent=1))
+
+    def read_metrics(self, *, after_step: int = -1) -> Iterator[dict[str, Any]]:
+        """Points with a step above `after_step`, complete lines only.
+
+        A resumed run repeats the steps after its checkpoint: the later line of a step wins.
+        """
+        points: dict[int, dict[str, Any]] = {}
+        try:
+            text = self.metrics.read_text()
+        except FileNotFoundError:
+            return
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):  # else it is being written
+                point = json.loads(line)
+                points[point["step"]] = point
+        yield from (points[step] for step in sorted(points) if step > after_step)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        try:
+            results: list[dict[str, Any]] = json.loads(self.evaluations.read_text())
+            return results
+        except FileNotFoundError:
+            return []

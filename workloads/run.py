@@ -1,0 +1,248 @@
+"""`python -m workloads.run job.yaml`: JobSpec -> trained weights, evaluations, artifact, and a true record.
+
+The same for a job of the service, for `ray job submit -- python -m workloads.run`, and
+for `manta run --local`, which uses no Ray. One CPU worker trains in this very process
+(5 s to the first step instead of 20); more workers, or GPUs, go through Ray Train.
+
+Exit codes: 0 succeeded, 1 failed, 3 stopped with a checkpoint (run it again to continue).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from workloads.evaluate import evaluate
+from workloads.export import export
+from workloads.journal import Journal
+from workloads.metrics import OnPoint
+from workloads.preflight import check
+from workloads.record import RunFolder, write_atomic
+from workloads.spec import JobSpec, read_spec
+
+logger = logging.getLogger(__name__)
+
+SUCCEEDED, FAILED, STOPPED = 0, 1, 3
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or the file `stop` in the run folder; ranks poll it and checkpoint."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._signalled = run, False
+
+    def __call__(self) -> bool:
+        return self._signalled or self._run.stop.exists()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: now
+        self._signalled = True
+        self._run.stop.touch()  # workers of Ray Train see this one
+
+    def install(self) -> None:
+        """Takes the signals over; call it again after `ray.init`, which replaces the handler."""
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+
+def execute(
+    spec: JobSpec,
+    run: RunFolder,
+    home: Path,
+    *,
+    job_id: str,
+    attempt: int = 1,
+    ray: bool = False,
+    on_point: OnPoint = lambda _: None,
+) -> int:
+    """Runs a job in its folder to the end, or on from where an earlier call was stopped or killed.
+
+    Args:
+        spec: the job; must be the one that the folder already holds, if it holds one.
+        run: the folder; locked, so two processes never run one job.
+        home: where references to weights are looked up.
+        job_id: written into record and card.
+        attempt: counted by whoever starts the job again.
+        ray: whether Ray Train may be used (a cluster is at hand).
+        on_point: gets each point of the curve when the loop runs in this process.
+
+    Returns:
+        The exit code; the record has the state and the reason.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(_locked(run.path / "lock")):
+            logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
+            return FAILED
+        stack.enter_context(_logging_to(run.log))
+        if problem := _claim(spec, run):
+            logger.error("%s", problem)
+            return FAILED
+        journal = stack.enter_context(Journal(run, job_id, attempt))
+        stop = StopRequest(run)
+        stop.install()
+        try:
+            if problems := check(spec, home):
+                journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
+                return FAILED
+            if not _train(spec, run, home, stop, ray, on_point) or stop():
+                journal.finish("STOPPED", "stopped on request; the checkpoint is kept")
+                return STOPPED
+            if not run.artifact.exists():
+                export(spec, run, home, job_id)
+            if not evaluate(spec, run, home, job_id, stop):
+                journal.finish("STOPPED", "stopped on request between evaluations")
+                return STOPPED
+        except Exception as error:
+            logger.exception("the job failed")
+            journal.finish("FAILED", f"{type(error).__name__}: {error}", getattr(error, "hint", None))
+            return FAILED
+        except KeyboardInterrupt:
+            journal.finish("STOPPED", "interrupted; continues from the last checkpoint")
+            return STOPPED
+        journal.finish("SUCCEEDED")
+        logger.info("succeeded; the artifact is %s", run.artifact)
+        return SUCCEEDED
+
+
+def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool, on_point: OnPoint) -> bool:
+    """True when training is complete. Chooses between this process and Ray Train."""
+    if ray and (spec.resources.workers > 1 or spec.resources.gpus):
+        from workloads.ray_train import train_on_ray
+
+        return train_on_ray(spec, run, home, connected=stop.install)
+    import torch
+
+    from workloads.ranks import Ranks
+    from workloads.train import train
+
+    torch.set_num_threads(spec.resources.cpus)
+    device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
+    return train(spec, run, home, Ranks(device=device), should_stop=stop, on_point=on_point)
+
+
+def _claim(spec: JobSpec, run: RunFolder) -> str | None:
+    """Writes the spec into a new folder; refuses a folder that holds another job."""
+    text = spec.model_dump_json(indent=1)
+    if not run.spec.exists():
+        write_atomic(run.spec, text)
+        return None
+    held = JobSpec.model_validate_json(run.spec.read_text())
+    if held == spec:
+        return None
+    ours, theirs = spec.model_dump(), held.model_dump()
+    keys = ", ".join(key for key in ours if ours[key] != theirs[key])
+    return f"{run.path} holds another job (it differs in {keys}); use another folder, or --fresh to start anew"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """True while this process holds the lock; the system lets go of it when the process dies."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def absolute(spec: JobSpec, base: Path) -> JobSpec:
+    """The spec with relative shard paths and a relative `init` folder taken from `base`."""
+
+    def fix(shards: str | list[str]) -> str | list[str]:
+        if isinstance(shards, list):
+            return [str(fix(one)) for one in shards]
+        return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)
+
+    document = spec.model_dump()
+    holders = [document, *document["evaluate"]]
+    for holder in holders:
+        for stream in holder.get("data", {}).values():
+            stream["shards"] = fix(stream["shards"])
+    return JobSpec.model_validate(document)
+
+
+def run_local(spec: JobSpec, out: Path, *, fresh: bool = False, on_point: OnPoint = lambda _: None) -> int:
+    """Runs a job in this process, without Ray, in the folder `out`; a second call continues.
+
+    Args:
+        spec: the job; `resources.workers` above 1 become micro-batches of one process.
+        out: the run folder.
+        fresh: forget what the folder holds of an earlier run.
+        on_point: gets each point of the curve.
+    """
+    out = out.absolute()
+    run = RunFolder(out)
+    if fresh and out.exists():
+        if any(out.iterdir()) and not run.spec.exists():
+            raise ValueError(f"got --fresh for {out}, which holds files but no run; choose an empty folder")
+        shutil.rmtree(out)
+    run.stop.unlink(missing_ok=True)
+    before = run.read_record()
+    if before is None or before.job_id == "":
+        job_id, attempt = f"local-{uuid.uuid4().hex[:12]}", 1
+    else:
+        job_id, attempt = before.job_id, before.attempt + 1
+    if before is not None and before.state == "SUCCEEDED":
+        logger.info("%s is complete; --fresh runs it again", out)
+    home = Path(os.environ.get("MANTA_HOME", out))
+    return execute(spec, run, home, job_id=job_id, attempt=attempt, on_point=on_point)
+
+
+def _job_id() -> str:
+    """The id under which the service or Ray knows this process."""
+    if job_id := os.environ.get("MANTA_JOB_ID"):
+        return job_id
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    submission_id: str | None = config.get("metadata", {}).get("job_submission_id")
+    if submission_id is None:
+        raise SystemExit(
+            "workloads.run is started by the service or by `ray job submit`; without Ray use `manta run --local`"
+        )
+    return submission_id
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workloads.run", description=__doc__.split("\n")[0])
+    parser.add_argument("spec", type=Path, help="job.yaml or job.json")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    job_id = _job_id()
+    home = os.environ.get("MANTA_HOME")
+    if home is None:
+        raise SystemExit("MANTA_HOME is not set in this cluster; start it by `manta up`, or set it on every node")
+    try:
+        spec = absolute(read_spec(arguments.spec), arguments.spec.absolute().parent)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{arguments.spec} is no JobSpec: {error}") from error
+    run = RunFolder(Path(home) / "runs" / job_id)
+    return execute(spec, run, Path(home), job_id=job_id, attempt=int(os.environ.get("MANTA_ATTEMPT", "1")), ray=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

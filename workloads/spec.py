@@ -1,0 +1,163 @@
+"""JobSpec: the one description of a job, shared by requests, recipes and runs.
+
+No torch in here: the service, the command line and a laptop without a GPU read a
+spec in milliseconds. Names (of methods, models, evaluations) are resolved by
+`workloads.catalog`; what can be found wrong without training is found by
+`workloads.preflight`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+JobName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
+
+
+class Strict(BaseModel):
+    """Frozen, and a typo is an error rather than a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Named(BaseModel):
+    """`{name: mae, mask_ratio: 0.5}`: a name of the catalog and the config of what it names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Stream(Strict):
+    """One dataset of a job, or a part of it.
+
+    Attributes:
+        shards: path, brace pattern (`train-{000000..000009}.tar`), or a list of them.
+        per_class: keep this many samples of each class, drawn by `subset_seed`.
+        max_bad_share: the job fails once more than this share of the samples cannot be decoded.
+    """
+
+    shards: str | list[str]
+    per_class: int | None = Field(default=None, ge=1)
+    subset_seed: int = Field(default=0, ge=0)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+
+
+class Optimizer(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1.5e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    scale_lr: bool = False  # lr * batch_size / 256
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+
+
+class Schedule(Strict):
+    """Learning rate by step: linear warm-up from 0, then a half cosine down to `min_lr`."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup_epochs: float = Field(default=0, ge=0)
+    min_lr: float = Field(default=0, ge=0)
+
+
+class Resources(Strict):
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: float = Field(default=0, ge=0)
+
+    @property
+    def cpus(self) -> int:
+        return self.workers * self.cpus_per_worker
+
+    @property
+    def gpus(self) -> float:
+        return self.workers * self.gpus_per_worker
+
+
+class CheckpointPolicy(Strict):
+    every_steps: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class JobSpec(Strict):
+    """What a request, a recipe and a run have in common."""
+
+    name: JobName
+    method: Named
+    model: Named
+    data: dict[str, Stream]
+    init: str | None = None  # name@version, job:<id> or an artifact folder: weights to start from
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=256, ge=1)  # global, whatever the number of workers
+    micro_batch_size: int | None = Field(default=None, ge=1)  # a worker's share at a time; None: all of it
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    resources: Resources = Resources()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    evaluate: list[Named] = []
+    register_as: JobName | None = Field(default=None, alias="register")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    @field_validator("data")
+    @classmethod
+    def _some_stream(cls, data: dict[str, Stream]) -> dict[str, Stream]:
+        if not data:
+            raise ValueError("got no stream, expected at least `train`; write data: {train: {shards: ...}}")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobSpec:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"got epochs={self.epochs} and steps={self.steps}, expected exactly one of them; set the length once"
+            )
+        if self.batch_size % self.resources.workers:
+            raise ValueError(
+                f"got batch_size={self.batch_size} for {self.resources.workers} workers, expected a multiple; "
+                f"use {self.batch_size // self.resources.workers * self.resources.workers or self.resources.workers}"
+            )
+        share = self.batch_size // self.resources.workers
+        if self.micro_batch_size is not None and share % self.micro_batch_size:
+            raise ValueError(
+                f"got micro_batch_size={self.micro_batch_size} for a worker's share of {share}, expected a divisor; "
+                f"use {next(d for d in range(min(self.micro_batch_size, share), 0, -1) if share % d == 0)}"
+            )
+        return self
+
+    def accumulation_on(self, world_size: int) -> int:
+        """Micro-batches for each optimizer step of one of `world_size` ranks.
+
+        The size of a micro-batch is that of the job's own number of workers, so that a run
+        on fewer ranks computes the same numbers in more of them.
+        """
+        share = self.batch_size // self.resources.workers
+        micro_batches = self.batch_size // (self.micro_batch_size or share)
+        assert micro_batches % world_size == 0, (micro_batches, world_size)
+        return micro_batches // world_size
+
+
+def read_spec(path: Path) -> JobSpec:
+    """Reads a YAML (or JSON) file into a JobSpec; relative shard paths are taken from the file's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML mapping, or not a JobSpec (pydantic's ValidationError is one).
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds {type(document).__name__}, expected a mapping with name, method, model, data")
+    return JobSpec.model_validate(document)
