@@ -60,7 +60,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)

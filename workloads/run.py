@@ -56,6 +56,15 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
 
 def execute(
     spec: JobSpec,
@@ -91,8 +100,7 @@ def execute(
             logger.error("%s", problem)
             return FAILED
         journal = stack.enter_context(Journal(run, job_id, attempt))
-        stop = StopRequest(run)
-        stop.install()
+        stop = stack.enter_context(StopRequest(run))
         try:
             if problems := check(spec, home):
                 journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)

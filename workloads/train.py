@@ -25,7 +25,7 @@ from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
 from workloads.methods.base import Batch, Method, Progress
-from workloads.metrics import Curve, MetricsWriter, OnPoint, SkippedLog
+from workloads.metrics import Curve, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog
 from workloads.parts.schedules import warmup_cosine
 from workloads.ranks import Ranks
 from workloads.record import RunFolder, write_atomic
@@ -178,6 +178,8 @@ def train(
                 skipped.write()
                 stop = ranks.any(should_stop())
                 if save or stop:
+                    if not all(bool(parameter.isfinite().all()) for parameter in method.parameters()):
+                        raise NonFiniteLossError(f"a weight became infinite or NaN at step {step}")
                     if ranks.rank == 0:
                         checkpoint.save(run.checkpoints, step, method, optimizer, keep=spec.checkpoint.keep)
                     ranks.barrier()

@@ -32,7 +32,9 @@ def test_restore_brings_back_parameters_buffers_and_moments(tmp_path: Path) -> N
     for (name, got), expected in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(got, expected), name
     moments = [other_optimizer.state[p]["exp_avg_sq"] for p in other.parameters()]
-    assert all(torch.equal(m, optimizer.state[p]["exp_avg_sq"]) for m, p in zip(moments, model.parameters(), strict=True))
+    assert all(
+        torch.equal(m, optimizer.state[p]["exp_avg_sq"]) for m, p in zip(moments, model.parameters(), strict=True)
+    )
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
