@@ -10,6 +10,7 @@ needs saving. A full disk or a kill while writing leaves the previous checkpoint
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def restore(folder: Path, method: nn.Module, optimizer: torch.optim.Optimizer | 
         method.load_state_dict(state["method"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be restored: {error}",
             f"remove it and write the name of an older one into {folder / 'latest'}, or start anew",

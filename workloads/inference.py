@@ -1,7 +1,7 @@
 """An artifact that answers: bytes of images in, classes, features or reconstructions out.
 
-The preprocessing is that of the evaluations: the whole image, resized to the size of
-the artifact, normalised as its card says.
+The preprocessing is that of the evaluations: no augmentation, the size and the
+normalisation of the card.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from workloads import artifact
+from workloads.data.decode import ImageError, decode
+from workloads.data.transforms.image import execute, normalise
 from workloads.data.views import View
 from workloads.methods.base import Method
 from workloads.models.vit import ViT
@@ -44,7 +48,6 @@ class Model:
         self._folder, self._home = folder, home
         self._network = artifact.load_model(folder)
         self._view = View(size=self.card.image_size, mean=self.card.mean, std=self.card.std)
-        self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (self.card.mean, self.card.std))
 
     def predict(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
         """The most probable classes of each image: `{"label", "index", "probabilities": {label: p}}`, top 5.
@@ -77,14 +80,13 @@ class Model:
             ImageError: bytes that are no image, or too many pixels; says the position.
         """
         method = self._method
-        pixels = torch.stack(self.decode(images))
-        keys = torch.tensor([_key(data) for data in images])
+        keys = torch.tensor([_key(data) for data in images], dtype=torch.int64)
         drawn: list[dict[str, str]] = []
-        for start in range(0, len(images), CHUNK):
-            batch = {"image": self._normalise(pixels[start : start + CHUNK]), "key": keys[start : start + CHUNK]}
-            with torch.inference_mode():
-                pictures = {name: self._pngs(picture) for name, picture in method.pictures(batch).items()}
-            drawn += [dict(zip(pictures, row, strict=True)) for row in zip(*pictures.values(), strict=True)]
+        with torch.inference_mode():
+            for i, pixels in enumerate(self._chunks(self.decode(images))):
+                pictures = method.pictures({"image": pixels, "key": keys[i * CHUNK : (i + 1) * CHUNK]})
+                columns = [_pngs(picture, self._view) for picture in pictures.values()]
+                drawn += [dict(zip(pictures, row, strict=True)) for row in zip(*columns, strict=True)]
         return drawn
 
     def expect_classifier(self) -> None:
@@ -98,25 +100,32 @@ class Model:
         Raises:
             ImageError: bytes that are no image, or too many pixels; says the position.
         """
-        raise NotImplementedError
+        pixels = []
+        for position, data in enumerate(images):  # one at a time: none but one is in memory in its own size
+            try:
+                image = decode(data)
+            except ImageError as error:
+                raise ImageError(f"image {position}: {error}") from error
+            pixels.append(execute(self._view, [image])[0][0])
+        return pixels
 
     def classify(self, pixels: Sequence[Tensor]) -> list[dict[str, Any]]:
         """`predict` of decoded images."""
         classes = self.card.classes
         answers: list[dict[str, Any]] = []
-        for images in self._chunks(pixels):
-            with torch.inference_mode():
+        with torch.inference_mode():
+            for images in self._chunks(pixels):
                 top = self._network(images).float().softmax(dim=1).topk(min(TOP, len(classes)))
-            for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-                probabilities = {classes[index]: value for index, value in zip(indices, values, strict=True)}
-                answers.append({"label": classes[indices[0]], "index": indices[0], "probabilities": probabilities})
+                for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                    probabilities = {classes[index]: value for index, value in zip(indices, values, strict=True)}
+                    answers.append({"label": classes[indices[0]], "index": indices[0], "probabilities": probabilities})
         return answers
 
     def features(self, pixels: Sequence[Tensor]) -> list[list[float]]:
         """`embed` of decoded images."""
         answers: list[list[float]] = []
-        for images in self._chunks(pixels):
-            with torch.inference_mode():
+        with torch.inference_mode():
+            for images in self._chunks(pixels):
                 answers += self._pooled(images).float().tolist()
         return answers
 
@@ -136,27 +145,27 @@ class Model:
 
     @cached_property
     def _method(self) -> Method:
-        from workloads.assemble import restore_method  # which imports the data package's manifest readers
+        from workloads.assemble import restore_method  # pyarrow, which only this needs
 
         return restore_method(self._folder, self._home)
 
     def _chunks(self, pixels: Sequence[Tensor]) -> Iterable[Tensor]:
         """uint8 [3, S, S] each -> normalised [at most CHUNK, 3, S, S]."""
         for start in range(0, len(pixels), CHUNK):
-            yield self._normalise(torch.stack(tuple(pixels[start : start + CHUNK])))
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() / 255 - self._mean) / self._std
-
-    def _pngs(self, pictures: Tensor) -> list[str]:
-        """Normalised [B, 3, S, S] -> base64 PNG of each."""
-        pixels = ((pictures.float() * self._std + self._mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return [_png(pixel) for pixel in pixels]
+            yield normalise(torch.stack(tuple(pixels[start : start + CHUNK])), self._view)
 
 
-def _png(pixels: Tensor) -> str:
+def _pngs(pictures: Tensor, view: View) -> list[str]:
+    """Normalised [B, 3, S, S] -> base64 PNG of each."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
+    pixels = ((pictures.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return [_png(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    """uint8 [H, W, 3] -> base64."""
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")
+    Image.fromarray(pixels).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -110,6 +110,10 @@ class Curve:
             self._on_point(point)
         self._reset()
 
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -128,6 +128,7 @@ def train(
     start = checkpoint.restore(run.checkpoints, method, optimizer)
     model = ranks.wrap(method)
     if ranks.rank == 0:
+        run.path.mkdir(parents=True, exist_ok=True)
         write_atomic(run.total_steps, str(total))  # tells the journal that the job is running
     logger.info(
         "%s: step %d of %d, %d steps an epoch, rank %d of %d",
@@ -180,6 +181,7 @@ def train(
                 if save or stop:
                     if not all(bool(parameter.isfinite().all()) for parameter in method.parameters()):
                         raise NonFiniteLossError(f"a weight became infinite or NaN at step {step}")
+                    curve.flush()  # the curve up to a checkpoint must outlive whatever comes after it
                     if ranks.rank == 0:
                         checkpoint.save(run.checkpoints, step, method, optimizer, keep=spec.checkpoint.keep)
                     ranks.barrier()

@@ -6,7 +6,9 @@ a time, and the box that it drew for each sample can travel with the batch.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,10 +19,12 @@ class View(BaseModel):
 
     Attributes:
         size: side of the result in pixels.
-        crop_scale: share of the image's area that the crop covers, drawn uniformly; (1, 1) keeps the whole image.
+        crop_scale: share of the image's area that the crop covers, drawn uniformly; (1, 1) keeps the whole image
+            (of one that is not square the centre: the short side is resized to `size`, the middle is cut out).
         crop_ratio: width / height of the crop, drawn uniformly in the logarithm; irrelevant when the scale is (1, 1).
         flip: probability of a horizontal flip.
         rotate_deg: rotation about the centre, drawn uniformly from [-rotate_deg, rotate_deg].
+        interpolation: of the resize; both are antialiased.
         mean, std: normalisation by channel of pixels in [0, 1].
     """
 
@@ -31,5 +35,25 @@ class View(BaseModel):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.0, ge=0, le=1)
     rotate_deg: float = Field(default=0.0, ge=0, le=180)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything about it is random."""
+        return self.crops or self.flip > 0 or self.rotate_deg > 0
+
+    @property
+    def crops(self) -> bool:
+        return min(self.crop_scale) < 1
+
+    @model_validator(mode="after")
+    def _in_range(self) -> View:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"got crop_scale={self.crop_scale}, expected 0 < low <= high <= 1, shares of the area")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"got crop_ratio={self.crop_ratio}, expected 0 < low <= high; it is width / height")
+        if min(self.std) <= 0:
+            raise ValueError(f"got std={self.std}, expected positive numbers; (1, 1, 1) leaves pixels in [0, 1]")
+        return self

@@ -1,0 +1,170 @@
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from workloads import artifact, inference
+from workloads.data.decode import ImageError
+from workloads.inference import Model
+from workloads.methods.base import DataInfo, Inputs
+from workloads.methods.mae import MAE, MAEConfig
+from workloads.models.encoders import build_encoder, classifier_of
+from workloads.spec import JobSpec, Named
+
+SIZE = 16
+CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+VIT = {"name": "vit", "image_size": SIZE, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
+
+
+def image(seed: int, size: tuple[int, int] = (SIZE, SIZE), kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=kind)
+    return file.getvalue()
+
+
+def write_artifact(folder: Path, kind: str, *, model: dict[str, Any] = VIT, classes: Sequence[str] = CLASSES) -> Path:
+    """An MAE-pretrained encoder, or a classifier, with random weights of seed 0."""
+    torch.manual_seed(0)
+    method = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "norm_pix": False}
+    spec = JobSpec.model_validate(
+        {"name": "toy", "method": method, "model": model, "data": {"train": {"shards": "none.tar"}}, "epochs": 1}
+    )
+    network = build_encoder(spec.model)
+    mae = None
+    if kind == "classifier":
+        network = classifier_of(network, len(classes), drop_path=0.0)
+        for parameter in network.parameters():  # the head starts too small to tell classes apart
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    else:
+        info = DataInfo(num_instances=8, num_classes=0, shape=(3, SIZE, SIZE))
+        config = MAEConfig.model_validate(spec.method.config)
+        mae = MAE(config, Inputs(encoder=network, data=info, load=None, build=None))  # type: ignore[arg-type]
+    card = {
+        "kind": kind,
+        "job_id": "toy",
+        "spec": spec,
+        "paper": "none",
+        "classes": list(classes),
+        "image_size": SIZE,
+        "mean": (0.4, 0.5, 0.6),
+        "std": (0.2, 0.25, 0.3),
+        "num_instances": 8,
+        "datasets": {},
+    }
+    artifact.write(folder, network, card, mae)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(write_artifact(tmp_path_factory.mktemp("classifier") / "artifact", "classifier"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(write_artifact(tmp_path_factory.mktemp("encoder") / "artifact", "encoder"))
+
+
+def normalised(seed: int) -> torch.Tensor:
+    """What the network should see of `image(seed)`."""
+    pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    images = (pixels.double() / 255 - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.25, 0.3])
+    return images.float().permute(2, 0, 1)[None]
+
+
+def test_predict_gives_the_five_most_probable_classes_in_order(classifier: Model) -> None:
+    answers = classifier.predict([image(seed) for seed in range(3)])
+    for seed, answer in enumerate(answers):
+        with torch.no_grad():
+            expected = classifier._network(normalised(seed)).softmax(dim=1)[0]
+        values = list(answer["probabilities"].values())
+        assert answer["index"] == int(expected.argmax())
+        assert answer["label"] == CLASSES[answer["index"]] == next(iter(answer["probabilities"]))
+        assert len(values) == 5 and values == sorted(values, reverse=True)
+        assert answer["probabilities"] == pytest.approx(
+            {CLASSES[i]: float(expected[i]) for i in expected.topk(5).indices}, abs=1e-5
+        )
+    assert len({answer["probabilities"][answer["label"]] for answer in answers}) == 3
+
+
+def test_embed_is_what_the_encoder_says_and_of_a_classifier_what_its_head_sees(
+    classifier: Model, encoder: Model
+) -> None:
+    with torch.no_grad():
+        expected = encoder._network(normalised(1))[0]
+    assert encoder.embed([image(0), image(1)])[1] == pytest.approx(expected.tolist(), abs=1e-5)
+    features = torch.tensor(classifier.embed([image(1)]))
+    assert features.shape == (1, classifier.card.num_features)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier._network.head(features), classifier._network(normalised(1)))
+
+
+def test_order_and_values_do_not_depend_on_chunks(
+    classifier: Model, encoder: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [image(seed) for seed in range(5)]
+    whole = classifier.embed(images), encoder.reconstruct(images)
+    monkeypatch.setattr(inference, "CHUNK", 2)
+    np.testing.assert_allclose(classifier.embed(images), whole[0], atol=1e-5)
+    drawn = encoder.reconstruct(images)
+    for one, other in zip(drawn, whole[1], strict=True):
+        np.testing.assert_allclose(pixels_of(one["reconstruction"]), pixels_of(other["reconstruction"]), atol=1)
+        assert one["original"] == other["original"] and one["masked"] == other["masked"]
+
+
+@pytest.mark.parametrize(("size", "kind"), [((64, 40), "JPEG"), ((5, 9), "PNG"), ((16, 16), "WEBP")])
+def test_any_size_and_format_is_answered(classifier: Model, size: tuple[int, int], kind: str) -> None:
+    assert classifier.predict([image(0, size, kind)])[0]["label"] in CLASSES
+
+
+def pixels_of(png: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))).astype(int)
+
+
+def test_reconstruct_draws_the_same_for_the_same_bytes_wherever_they_stand(encoder: Model) -> None:
+    first, second = encoder.reconstruct([image(0), image(1)])
+    assert encoder.reconstruct([image(1)]) == [second]
+    assert list(first) == ["original", "masked", "reconstruction"]
+    original, masked, drawn = (pixels_of(first[name]) for name in first)
+    given = np.asarray(Image.open(io.BytesIO(image(0))))
+    np.testing.assert_allclose(original, given, atol=1)
+    kept = (abs(masked - original) <= 1).all(axis=2)
+    assert 0.2 < kept.mean() < 0.35  # a quarter of the patches stays
+    np.testing.assert_allclose(drawn[kept], original[kept], atol=1)
+    assert (pixels_of(second["masked"]) != masked).any()
+
+
+def test_a_bad_image_is_named_by_its_position(classifier: Model, encoder: Model) -> None:
+    for call in (classifier.predict, classifier.embed, encoder.reconstruct):
+        with pytest.raises(ImageError, match="image 1: got 9 bytes"):
+            call([image(0), b"no image!", image(1)])
+
+
+def test_no_image_is_no_answer(classifier: Model, encoder: Model) -> None:
+    assert classifier.predict([]) == classifier.embed([]) == encoder.reconstruct([]) == []
+
+
+def test_what_an_artifact_cannot_do_is_said(classifier: Model, encoder: Model) -> None:
+    with pytest.raises(ValueError, match="got an encoder, expected a classifier; use :embed"):
+        encoder.predict([image(0)])
+    with pytest.raises(ValueError, match="reconstruct"):
+        classifier.reconstruct([image(0)])
+
+
+def test_fewer_classes_than_five(tmp_path: Path) -> None:
+    model = Model(write_artifact(tmp_path / "artifact", "classifier", classes=["ant", "bee"]))
+    assert sum(model.predict([image(0)])[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_classifier_of_timm_embeds_before_its_head(tmp_path: Path) -> None:
+    resnet = {"name": "resnet18", "image_size": SIZE}
+    model = Model(write_artifact(tmp_path / "artifact", "classifier", model=resnet))
+    assert model.card.spec.model == Named(**resnet)
+    assert len(model.embed([image(0)])[0]) == model.card.num_features == 512

@@ -1,0 +1,61 @@
+"""What a POST refuses: each answer names the place, what was got and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from workloads.preflight import check
+from workloads.spec import JobSpec
+
+
+@pytest.mark.parametrize(
+    ("change", "loc", "message"),
+    [
+        ({"method": {"name": "mea"}}, ["method", "name"], "did you mean 'mae'?"),
+        ({"method": {"name": "mae", "mask_ration": 0.5}}, ["method", "mask_ration"], "did you mean 'mask_ratio'"),
+        ({"method": {"name": "mae", "view": {"flipp": 0}}}, ["method", "view", "flipp"], "did you mean 'flip'"),
+        ({"method": {"name": "mae", "mask_ratio": 1.5}}, ["method", "mask_ratio"], "less than 1"),
+        ({"model": {"name": "vit_bose"}}, ["model", "name"], "'vit_base'"),
+        ({"model": {"name": "vit", "dimm": 3}}, ["model", "dimm"], "did you mean 'dim'"),
+        ({"model": {"name": "vit", "image_size": 17}}, ["model"], "expected a multiple; use 16"),
+        ({"model": {"name": "resnet18"}}, ["method"], "got model ResNet, expected a ViT"),
+        ({"evaluate": [{"name": "knm", "data": {}}]}, ["evaluate", 0, "name"], "did you mean 'knn'"),
+        ({"evaluate": [{"name": "knn"}]}, ["evaluate", 0, "data"], "got nothing for 'data'"),
+        ({"data": {"trian": {"shards": "x.tar"}}}, ["data"], "expected train"),
+        ({"data": {"train": {"shards": "/nowhere/x-{0..3}.tar"}}}, ["data", "train", "shards"], "/nowhere/x-0.tar"),
+        ({"init": "no-such-model@3"}, ["init"], "names no artifact"),
+        ({"method": {"name": "mae", "mask_ratio": 0.99}}, ["method"], "one visible patch at least"),
+    ],
+)
+def test_refusals(
+    toy_job: Callable[..., JobSpec], tmp_path: Path, change: dict[str, object], loc: list[str | int], message: str
+) -> None:
+    problems = check(toy_job(**change), tmp_path)
+    assert [problem.loc for problem in problems] == [loc]
+    assert message in problems[0].message
+
+
+def test_a_good_job_has_no_problem(toy_job: Callable[..., JobSpec], toy_shards: dict[str, str], tmp_path: Path) -> None:
+    data = {"train": {"shards": toy_shards["train"]}, "test": {"shards": toy_shards["test"]}}
+    assert check(toy_job(evaluate=[{"name": "knn", "data": data}]), tmp_path) == []
+
+
+def test_all_wrong_names_are_told_at_once(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    spec = toy_job(method={"name": "mea"}, model={"name": "vot"}, evaluate=[{"name": "kn"}])
+    assert [problem.loc[0] for problem in check(spec, tmp_path)] == ["method", "evaluate", "model"]
+
+
+def test_shards_of_an_evaluation_are_looked_at_too(
+    toy_job: Callable[..., JobSpec], toy_shards: dict[str, str], tmp_path: Path
+) -> None:
+    data = {"train": {"shards": toy_shards["train"]}, "test": {"shards": "/nowhere/t.tar"}}
+    problems = check(toy_job(evaluate=[{"name": "knn", "data": data}]), tmp_path)
+    assert [problem.loc for problem in problems] == [["evaluate", 0, "data", "test", "shards"]]
+
+
+def test_a_network_of_any_size_costs_no_memory(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    """ViT-H would be 2.5 GB; on the meta device it is a second of Python."""
+    assert check(toy_job(model={"name": "vit_huge"}, method={"name": "mae"}), tmp_path) == []

@@ -1,0 +1,183 @@
+"""Executes a View on decoded images: geometry is drawn first, as data, then pixels are resampled.
+
+What is drawn for a sample depends on its key, its size and the view, never on the batch, the rank or the worker that
+it is in; so does the way in which it is resampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from workloads.data.keys import uniform
+from workloads.data.views import View
+
+MAX_BATCHED_SIZE = 48  # 32 px: 10 us an image by batch, 35 one by one; 64 px: 48 against 46
+CROP_TRIES = 10  # torchvision's; a crop that does not fit is drawn again
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where each sample's view lies in its image; what is cut out is first flipped, then rotated.
+
+    Attributes:
+        size: int64 [B, 2], width and height of the image in pixels.
+        crop: int64 [B, 4], left, top, width and height of the cut in pixels.
+        flip: bool [B].
+        rotate_deg: float64 [B], counter-clockwise.
+    """
+
+    size: Tensor
+    crop: Tensor
+    flip: Tensor
+    rotate_deg: Tensor
+
+    @property
+    def box(self) -> Tensor:
+        """The cut as float32 [B, 4]: x0, y0, x1, y1 relative to the image, 0..1."""
+        corner, extent = self.crop[:, :2], self.crop[:, 2:]
+        return (torch.cat([corner, corner + extent], dim=1) / self.size.repeat(1, 2)).float()
+
+
+def execute(
+    view: View, images: Sequence[NDArray[np.uint8]], keys: Tensor | None = None, salt: str = ""
+) -> tuple[Tensor, Geometry]:
+    """Looks at each image through the view.
+
+    Args:
+        view: what to look at.
+        images: B arrays, uint8 [H, W, 3], of any sizes.
+        keys: int64 [B], the randomness of each sample; not needed where the view draws nothing.
+        salt: makes two views of one sample independent.
+
+    Returns:
+        uint8 [B, 3, size, size] and the geometry.
+    """
+    if keys is None:
+        assert not view.draws, "a view that draws needs keys"
+        keys = torch.zeros(len(images), dtype=torch.int64)
+    size = torch.tensor([(image.shape[1], image.shape[0]) for image in images], dtype=torch.int64).reshape(-1, 2)
+    geometry = draw(view, size, keys, salt)
+    return render(view, images, geometry), geometry
+
+
+def draw(view: View, size: Tensor, keys: Tensor, salt: str = "") -> Geometry:
+    """Draws crop, flip and rotation of each sample.
+
+    The crop is torchvision's RandomResizedCrop: a share of the area, uniform, and an aspect ratio, uniform in the
+    logarithm; drawn again up to 10 times until it fits, else the largest centred crop within the ratios. A view of
+    scale (1, 1) takes the centred square of the short side: the short side resized, the middle cut out.
+
+    Args:
+        view: what to draw for.
+        size: int64 [B, 2], width and height.
+        keys: int64 [B].
+        salt: see `execute`.
+    """
+    u = uniform(keys, 2 * CROP_TRIES + 4, salt)  # [B, 24]
+    if view.crops:
+        crop = _resized_crop(view, size, u[:, 4:], u[:, :2])
+    else:
+        side = size.min(dim=1, keepdim=True).values
+        crop = torch.cat([(size - side) // 2, side, side], dim=1)
+    return Geometry(size, crop, u[:, 2] < view.flip, (2 * u[:, 3] - 1) * view.rotate_deg)
+
+
+def _resized_crop(view: View, size: Tensor, shape_draws: Tensor, place_draws: Tensor) -> Tensor:
+    """[B, 2], [B, 2 * CROP_TRIES], [B, 2] -> int64 [B, 4]: left, top, width, height."""
+    full = size.double()
+    W, H = full[:, :1], full[:, 1:]
+    low, high = view.crop_scale
+    area = W * H * (low + (high - low) * shape_draws[:, :CROP_TRIES])
+    log_low, log_high = (math.log(ratio) for ratio in view.crop_ratio)
+    ratio = torch.exp(log_low + (log_high - log_low) * shape_draws[:, CROP_TRIES:])
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [B, CROP_TRIES]
+    fits = (w >= 1) & (w <= W) & (h >= 1) & (h <= H)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    drawn = torch.cat([w.gather(1, first), h.gather(1, first)], dim=1)  # [B, 2]
+    widest = torch.cat(
+        [(H * view.crop_ratio[1]).round().minimum(W), (W / view.crop_ratio[0]).round().minimum(H)], dim=1
+    )
+    fitted = fits.any(dim=1, keepdim=True)
+    extent = torch.where(fitted, drawn, widest.clamp(min=1))
+    corner = torch.where(fitted, (place_draws * (full - extent + 1)).floor(), ((full - extent) / 2).round())
+    return torch.cat([corner, extent], dim=1).long()
+
+
+def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) -> Tensor:
+    """Cuts, resizes, flips and rotates -> uint8 [B, 3, size, size].
+
+    Crops are resized one by one with antialiasing; those that are enlarged bilinearly to a small size, where the calls
+    would cost more than the pixels, go through one sampling for all images of a shape: the same resize, up to rounding.
+    Rotation fills with black, as torchvision does.
+    """
+    S = view.size
+    pixels = torch.empty(len(images), 3, S, S, dtype=torch.uint8)
+    batched = view.interpolation == "bilinear" and S <= MAX_BATCHED_SIZE
+    whole: list[int] = []  # nothing to resize
+    enlarged: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    crops = geometry.crop.tolist()
+    for i, (x, y, w, h) in enumerate(crops):
+        if w == h == S:
+            whole.append(i)
+        elif w <= S and h <= S and batched:
+            enlarged[images[i].shape].append(i)
+        else:
+            pixels[i] = _resize(images[i][y : y + h, x : x + w], view)
+    if whole:
+        cuts = [images[i][y : y + S, x : x + S] for i in whole for x, y, _, _ in [crops[i]]]
+        pixels[whole] = _channels_first(np.stack(cuts))
+    for places in enlarged.values():
+        pixels[places] = _enlarge(np.stack([images[i] for i in places]), geometry.crop[places], S)
+    if view.flip:
+        pixels[geometry.flip] = pixels[geometry.flip].flip(3)
+    if view.rotate_deg:
+        pixels = _rotate(pixels, geometry.rotate_deg)
+    return pixels
+
+
+def _channels_first(images: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _resize(image: NDArray[np.uint8], view: View) -> Tensor:
+    """[h, w, 3] -> [3, S, S]."""
+    # In a channels-last layout torch has a vectorised uint8 kernel; a contiguous copy of the cut keeps it.
+    source = _channels_first(np.ascontiguousarray(image)[None])
+    return F.interpolate(source, size=(view.size, view.size), mode=view.interpolation, antialias=True)[0]
+
+
+def _enlarge(images: NDArray[np.uint8], crop: Tensor, S: int) -> Tensor:
+    """Bilinear resize of one crop an image: uint8 [b, H, W, 3], int64 [b, 4] -> uint8 [b, 3, S, S]."""
+    _, H, W, _ = images.shape
+    centre = (torch.arange(S) + 0.5) / S
+    x, y, w, h = crop.float()[:, :, None].unbind(1)  # each [b, 1]
+    grid = torch.empty(len(images), S, S, 2)  # filled in place: `stack` of expanded views costs twice the sampling
+    # Sampling stops at the centres of the outer pixels of the crop, as if there were nothing beyond.
+    grid[..., 0] = (2 * (x + (w * centre).clamp(min=0.5).minimum(w - 0.5)) / W - 1)[:, None, :]
+    grid[..., 1] = (2 * (y + (h * centre).clamp(min=0.5).minimum(h - 0.5)) / H - 1)[:, :, None]
+    sampled = F.grid_sample(_channels_first(images).float(), grid, padding_mode="border", align_corners=False)
+    return sampled.add_(0.5).to(torch.uint8)
+
+
+def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
+    """Rotates each image about its centre, counter-clockwise: [B, 3, S, S], [B] -> [B, 3, S, S]."""
+    radians = torch.deg2rad(degrees).float()
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels.float(), grid, align_corners=False).add_(0.5).to(torch.uint8)
+
+
+def normalise(images: Tensor, view: View) -> Tensor:
+    """uint8 [B, 3, H, W] on any device -> float32, of mean 0 and deviation 1 by the view's constants."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (view.mean, view.std))
+    return (images.float() / 255 - mean) / std
