@@ -51,7 +51,7 @@ def make_optimizer(spec: JobSpec, method: Method) -> torch.optim.Optimizer:
         for group in method.parameter_groups()
         if group["params"]
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.optimizer.betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=spec.optimizer.betas, fused=True)
 
 
 def learning_rate(spec: JobSpec, step: int, total: int, steps_per_epoch: int) -> float:

@@ -49,7 +49,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
             return _to_rgb(image)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"got far more pixels than {max_pixels} ({error}); make the image smaller") from error
     except UnidentifiedImageError as error:
         start = bytes(data[:8])
@@ -75,7 +75,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
         return pixels
     except ImageError:
         raise
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a header of unknown colours
         # Pillow would hide these two and fill the rest with grey.
         if str(error).startswith(("Corrupt JPEG", "Premature end")):
             raise ImageError(f"got a damaged JPEG ({error}), expected a whole one; encode it again") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,33 +25,37 @@ def read_images(manifest: Manifest, rows: NDArray[np.int64]) -> list[bytes]:
         DataError: a shard vanished, or is not of the size that the manifest says.
     """
     images = [b""] * len(rows)
-    shard, offset, length = manifest.shard[rows], manifest.image_offset[rows], manifest.image_length[rows]
-    order = np.lexsort((offset, shard))
-    bounds = np.flatnonzero(np.diff(shard[order])) + 1
-    for places in np.split(order, bounds) if len(order) else []:
-        number = int(shard[places[0]])
-        file = _open(manifest.shards[number], manifest.shard_bytes[number])
+    order = np.lexsort((manifest.image_offset[rows], manifest.shard[rows]))
+    shard: list[int] = manifest.shard[rows].tolist()
+    offset: list[int] = manifest.image_offset[rows].tolist()
+    length: list[int] = manifest.image_length[rows].tolist()
+    for number, places in groupby(order.tolist(), key=shard.__getitem__):
+        path = manifest.shards[number]
+        file = _open(path, manifest.shard_bytes[number])
         try:
             for run in _runs(places, offset, length):
-                start, end = int(offset[run[0]]), int(max(offset[run] + length[run]))
-                data = _read(file, start, end - start, manifest.shards[number])
+                start = offset[run[0]]
+                data = _read(file, start, max(offset[place] + length[place] for place in run) - start, path)
                 for place in run:
-                    at = int(offset[place]) - start
-                    images[place] = data[at : at + int(length[place])]
+                    at = offset[place] - start
+                    images[place] = data[at : at + length[place]]
         finally:
             os.close(file)
     return images
 
 
-def _runs(places: NDArray[np.int64], offset: NDArray[np.int64], length: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _runs(places: Iterable[int], offset: list[int], length: list[int]) -> Iterator[list[int]]:
     """Splits places, sorted by offset, into runs that are read at once."""
-    starts, ends = offset[places], offset[places] + length[places]
-    apart = np.flatnonzero(starts[1:] - ends[:-1] > MAX_GAP_BYTES) + 1
-    runs = []
-    for run in np.split(places, apart):
-        chunk = (offset[run] - offset[run[0]]) // MAX_RUN_BYTES
-        runs += np.split(run, np.flatnonzero(np.diff(chunk)) + 1)
-    return runs
+    run: list[int] = []
+    end = 0
+    for place in places:
+        if run and (offset[place] - end > MAX_GAP_BYTES or end - offset[run[0]] > MAX_RUN_BYTES):
+            yield run
+            run = []
+        run.append(place)
+        end = offset[place] + length[place]
+    if run:
+        yield run
 
 
 def _open(path: str, expected_bytes: int) -> int:
@@ -73,7 +78,7 @@ def _read(file: int, offset: int, size: int, path: str) -> bytes:
         try:
             piece = os.pread(file, size, offset)
         except OSError as error:
-            raise DataError(f"got {error.strerror} in {Path(path)} at offset {offset}; check the disk") from error
+            raise DataError(f"got {error.strerror} in {path} at offset {offset}; check the disk") from error
         if not piece:
             raise DataError(f"got the end of {path} at offset {offset}, expected {size} more bytes; bring it back")
         pieces.append(piece)

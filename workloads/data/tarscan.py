@@ -99,7 +99,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         elif kind != b"5":  # a folder
             yield Member(name, start, data, length, f"a link or special file (type {kind.decode('latin1')!r})")
         start = offset
-    raise TornError("-", offset, "truncated: the archive has no end mark")
+    raise TornError("-", min(offset, size), "truncated: the archive has no end mark")
 
 
 def _expect_end(file: BinaryIO, offset: int, size: int) -> None:
@@ -197,7 +197,8 @@ def _groups(file: BinaryIO, quarantined: list[str]) -> Iterator[tuple[str, dict[
                     group[parts[1]] = member
     except TornError as torn:
         if group:
-            complete = set(group) == previous
+            next_parts = split_name(torn.member)
+            complete = set(group) == previous or (next_parts is not None and next_parts[0] != key)
             yield key, group, "" if complete else "its shard is torn behind it, members may be missing"
         quarantined.append(f"{torn.member} at offset {torn.offset}: {torn.why}")
     else:

@@ -170,10 +170,12 @@ def _enlarge(images: NDArray[np.uint8], crop: Tensor, S: int) -> Tensor:
 
 def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
     """Rotates each image about its centre, counter-clockwise: [B, 3, S, S], [B] -> [B, 3, S, S]."""
-    radians = torch.deg2rad(degrees).float()
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    # Elementwise: `affine_grid` multiplies matrices by batch, whose rounding may depend on the batch.
+    S = pixels.shape[-1]
+    centre = (2 * torch.arange(S) + 1) / S - 1
+    x, y = centre[None, None, :], centre[None, :, None]
+    radians = torch.deg2rad(degrees).float()[:, None, None]
+    grid = torch.stack([radians.cos() * x - radians.sin() * y, radians.sin() * x + radians.cos() * y], dim=3)
     return F.grid_sample(pixels.float(), grid, align_corners=False).add_(0.5).to(torch.uint8)
 
 
