@@ -56,3 +56,58 @@ def reason_of(app: ApplicationStatusOverview) -> str:
     message = next((d.message for d in app.deployments.values() if d.message), app.message)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", message).strip().splitlines() or [str(app.status.value)]
     return re.sub(r"^([a-z_]\w*\.)+(?=[A-Z]\w*: )", "", lines[-1].strip())
+
+
+class Deployments:
+    """Deploys, replaces and undeploys models, and finds the handle of one that runs."""
+
+    def __init__(self, settings: Settings, store: Store, registry: Registry, serve_api: Any = serve) -> None:
+        self._settings, self._store, self._registry, self._serve = settings, store, registry, serve_api
+        self._lock = threading.Lock()  # a row and what Serve is asked for change together
+        self._asked: dict[str, int] = {}  # model -> version that this process has handed to Serve
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def deploy(self, name: str, version: int | None = None) -> Deployment:
+        """Wants `name` served in this version, or in its newest one; replaces another version in place.
+
+        Until the new version answers, the old one does. Asking again for what is there changes nothing.
+
+        Raises:
+            NotFound: the registry has no such model or version.
+        """
+        version = self._registry.get(name, version).version
+        with self._lock:
+            row = self._store.get_deployment(name)
+            if row is not None and row.version == version and row.state != "FAILED":
+                return self._refresh(row)
+            self._asked.pop(name, None)
+            return self._refresh(self._store.put_deployment(name, version, "DEPLOYING", None))
+
+    def undeploy(self, name: str) -> None:
+        """Ends the serving of a model; returns before its replica has answered its last requests.
+
+        Raises:
+            NotFound: the model is not deployed.
+        """
+        with self._lock:
+            self._row(name)
+            self._store.delete_deployment(name)
+            self._asked.pop(name, None)
+            self._handles.pop(name, None)
+            self._serve.delete(PREFIX + name, _blocking=False)
+
+    def get(self, name: str) -> Deployment:
+        """The row with the state of this moment.
+
+        Raises:
+            NotFound: the model is not deployed.
+        """
+        with self._lock:
+            return self._refresh(self._row(name))
+
+    def wait(self, name: str, timeout_s: float) -> Deployment:
+        """`get`, once it is no longer DEPLOYING or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while (row := self.get(name)).state == "DEPLOYING" and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return row

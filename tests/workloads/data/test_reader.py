@@ -76,12 +76,8 @@ def test_resumed_anywhere_with_another_world_size_it_goes_on(n, batch_size, stop
 
     def sequence(start: int, end: int, world_size: int) -> list[int]:
         reader = reader_of(n, batch_size, drop_last=drop_last)  # a new process: nothing is carried over
-        return [
-            int(row)
-            for step in range(start, end)
-            for rank in range(world_size)
-            for row in reader.rows(step, rank, world_size)
-        ]
+        shares = [reader.rows(step, rank, world_size) for step in range(start, end) for rank in range(world_size)]
+        return [int(row) for share in shares for row in share]
 
     end = stop + 2 * reader_of(n, batch_size, drop_last=drop_last).steps_per_epoch
     assert sequence(0, stop, before) + sequence(stop, end, after) == sequence(0, end, 1)
@@ -159,18 +155,14 @@ def test_bad_sample_is_counted_and_replaced(make_manifest):
     assert batch["image"][:, 0, 0, 0].tolist() == index and batch["label"].tolist() == [i % 3 for i in index]
     (line,) = reader.skipped.values()
     assert list(reader.skipped) == [7]
-    assert line.startswith(
-        f"set-000001.tar: 000007 at offset {reader.manifest.image_offset[7]}: got an image that cannot"
-    )
+    assert line.startswith(f"set-000001.tar: 000007 at offset {reader.manifest.image_offset[7]}: got 38 bytes")
     again = reader.batch(0)  # now it is known to be bad, and not read: the same sample takes its place
     assert again["index"].tolist() == index
 
 
 def test_too_many_bad_samples_fail_with_the_list(make_manifest):
     reader = Reader(make_manifest([20], corrupt=[3, 5]), VIEWS, batch_size=20, max_bad_share=0.05)
-    with pytest.raises(
-        DataError, match=r"got 2 of 20 samples.*share of 0.05.*00000[35] at offset.*00000[35] at offset"
-    ):
+    with pytest.raises(DataError, match=r"got 2 of 20 samples.*share of 0.05.*00000[35] at .*00000[35] at "):
         reader.batch(0)
 
 
@@ -181,9 +173,7 @@ def test_nothing_but_bad_samples_ends(make_manifest):
 
 
 def test_batch_larger_than_the_set():
-    with pytest.raises(
-        DataError, match="got batch_size=11 for 10 samples, expected at most as many; use batch_size=10"
-    ):
+    with pytest.raises(DataError, match="got batch_size=11 for 10 samples, expected at most as many; use"):
         reader_of(10, 11)
     assert reader_of(10, 11, drop_last=False).steps_per_epoch == 1
 
@@ -198,7 +188,7 @@ def test_a_shard_that_vanished_during_the_run_is_named(make_manifest, tmp_path):
     reader = Reader(make_manifest([4, 4]), VIEWS, batch_size=8)
     reader.batch(0)
     (tmp_path / "set-000001.tar").unlink()
-    with pytest.raises(DataError, match="set-000001.tar"):
+    with pytest.raises(DataError, match=r"set-000001.tar"):
         reader.batch(1)
 
 
