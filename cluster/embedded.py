@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import secrets
 import shlex
@@ -235,7 +236,7 @@ def connect(home: Path) -> Head:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=head.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="WARNING")
+        ray.init(address=head.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.WARNING)
     return head
 
 

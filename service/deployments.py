@@ -7,48 +7,52 @@ applications of their own, so a declarative update of the front end leaves them 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray import serve
-from ray.serve import RunTarget
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from service.errors import Conflict, NotFound, Unavailable
-from service.predictor import application
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Deployment, DeploymentState, Store
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
 PREFIX = "model-"
-POLL_S = 0.2
+POLL_S = 0.2  # of `wait`
+CALM_S = 10.0  # between two looks at Serve while nothing changes
 
 
-def decide(
-    row: Deployment, app: ApplicationStatusOverview | None, *, asked: bool
-) -> tuple[Literal["start"], None] | tuple[DeploymentState, str | None]:
-    """What to do about a wanted model, or the state and reason that it is in.
+@dataclass(frozen=True)
+class Decision:
+    """What to do about a wanted model, and the state that is true."""
+
+    act: Literal["start", "none"]
+    state: DeploymentState
+    reason: str | None = None
+
+
+def decide(row: Deployment, app: ApplicationStatusOverview | None, *, asked: bool) -> Decision:
+    """What is true of a wanted model, and what to do.
 
     Args:
-        row: what is wanted, and the state seen last.
-        app: what Serve says; None: nothing of that name.
-        asked: whether this process has handed this row to Serve. A DEPLOYING row of a process that
-            ended in between may stand beside an application of an older version.
+        row: what is wanted, and the state that was seen last.
+        app: what Serve says; None: it has no such application.
+        asked: whether this process asked Serve for this version. Beside a DEPLOYING row that an ended
+            process left, there may stand an application of an older version.
     """
-    gone = (None, ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED)
+    gone = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
     if app is None or app.status in gone or (row.state == "DEPLOYING" and not asked):
-        return "start", None
-    if app.status == ApplicationStatus.DEPLOYING:
-        return "DEPLOYING", None
-    if app.status == ApplicationStatus.RUNNING:
-        return "RUNNING", None
-    return "FAILED", reason_of(app)
+        return Decision("start", "DEPLOYING")
+    if app.status in (ApplicationStatus.DEPLOYING, ApplicationStatus.RUNNING):
+        return Decision("none", "RUNNING" if app.status == ApplicationStatus.RUNNING else "DEPLOYING")
+    return Decision("none", "FAILED", reason_of(app))
 
 
 def reason_of(app: ApplicationStatusOverview) -> str:
@@ -63,14 +67,16 @@ class Deployments:
 
     def __init__(self, settings: Settings, store: Store, registry: Registry, serve_api: Any = serve) -> None:
         self._settings, self._store, self._registry, self._serve = settings, store, registry, serve_api
-        self._lock = threading.Lock()  # a row and what Serve is asked for change together
-        self._asked: dict[str, int] = {}  # model -> version that this process has handed to Serve
+        self._lock = threading.Lock()  # a row, and what Serve was asked for, change together
+        self._asked: dict[str, int] = {}  # model -> version that this process asked Serve for
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._look_at = 0.0  # monotonic time of the next look at Serve
+        self._orphans = True  # there may be applications that nobody wants
 
     def deploy(self, name: str, version: int | None = None) -> Deployment:
-        """Wants `name` served in this version, or in its newest one; replaces another version in place.
+        """Wants `name` served in this version or its newest, and starts that; asking again changes nothing.
 
-        Until the new version answers, the old one does. Asking again for what is there changes nothing.
+        Another version that is served answers until the new one does, and goes on when the new one fails.
 
         Raises:
             NotFound: the registry has no such model or version.
@@ -78,16 +84,17 @@ class Deployments:
         version = self._registry.get(name, version).version
         with self._lock:
             row = self._store.get_deployment(name)
-            if row is not None and row.version == version and row.state != "FAILED":
-                return self._refresh(row)
-            self._asked.pop(name, None)
-            return self._refresh(self._store.put_deployment(name, version, "DEPLOYING", None))
+            if row is None or row.version != version or row.state == "FAILED":
+                self._asked.pop(name, None)
+                row = self._store.put_deployment(name, version, "DEPLOYING", None)
+            return self._settle(row, self._applications())
 
     def undeploy(self, name: str) -> None:
-        """Ends the serving of a model; returns before its replica has answered its last requests.
+        """Ends the serving of a model; requests that its replica has taken are still answered.
 
         Raises:
-            NotFound: the model is not deployed.
+            NotFound: there is no such model.
+            NotDeployed: it is not deployed.
         """
         with self._lock:
             self._row(name)
@@ -97,13 +104,9 @@ class Deployments:
             self._serve.delete(PREFIX + name, _blocking=False)
 
     def get(self, name: str) -> Deployment:
-        """The row with the state of this moment.
-
-        Raises:
-            NotFound: the model is not deployed.
-        """
+        """The row in the state of this moment; raises as `undeploy` does."""
         with self._lock:
-            return self._refresh(self._row(name))
+            return self._settle(self._row(name), self._applications())
 
     def wait(self, name: str, timeout_s: float) -> Deployment:
         """`get`, once it is no longer DEPLOYING or the time is over."""
@@ -111,3 +114,84 @@ class Deployments:
         while (row := self.get(name)).state == "DEPLOYING" and time.monotonic() < deadline:
             time.sleep(POLL_S)
         return row
+
+    def view(self, name: str) -> dict[str, Any] | None:
+        """The row as it was seen last, None where the model is not deployed."""
+        row = self._store.get_deployment(name)
+        return row and {"model": f"{name}@{row.version}", "state": row.state, "reason": row.reason}
+
+    def reconcile(self) -> None:
+        """Starts what is wanted and not there, ends what is there and not wanted, and notes the states."""
+        rows = self._store.list_deployments()
+        if time.monotonic() < self._look_at and not any(row.state == "DEPLOYING" for row in rows):
+            return
+        if not rows and not self._orphans:
+            return
+        with self._lock:
+            apps = self._applications()
+            rows = self._store.list_deployments()  # again: one may have come or gone
+            for row in rows:
+                self._settle(row, apps)
+            for name in apps.keys() - {row.name for row in rows}:
+                logger.info("model %s is served but not wanted; its application is deleted", name)
+                self._serve.delete(PREFIX + name, _blocking=False)
+        self._orphans, self._look_at = False, time.monotonic() + CALM_S
+
+    async def handle(self, name: str) -> DeploymentHandle[Any]:
+        """Through which a model that runs is asked.
+
+        Raises:
+            NotFound: there is no such model.
+            NotDeployed: nobody deployed it, or that failed.
+            Unavailable: it is being deployed.
+        """
+        return self._handles.get(name) or await asyncio.to_thread(self._find, name)
+
+    def _find(self, name: str) -> DeploymentHandle[Any]:
+        with self._lock:
+            row = self._settle(self._row(name), self._applications())
+            if row.state == "DEPLOYING":
+                raise Unavailable(f"{name}@{row.version} is being deployed", "try again in a few seconds")
+            if row.state == "FAILED":
+                raise NotDeployed(f"{name}@{row.version} could not be deployed: {row.reason}", "deploy another version")
+            self._handles[name] = self._serve.get_app_handle(PREFIX + name)
+            return self._handles[name]
+
+    def _row(self, name: str) -> Deployment:
+        row = self._store.get_deployment(name)
+        if row is None:
+            self._registry.versions(name)  # says the nearest names where there is none such
+            raise NotDeployed(f"got model {name!r}, which is not deployed", f"POST /v1/models/{name}/deploy")
+        return row
+
+    def _applications(self) -> dict[str, ApplicationStatusOverview]:
+        """What Serve says, by name of the model."""
+        try:
+            apps = self._serve.status().applications
+        except (RayError, RayServeException) as error:
+            raise Unavailable(f"Ray Serve does not answer: {error}", "try again; `manta doctor` looks closer") from error
+        return {name.removeprefix(PREFIX): app for name, app in apps.items() if name.startswith(PREFIX)}
+
+    def _settle(self, row: Deployment, apps: dict[str, ApplicationStatusOverview]) -> Deployment:
+        """Acts on the decision about a row, and writes what changed."""
+        decision = decide(row, apps.get(row.name), asked=self._asked.get(row.name) == row.version)
+        if decision.act == "start":
+            self._start(row)
+        if (row.state, row.reason) == (decision.state, decision.reason):
+            return row
+        logger.info("model %s@%d: %s %s", row.name, row.version, decision.state, decision.reason or "")
+        return self._store.put_deployment(row.name, row.version, decision.state, decision.reason)
+
+    def _start(self, row: Deployment) -> None:
+        """Asks Serve and returns at once; the application of another version is replaced in place."""
+        reference = f"{row.name}@{row.version}"
+        app = application(self._registry.folder(row.name, row.version), self._settings.home, reference)
+        target = RunTarget(app, name=PREFIX + row.name, route_prefix=None)
+        try:
+            self._serve.run_many(
+                [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+            )
+        except (RayError, RayServeException) as error:  # the row stays: `reconcile` asks again
+            logger.warning("model %s was not started: %s", reference, error)
+            return
+        self._asked[row.name] = row.version

@@ -7,14 +7,19 @@ position; only decoded images meet those of other requests, in one forward.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from service.batching import Batcher
+from service.errors import BadImage, BadRequest, ServiceError, Unavailable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 MAX_BATCH_SIZE = 32  # images in one forward
 MAX_ONGOING_REQUESTS = 64  # in the replica: being decoded, waiting for a forward, in it
 MAX_QUEUED_REQUESTS = 128  # for a place there; one more is refused at once, which beats a queue without end
+TIMEOUT_S = 120.0  # of an answer
 
 
 class Predictor:
@@ -51,16 +57,22 @@ class Predictor:
         self._suspect = False
 
     async def predict(self, images: list[bytes]) -> dict[str, Any]:
-        self._model.expect_classifier()
-        return self._answer(await self._classify(await self._decode(images)))
+        """`{"model": reference, "outputs": [...]}`, as each of the three; raises BadImage, BadRequest."""
+        with _refusals():
+            self._model.expect_classifier()
+            pixels = await self._decode(images)
+        return self._answer(await self._classify(pixels))
 
     async def embed(self, images: list[bytes]) -> dict[str, Any]:
-        return self._answer(await self._features(await self._decode(images)))
+        with _refusals():
+            pixels = await self._decode(images)
+        return self._answer(await self._features(pixels))
 
     async def reconstruct(self, images: list[bytes]) -> dict[str, Any]:
         """One request at a time, unbatched: pictures are for people."""
-        async with self._drawing:
-            return self._answer(await asyncio.to_thread(self._model.reconstruct, images))
+        with _refusals():
+            async with self._drawing:
+                return self._answer(await asyncio.to_thread(self._model.reconstruct, images))
 
     async def check_health(self) -> None:
         """After a forward that broke (memory, a lost device), one more must succeed, or Serve replaces the replica."""
@@ -84,6 +96,48 @@ class Predictor:
 
     def _answer(self, outputs: list[Any]) -> dict[str, Any]:
         return {"model": self._reference, "outputs": outputs}
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the model refuses, as errors of the service, which cross to the front end."""
+    from workloads.inference import ImageError
+
+    try:
+        yield
+    except ValueError as error:
+        detail, _, hint = str(error).rpartition("; ")
+        kind = BadImage if isinstance(error, ImageError) else BadRequest
+        raise kind(detail or hint, hint if detail else "") from error
+
+
+async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> dict[str, Any]:
+    """Asks a predictor: `{"model": "name@version", "outputs": [...]}`.
+
+    Args:
+        handle: of the application.
+        verb: "predict", "embed" or "reconstruct".
+        images: encoded.
+
+    Raises:
+        ServiceError: what the predictor refused.
+        Unavailable: its queue is full, or it does not answer.
+    """
+    again = "try again in a few seconds"
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            answer: dict[str, Any] = await handle.options(method_name=verb).remote(images)
+            return answer
+    except RayTaskError as error:
+        if isinstance(error.cause, ServiceError):
+            raise error.cause from None  # without the text of the traceback, which tells processes and addresses
+        raise
+    except BackPressureError as error:
+        raise Unavailable(f"got more requests than wait in line ({MAX_QUEUED_REQUESTS})", again) from error
+    except TimeoutError as error:
+        raise Unavailable(f"got no answer within {TIMEOUT_S:.0f} s", "send fewer images at a time") from error
+    except (RayError, RayServeException) as error:
+        raise Unavailable("the replica of the model is not there", again) from error
 
 
 def application(folder: Path, home: Path, reference: str, *, cpus: float = 0) -> Application:

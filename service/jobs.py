@@ -1,0 +1,200 @@
+"""What users do with jobs: submit, look, cancel. The life of a job after that is `service.reconciler`.
+
+    QUEUED -> STARTING -> RUNNING -> SUCCEEDED | FAILED
+       |         |           |
+       |         +-----------+--> CANCELLING -> CANCELLED   (a job that finishes first is SUCCEEDED or FAILED)
+       +--> CANCELLED
+
+A row is written before anything else happens. Times in answers are ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm.exc import StaleDataError
+
+from service.errors import Conflict, InvalidSpec, NotFound, Unavailable
+from service.ray_jobs import RayJobs
+from service.registry import Registry
+from service.settings import Settings
+from service.store import TERMINAL, Job, JobState, Store
+from workloads import preflight
+from workloads.catalog import problems_of
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
+
+Check = Callable[[JobSpec, Any], list[preflight.Problem]]
+
+
+class Jobs:
+    """The table of jobs as users see it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        ray: RayJobs,
+        registry: Registry,
+        wake: Callable[[], None],
+        check: Check = preflight.check,
+    ) -> None:
+        """Keeps its parts.
+
+        Args:
+            settings: of the service.
+            store: the database.
+            ray: asked for the size of the cluster.
+            registry: asked for what a job registered.
+            wake: tells the reconciler that there is something to do.
+            check: what is wrong with a spec.
+        """
+        self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
+        self._wake, self._check = wake, check
+
+    def submit(self, body: dict[str, Any], idempotency_key: str | None = None) -> tuple[Job, bool]:
+        """Accepts a job: its row is durable when this returns. False when the key had made it before.
+
+        Raises:
+            InvalidSpec: every problem that can be found without running it.
+            Conflict: the key was used for another body.
+        """
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        if idempotency_key is not None and (known := self._by_key(idempotency_key, digest)):
+            return known, False
+        spec = self._valid(body)
+        job = Job(
+            id=f"job-{uuid.uuid4().hex[:12]}",
+            name=spec.name,
+            spec=spec.model_dump(mode="json"),
+            origin="rest",
+            state="QUEUED",
+            cpus=spec.resources.cpus,
+            gpus=spec.resources.gpus,
+            idempotency_key=idempotency_key,
+            body_hash=digest,
+        )
+        try:
+            with self._store.session() as session:
+                session.add(job)
+        except IntegrityError:  # the same key at the same moment
+            known = self._by_key(idempotency_key or "", digest)
+            if known is None:
+                raise
+            return known, False
+        self._wake()
+        return job, True
+
+    def _by_key(self, key: str, digest: str) -> Job | None:
+        with self._store.session() as session:
+            job = session.scalar(sa.select(Job).filter_by(idempotency_key=key))
+        if job is not None and job.body_hash != digest:
+            raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
+        return job
+
+    def _valid(self, body: dict[str, Any]) -> JobSpec:
+        try:
+            spec = JobSpec.model_validate(body)
+        except ValidationError as error:
+            found = problems_of(error, JobSpec)
+            raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
+        problems = self._check(spec, self._settings.home) or self._too_large(spec)
+        if problems:
+            raise InvalidSpec([problem.model_dump() for problem in problems])
+        return spec
+
+    def _too_large(self, spec: JobSpec) -> list[preflight.Problem]:
+        """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
+        try:
+            capacity = self._ray.capacity()
+        except Unavailable:
+            return []
+        resources = spec.resources
+        needs = (("CPU", resources.cpus, resources.cpus_per_worker), ("GPU", resources.gpus, resources.gpus_per_worker))
+        for name, needed, each in needs:
+            if needed > capacity[name]:
+                workers = int(capacity[name] // each)
+                hint = (
+                    f"resources.workers: {workers} fits" if workers else f"ask for at most {capacity[name]:g} a worker"
+                )
+                message = f"got {needed:g} {name}s in all, expected at most the {capacity[name]:g} of this cluster"
+                return [preflight.Problem(loc=["resources"], message=message, hint=hint)]
+        return []
+
+    def get(self, job_id: str) -> Job:
+        with self._store.session() as session:
+            job = session.scalar(sa.select(Job).filter_by(id=job_id))
+        if job is None:
+            raise NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
+        return job
+
+    def list(self, *, limit: int, before: int | None = None, state: JobState | None = None) -> list[Job]:
+        """Newest first; `before` is the number of the last job of the page before."""
+        query = sa.select(Job).order_by(Job.number.desc()).limit(limit)
+        if before is not None:
+            query = query.where(Job.number < before)
+        if state is not None:
+            query = query.where(Job.state == state)
+        with self._store.session() as session:
+            return list(session.scalars(query))
+
+    def cancel(self, job_id: str) -> Job:
+        """Asks a job to stop with a last checkpoint; a job that is finished or cancelled stays as it is."""
+        while True:
+            job = self.get(job_id)
+            if job.state in TERMINAL or job.state == "CANCELLING":
+                return job
+            try:
+                with self._store.session() as session:
+                    row = session.get(Job, job.number)
+                    assert row is not None
+                    if row.state == "QUEUED":
+                        row.state, row.reason, row.finished_at = "CANCELLED", "cancelled on request", _now()
+                    elif row.state not in TERMINAL:
+                        row.state = "CANCELLING"
+            except StaleDataError:
+                continue  # the reconciler wrote at the same moment: look again
+            self._wake()
+
+    def run_folder(self, job_id: str) -> RunFolder:
+        return RunFolder(self._settings.runs / self.get(job_id).id)
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """A job as an answer."""
+        run = RunFolder(self._settings.runs / job.id)
+        record = run.read_record()
+        return {
+            "id": job.id,
+            "name": job.name,
+            "state": job.state,
+            "attempt": job.attempt,
+            "reason": job.reason,
+            "hint": job.hint,
+            "method": job.spec["method"]["name"],
+            "origin": job.origin,
+            "created_at": _iso(job.created_at),
+            "started_at": _iso(job.started_at),
+            "finished_at": _iso(job.finished_at),
+            "progress": {"step": job.step, "total_steps": job.total_steps, "epoch": job.epoch},
+            "skipped": record.skipped if record else [],
+            "warnings": record.warnings if record else [],
+            "evaluations": run.read_evaluations(),
+            "models": self._registry.of_job(job.id),
+            "spec": job.spec,
+        }
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
+
+
+def _iso(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -1,0 +1,84 @@
+"""The objects that live as long as the service, and how routes ask for them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.deployments import Deployments
+from service.jobs import Jobs
+from service.ray_jobs import RayJobs
+from service.reconciler import Reconciler
+from service.registry import Registry
+from service.settings import Settings
+from service.store import Store
+from workloads import preflight
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """Built once in `service.app`; started and stopped with it."""
+
+    settings: Settings
+    store: Store
+    ray: RayJobs
+    registry: Registry
+    reconciler: Reconciler
+    jobs: Jobs
+    deployments: Deployments
+    warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
+
+    def start(self) -> None:
+        self.reconciler.start()
+        threading.Thread(target=self._warm, name="warm-up", daemon=True).start()
+
+    def _warm(self) -> None:
+        try:
+            preflight.warm()
+        except Exception:
+            logger.exception("the catalog could not be imported; /readyz stays red")
+            return
+        self.warm.set()
+
+    def stop(self) -> None:
+        self.reconciler.stop()
+        self.store.close()
+
+
+def build_parts(settings: Settings) -> Parts:
+    store = Store(settings.database)
+    ray = RayJobs(settings)
+    registry = Registry(settings, store)
+    deployments = Deployments(settings, store, registry)
+    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile)
+    jobs = Jobs(settings, store, ray, registry, reconciler.wake)
+    return Parts(settings, store, ray, registry, reconciler, jobs, deployments)
+
+
+def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+def _jobs(request: Request) -> Jobs:
+    return _parts(request).jobs
+
+
+def _registry(request: Request) -> Registry:
+    return _parts(request).registry
+
+
+def _deployments(request: Request) -> Deployments:
+    return _parts(request).deployments
+
+
+PartsDep = Annotated[Parts, Depends(_parts)]
+JobsDep = Annotated[Jobs, Depends(_jobs)]
+RegistryDep = Annotated[Registry, Depends(_registry)]
+DeploymentsDep = Annotated[Deployments, Depends(_deployments)]

@@ -1,0 +1,106 @@
+"""Ray's Jobs API, made safe to repeat: the one place that submits to, asks and stops Ray.
+
+Ray answers a duplicate id with HTTP 500, forgets jobs with its head, and can call a
+living job FAILED. So nothing here is believed to be the truth about a job; see
+`service.reconciler`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from typing import Any, Literal
+
+from service.errors import Unavailable
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
+CAPACITY_TTL_S = 5.0
+TAIL_LINES = 30
+
+
+class RayJobs:
+    """Blocking; called from threads. Raises Unavailable when Ray cannot be reached."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: Any = None
+        self._capacity: tuple[float, dict[str, float]] | None = None
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            from ray.job_submission import JobSubmissionClient
+
+            try:
+                self._client = JobSubmissionClient(self._settings.ray_dashboard_url)
+            except Exception as error:  # ray raises bare RuntimeError and ConnectionError here
+                raise Unavailable(f"Ray at {self._settings.ray_dashboard_url} does not answer: {error}") from error
+        return self._client
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        client = self._connected()
+        try:
+            return getattr(client, name)(*args, **kwargs)
+        except (RuntimeError, OSError) as error:  # what the client makes of any HTTP error, and of no connection
+            raise Unavailable(f"Ray could not {name.replace('_', ' ')}: {error}") from error
+
+    def statuses(self) -> dict[str, RayStatus]:
+        """Every job that Ray knows by a submission id."""
+        jobs = self._call("list_jobs")
+        return {job.submission_id: job.status.value for job in jobs if job.submission_id is not None}
+
+    def submit(self, job_id: str, attempt: int) -> None:
+        """Starts the run of a job under its own id; a second call for a live one changes nothing.
+
+        A finished record of the same id, of an earlier attempt, is deleted first.
+        """
+        status = self.statuses().get(job_id)
+        if status in ("PENDING", "RUNNING"):
+            return
+        if status is not None:
+            self._call("delete_job", job_id)
+        spec = self._settings.runs / job_id / "job.json"
+        environment = {
+            "MANTA_HOME": str(self._settings.home),
+            "MANTA_JOB_ID": job_id,
+            "MANTA_ATTEMPT": str(attempt),
+            "RAY_JOB_STOP_WAIT_TIME_S": str(self._settings.stop_grace_s),
+            "PYTHONUNBUFFERED": "1",
+        }
+        try:
+            self._call(
+                "submit_job",
+                submission_id=job_id,
+                entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
+                runtime_env={"env_vars": environment},
+            )
+        except Unavailable:
+            if self.statuses().get(job_id) not in ("PENDING", "RUNNING"):
+                raise  # else the answer was lost, not the job
+
+    def stop(self, job_id: str) -> None:
+        """SIGTERM, and SIGKILL after the grace; a job that Ray does not know is stopped already."""
+        if self.statuses().get(job_id) in ("PENDING", "RUNNING"):
+            self._call("stop_job", job_id)
+
+    def log_tail(self, job_id: str) -> str:
+        """The last lines that the driver printed; empty where Ray knows nothing."""
+        if job_id not in self.statuses():
+            return ""
+        return "\n".join(str(self._call("get_job_logs", job_id)).splitlines()[-TAIL_LINES:])
+
+    def capacity(self) -> dict[str, float]:
+        """CPUs and GPUs of the whole cluster, asked at most every few seconds."""
+        if self._capacity is None or time.monotonic() - self._capacity[0] > CAPACITY_TTL_S:
+            import ray
+
+            try:
+                resources = ray.cluster_resources()
+            except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
+                raise Unavailable(f"Ray's resources are not known: {error}") from error
+            self._capacity = time.monotonic(), {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
+        return self._capacity[1]

@@ -1,0 +1,270 @@
+"""Brings every job to a true state: decide, then act.
+
+`decide` is pure: the row, what Ray says, what the run says of itself. The order of truth
+is ours: a row that is terminal stays; then the run's own record; Ray's status is a hint,
+since Ray loses jobs with its head and can call a living one FAILED. Two guards keep a
+job from running twice: nothing is submitted while the run's heartbeat is fresh, and
+`workloads.run` holds a lock on its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import sqlalchemy as sa
+from sqlalchemy.orm.exc import StaleDataError
+
+from service.errors import ServiceError, Unavailable
+from service.ray_jobs import RayJobs, RayStatus
+from service.registry import Registry
+from service.settings import Settings
+from service.store import ACTIVE, TERMINAL, Job, JobState, Store
+from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
+from workloads.spec import JobSpec
+
+logger = logging.getLogger(__name__)
+
+STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do about a job, and the state that is true.
+
+    `submit` starts the next attempt, `resubmit` the same one again: Ray never heard of it.
+    """
+
+    act: Literal["submit", "resubmit", "stop", "finish", "none"]
+    state: JobState
+    reason: str | None = None
+    hint: str | None = None
+
+
+def lives(record: Record | None, now: float) -> bool:
+    """Whether the process of the record is at work: its heartbeat is fresh, and its pid not known to be gone."""
+    if record is None or record.state not in ("STARTING", "RUNNING") or now - record.updated_at > STALE_S:
+        return False
+    return record.host != socket.gethostname() or psutil.pid_exists(record.pid)
+
+
+def decide(
+    row: Job, ray: RayStatus | None, record: Record | None, *, alive: bool, fits: bool, max_attempts: int
+) -> Decision:
+    """What is true of a job, and what to do.
+
+    Args:
+        row: our row.
+        ray: Ray's status of the id; None: Ray does not know it.
+        record: what the run said last.
+        alive: whether a process of the job is at work, whatever Ray says.
+        fits: whether the cluster has room for it.
+        max_attempts: that may end in a row without a step of progress.
+    """
+    if row.state in TERMINAL:
+        return Decision("none", row.state)
+    if row.state == "QUEUED":
+        return Decision("submit", "STARTING") if fits else Decision("none", "QUEUED")
+
+    if record is not None and record.state == "SUCCEEDED":
+        return Decision("finish", "SUCCEEDED")
+    if record is not None and record.state == "FAILED":
+        return Decision("finish", "FAILED", record.reason, record.hint)
+
+    at_work = alive or ray in ("PENDING", "RUNNING")
+    if row.state == "CANCELLING":
+        if not at_work:
+            return Decision("finish", "CANCELLED", "cancelled on request")
+        return Decision("stop", "CANCELLING")
+    if at_work:
+        running = record is not None and record.state == "RUNNING" and record.attempt == row.attempt
+        return Decision("none", "RUNNING" if running else row.state)
+    if row.origin == "ray" and ray == "STOPPED":
+        return Decision("finish", "CANCELLED", "stopped by `ray job stop`")
+    if ray is None and (record is None or record.attempt < row.attempt):
+        return Decision("resubmit", "STARTING")
+    if row.stalled + 1 >= max_attempts:
+        reason = f"ended {max_attempts} times in a row without a step of progress and without giving a reason"
+        return Decision("finish", "FAILED", reason, "its log has the last words of the process")
+    return Decision("submit", "STARTING")
+
+
+class Reconciler:
+    """One thread that decides and acts for every job that is not finished."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        ray: RayJobs,
+        registry: Registry,
+        deployments: Callable[[], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Keeps its parts.
+
+        Args:
+            settings: of the service.
+            store: the database.
+            ray: Ray's Jobs API.
+            registry: takes the artifacts of jobs that succeeded.
+            deployments: brings Serve to what the table of deployments wants; called each round.
+            clock: seconds since the epoch.
+        """
+        self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
+        self._deployments, self._clock = deployments, clock
+        self._wake = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+        self.ray_error: str | None = "Ray has not been asked yet"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._wake.set()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wake(self) -> None:
+        """Something changed: look now."""
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._done.is_set():
+            self._wake.clear()
+            try:
+                self.round()
+            except Exception:
+                logger.exception("a round of the reconciler failed; the next one tries again")
+            self._wake.wait(self._settings.reconcile_interval_s)
+
+    def round(self) -> None:
+        """Looks at every unfinished job once."""
+        try:
+            statuses = self._ray.statuses()
+            capacity = self._ray.capacity()
+        except Unavailable as error:
+            self.ray_error = error.detail
+            return
+        self.ray_error = None
+        self._adopt(statuses)
+        with self._store.session() as session:
+            jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(TERMINAL)).order_by(Job.number)))
+        free = {
+            "CPU": capacity["CPU"] - sum(job.cpus for job in jobs if job.state in ACTIVE),
+            "GPU": capacity["GPU"] - sum(job.gpus for job in jobs if job.state in ACTIVE),
+        }
+        waiting = False  # first come, first served: nobody overtakes a job that waits
+        for job in jobs:
+            fits = not waiting and job.cpus <= free["CPU"] and job.gpus <= free["GPU"]
+            if job.state == "QUEUED":
+                waiting = waiting or not fits
+            try:
+                if self._settle(job, statuses.get(job.id), fits) and job.state == "QUEUED":
+                    free = {"CPU": free["CPU"] - job.cpus, "GPU": free["GPU"] - job.gpus}
+            except StaleDataError:
+                logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
+            except (ServiceError, ValueError, OSError) as error:
+                logger.warning("job %s: %s; tried again in the next round", job.id, error)
+        self._deployments()
+
+    def _settle(self, job: Job, ray: RayStatus | None, fits: bool) -> bool:
+        """Decides and acts for one job; True when it was submitted."""
+        run = RunFolder(self._settings.runs / job.id)
+        record = run.read_record()
+        alive = lives(record, self._clock())
+        decision = decide(job, ray, record, alive=alive, fits=fits, max_attempts=self._settings.max_attempts)
+        if decision.act in ("submit", "resubmit"):
+            self._submit(job, run, again=decision.act == "resubmit")
+        elif decision.act == "stop":
+            run.stop.touch()
+            self._ray.stop(job.id)
+        elif decision.act == "finish" and decision.state == "SUCCEEDED":
+            self._register(job, run)
+        self._write(job, decision, record)
+        return decision.act in ("submit", "resubmit")
+
+    def _submit(self, job: Job, run: RunFolder, *, again: bool) -> None:
+        """Writes the attempt into the row, then asks Ray: a crash in between is a `resubmit` of the same attempt."""
+        if not again:
+            with self._store.session() as session:
+                row = session.get(Job, job.number, with_for_update=True)
+                assert row is not None
+                if row.revision != job.revision:
+                    raise StaleDataError(job.id)
+                row.stalled = row.stalled + 1 if row.attempt and row.step <= row.best_step else 0
+                row.best_step = max(row.best_step, row.step)
+                row.attempt += 1
+                row.state = "STARTING"
+                session.flush()
+                job.revision, job.attempt, job.stalled = row.revision, row.attempt, row.stalled
+        run.path.mkdir(parents=True, exist_ok=True)
+        if not run.spec.exists():
+            write_atomic(run.spec, JobSpec.model_validate(job.spec).model_dump_json(indent=1))
+        run.stop.unlink(missing_ok=True)
+        logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
+        self._ray.submit(job.id, job.attempt)
+
+    def _register(self, job: Job, run: RunFolder) -> None:
+        """Registers what the job left, before its row says SUCCEEDED."""
+        name = JobSpec.model_validate(job.spec).register_as
+        if name is not None:
+            self._registry.register(name, run.artifact, job.id, "artifact")
+        for result in run.read_evaluations():
+            if "register" in result:
+                self._registry.register(result["register"], run.path / result["artifact"], job.id, result["artifact"])
+
+    def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
+        """Puts what is true into the row, if it changed."""
+        with self._store.session() as session:
+            row = session.get(Job, job.number)
+            assert row is not None
+            if row.revision != job.revision:
+                raise StaleDataError(job.id)  # a cancel came in between
+            row.state, row.reason, row.hint = decision.state, decision.reason, decision.hint
+            if record is not None and record.attempt == row.attempt:
+                row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
+                row.started_at = row.started_at or record.started_at
+            if decision.state in TERMINAL:
+                row.finished_at = (record.finished_at if record else None) or self._clock()
+                logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
+
+    def _adopt(self, statuses: dict[str, RayStatus]) -> None:
+        """Rows for runs that came by `ray job submit`."""
+        if not self._settings.runs.is_dir():
+            return
+        with self._store.session() as session:
+            known = set(session.scalars(sa.select(Job.id)))
+            for path in sorted(self._settings.runs.iterdir()):
+                run = RunFolder(path)
+                record = None if path.name in known else run.read_record()
+                if record is None or not run.spec.exists():
+                    continue
+                spec = JobSpec.model_validate_json(run.spec.read_text())
+                session.add(
+                    Job(
+                        id=path.name,
+                        name=spec.name,
+                        spec=spec.model_dump(mode="json"),
+                        origin="ray",
+                        state="STARTING",
+                        attempt=record.attempt,
+                        created_at=record.started_at,
+                        cpus=spec.resources.cpus,
+                        gpus=spec.resources.gpus,
+                    )
+                )
+                logger.info(
+                    "job %s came by Ray and is followed from now on (%s there)", path.name, statuses.get(path.name)
+                )

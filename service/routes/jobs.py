@@ -1,0 +1,101 @@
+"""/v1/jobs: submit, list, look, cancel, curves, logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+
+from service.parts import JobsDep, PartsDep
+from service.store import TERMINAL, JobState
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+FOLLOW_POLL_S = 0.25
+KEEP_ALIVE_S = 15.0
+
+
+@router.post("", status_code=201)
+def submit(
+    body: Annotated[dict[str, Any], Body(description="A JobSpec.")],
+    jobs: JobsDep,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> dict[str, Any]:
+    """Accepts a job: 201 means that it is stored and will run. The same Idempotency-Key answers the same job, 200."""
+    job, created = jobs.submit(body, idempotency_key)
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return jobs.view(job)
+
+
+@router.get("")
+def list_jobs(
+    jobs: JobsDep,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: Annotated[int | None, Query(ge=1)] = None,
+    state: JobState | None = None,
+) -> dict[str, Any]:
+    """Newest first; `next` is the cursor of the following page, null on the last."""
+    page = jobs.list(limit=limit, before=cursor, state=state)
+    return {"jobs": [jobs.view(job) for job in page], "next": page[-1].number if len(page) == limit else None}
+
+
+@router.get("/{job_id}")
+def get(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    return jobs.view(jobs.get(job_id))
+
+
+@router.post("/{job_id}:cancel", status_code=202)
+def cancel(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    """Asks the job to write a last checkpoint and end. Repeating it, or cancelling a finished job, changes nothing."""
+    return jobs.view(jobs.cancel(job_id))
+
+
+@router.get("/{job_id}/metrics")
+def metrics(job_id: str, jobs: JobsDep, after_step: int = -1) -> dict[str, Any]:
+    """The curve: points with a step above `after_step`."""
+    return {"points": list(jobs.run_folder(job_id).read_metrics(after_step=after_step))}
+
+
+@router.get("/{job_id}/evaluations")
+def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    return {"evaluations": jobs.run_folder(job_id).read_evaluations()}
+
+
+@router.get("/{job_id}/logs", response_class=PlainTextResponse)
+def logs(job_id: str, parts: PartsDep, follow: bool = False) -> Response:
+    """The log as text; `follow=true` as server-sent events that end with the job."""
+    run = parts.jobs.run_folder(job_id)
+    if follow:
+        return StreamingResponse(_follow(job_id, parts), media_type="text/event-stream")
+    if run.log.exists():
+        return PlainTextResponse(run.log.read_text(errors="replace"))
+    return PlainTextResponse(parts.ray.log_tail(job_id))  # the run never spoke: what its process printed
+
+
+def _follow(job_id: str, parts: PartsDep) -> Iterator[str]:
+    """Whole lines as they come; an event's id is the offset behind it."""
+    log = parts.jobs.run_folder(job_id).log
+    offset, silent_since = 0, time.monotonic()
+    while True:
+        ended = parts.jobs.get(job_id).state in TERMINAL  # asked first: lines written before the end are still read
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(offset)
+                chunk = file.read()
+            whole = chunk[: chunk.rfind(b"\n") + 1]
+            for line in whole.splitlines(keepends=True):
+                offset += len(line)
+                yield f"id: {offset}\ndata: {line.decode(errors='replace').rstrip()}\n\n"
+                silent_since = time.monotonic()
+        if ended:
+            yield "event: end\ndata: \n\n"
+            return
+        if time.monotonic() - silent_since > KEEP_ALIVE_S:
+            yield ": still here\n\n"
+            silent_since = time.monotonic()
+        time.sleep(FOLLOW_POLL_S)

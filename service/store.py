@@ -1,0 +1,144 @@
+"""The database: jobs, model versions, deployments. The table of jobs is the truth; Ray is the engine.
+
+SQLite by default, PostgreSQL by URL. Schema changes are Alembic migrations, applied
+when the service starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import alembic.command
+import alembic.config
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+JobState = Literal["QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED"]
+DeploymentState = Literal["DEPLOYING", "RUNNING", "FAILED"]
+ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "CANCELLING")
+TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict[str, Any]: sa.JSON, list[Any]: sa.JSON}
+
+
+class Job(Base):
+    """One accepted job. Times are seconds since the epoch."""
+
+    __tablename__ = "jobs"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)  # order of arrival
+    id: Mapped[str] = mapped_column(sa.String(80), unique=True)
+    name: Mapped[str] = mapped_column(sa.String(80))
+    spec: Mapped[dict[str, Any]]
+    origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", or "ray": came by `ray job submit`
+    state: Mapped[JobState] = mapped_column(sa.String(16), index=True)
+    attempt: Mapped[int] = mapped_column(default=0)
+    stalled: Mapped[int] = mapped_column(default=0)  # attempts in a row without progress
+    best_step: Mapped[int] = mapped_column(default=0)
+    reason: Mapped[str | None] = mapped_column(sa.Text)
+    hint: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[float] = mapped_column(default=time.time)
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    step: Mapped[int] = mapped_column(default=0)
+    epoch: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int] = mapped_column(default=0)
+    cpus: Mapped[float] = mapped_column(default=0)
+    gpus: Mapped[float] = mapped_column(default=0)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.String(200), unique=True)
+    body_hash: Mapped[str | None] = mapped_column(sa.String(64))
+    revision: Mapped[int] = mapped_column(default=0)
+
+    __mapper_args__ = {"version_id_col": revision}  # two writers of one row: the second fails and looks again
+
+
+class ModelVersion(Base):
+    """One registered artifact; never changed."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (sa.UniqueConstraint("name", "version"), sa.UniqueConstraint("name", "job_id", "source"))
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(80), index=True)
+    version: Mapped[int]
+    kind: Mapped[str] = mapped_column(sa.String(16))
+    job_id: Mapped[str] = mapped_column(sa.String(80), index=True)
+    source: Mapped[str] = mapped_column(sa.String(200))  # of the artifact in the run folder
+    card: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(default=time.time)
+
+
+class Deployment(Base):
+    """What is wanted to be served; `service.deployments` brings Serve there."""
+
+    __tablename__ = "deployments"
+
+    name: Mapped[str] = mapped_column(sa.String(80), primary_key=True)
+    version: Mapped[int]
+    state: Mapped[DeploymentState] = mapped_column(sa.String(16))
+    reason: Mapped[str | None] = mapped_column(sa.Text)
+    updated_at: Mapped[float] = mapped_column(default=time.time, onupdate=time.time)
+
+
+class Store:
+    """Sessions on one database, migrated on construction."""
+
+    def __init__(self, url: str) -> None:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self.engine = sa.create_engine(url)
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _sqlite_pragmas)
+        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        migrate(self.engine)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A transaction: committed at the end of the block, rolled back on an exception."""
+        with self._sessions.begin() as session:
+            yield session
+
+    def get_deployment(self, name: str) -> Deployment | None:
+        with self.session() as session:
+            return session.get(Deployment, name)
+
+    def put_deployment(self, name: str, version: int, state: DeploymentState, reason: str | None) -> Deployment:
+        """Writes the row, new or not."""
+        with self.session() as session:
+            return session.merge(
+                Deployment(name=name, version=version, state=state, reason=reason, updated_at=time.time())
+            )
+
+    def delete_deployment(self, name: str) -> None:
+        with self.session() as session:
+            session.execute(sa.delete(Deployment).filter_by(name=name))
+
+    def list_deployments(self) -> list[Deployment]:
+        with self.session() as session:
+            return list(session.scalars(sa.select(Deployment).order_by(Deployment.name)))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _sqlite_pragmas(connection: Any, _: Any) -> None:
+    """Readers beside a writer, waiting instead of failing, and commits that survive a power cut."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "busy_timeout=10000", "foreign_keys=ON", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Brings the schema to the newest version."""
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "head")

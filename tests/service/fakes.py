@@ -1,0 +1,61 @@
+"""A Ray that can forget, lie and be away, and runs that live in its head."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from service.errors import Unavailable
+from service.ray_jobs import RayStatus
+from workloads.record import Record, RunFolder, RunState
+
+
+class FakeRay:
+    """Stands in for RayJobs: keeps statuses and counts submissions of each job."""
+
+    def __init__(self, cpus: float = 4) -> None:
+        self.known: dict[str, RayStatus] = {}
+        self.submitted: list[tuple[str, int]] = []
+        self.stopped: list[str] = []
+        self.cpus = cpus
+        self.away = False
+        self.refuse_submit = False
+
+    def _reach(self) -> None:
+        if self.away:
+            raise Unavailable("Ray does not answer")
+
+    def statuses(self) -> dict[str, RayStatus]:
+        self._reach()
+        return dict(self.known)
+
+    def submit(self, job_id: str, attempt: int) -> None:
+        self._reach()
+        if self.refuse_submit:
+            raise Unavailable("Ray could not submit job")
+        if self.known.get(job_id) in ("PENDING", "RUNNING"):
+            return
+        self.known[job_id] = "RUNNING"
+        self.submitted.append((job_id, attempt))
+
+    def stop(self, job_id: str) -> None:
+        self._reach()
+        self.stopped.append(job_id)
+
+    def log_tail(self, job_id: str) -> str:
+        return f"last words of {job_id}"
+
+    def capacity(self) -> dict[str, float]:
+        self._reach()
+        return {"CPU": self.cpus, "GPU": 0.0}
+
+
+def write_record(folder: Path, state: RunState, attempt: int = 1, *, age_s: float = 0.0, **more: Any) -> None:
+    """What a run on another host would have written `age_s` seconds ago."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time() - age_s
+    record = Record(
+        job_id=folder.name, state=state, attempt=attempt, started_at=now, updated_at=now, host="node-9", **more
+    )
+    RunFolder(folder).record.write_text(record.model_dump_json())

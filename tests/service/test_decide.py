@@ -1,0 +1,109 @@
+"""`decide` over every pair of what we, Ray and the run can say."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import get_args
+
+import pytest
+
+from service.ray_jobs import RayStatus
+from service.reconciler import Decision, decide, lives
+from service.store import TERMINAL, Job, JobState
+from workloads.record import Record, RunState
+
+RAY: list[RayStatus | None] = [None, *get_args(RayStatus)]
+RECORDS: list[RunState | None] = [None, *get_args(RunState)]
+
+
+def job(state: JobState, **changes: object) -> Job:
+    fields = {"id": "j", "state": state, "attempt": 1, "stalled": 0, "best_step": 0, "step": 0, "origin": "rest"}
+    return Job(**(fields | changes))
+
+
+def record(state: RunState | None, attempt: int = 1) -> Record | None:
+    if state is None:
+        return None
+    now = time.time()
+    return Record(job_id="j", state=state, attempt=attempt, started_at=now, updated_at=now, reason="why", hint="do")
+
+
+def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool = False, fits: bool = True) -> Decision:
+    return decide(row, ray, said, alive=alive, fits=fits, max_attempts=3)
+
+
+EVERY = list(itertools.product(get_args(JobState), RAY, RECORDS, [False, True]))
+
+
+@pytest.mark.parametrize(("state", "ray", "said", "alive"), EVERY)
+def test_invariants(state: JobState, ray: RayStatus | None, said: RunState | None, alive: bool) -> None:
+    alive = alive and said in ("STARTING", "RUNNING")
+    decision = answer(job(state), ray, record(said), alive=alive)
+    at_work = alive or ray in ("PENDING", "RUNNING")
+    if state in TERMINAL:
+        assert decision == Decision("none", state)  # what is over stays over
+        return
+    if decision.act in ("submit", "resubmit"):
+        assert state == "QUEUED" or not at_work  # never two runs of one job
+        assert state == "QUEUED" or said not in ("SUCCEEDED", "FAILED")  # what ended is not run again
+        assert state != "CANCELLING"
+    if decision.state in TERMINAL:
+        assert decision.act == "finish"
+    if decision.state == "SUCCEEDED":
+        assert said == "SUCCEEDED"  # nobody else can say so, Ray's exit codes least of all
+    if decision.state == "FAILED":
+        assert decision.reason
+    if decision.state == "CANCELLED":
+        assert state == "CANCELLING" and not at_work
+    if decision.act == "none" and state != "QUEUED":
+        assert at_work  # whoever waits, waits for something that moves
+
+
+def test_a_queued_job_waits_for_room() -> None:
+    assert answer(job("QUEUED"), None, None, fits=False) == Decision("none", "QUEUED")
+    assert answer(job("QUEUED"), None, None) == Decision("submit", "STARTING")
+
+
+def test_a_job_that_ray_calls_failed_while_it_lives_is_left_alone() -> None:
+    assert answer(job("RUNNING"), "FAILED", record("RUNNING"), alive=True) == Decision("none", "RUNNING")
+
+
+def test_lost_with_its_head_it_is_submitted_again() -> None:
+    assert answer(job("RUNNING"), None, record("RUNNING")) == Decision("submit", "STARTING")
+
+
+def test_a_submission_that_ray_never_saw_is_the_same_attempt() -> None:
+    assert answer(job("STARTING"), None, None).act == "resubmit"
+    assert answer(job("STARTING", attempt=2), None, record("STOPPED", attempt=1)).act == "resubmit"
+
+
+def test_a_stop_that_nobody_asked_for_continues() -> None:
+    assert answer(job("RUNNING"), "SUCCEEDED", record("STOPPED")) == Decision("submit", "STARTING")
+
+
+def test_a_job_by_ray_that_was_stopped_by_ray_is_cancelled() -> None:
+    assert answer(job("RUNNING", origin="ray"), "STOPPED", record("STOPPED")).state == "CANCELLED"
+    assert answer(job("RUNNING", origin="ray"), None, record("RUNNING")).act == "submit"  # lost, not stopped
+
+
+def test_without_progress_it_is_given_up_with_a_reason() -> None:
+    decision = answer(job("RUNNING", stalled=2), "FAILED", None)
+    assert decision.state == "FAILED" and decision.reason is not None and "3 times" in decision.reason
+
+
+def test_a_job_that_finished_before_its_cancel_says_so() -> None:
+    assert answer(job("CANCELLING"), "SUCCEEDED", record("SUCCEEDED")).state == "SUCCEEDED"
+
+
+def test_lives_by_heartbeat_and_pid() -> None:
+    now = time.time()
+    fresh = Record(job_id="j", state="RUNNING", started_at=now, updated_at=now, host="elsewhere", pid=1)
+    assert lives(fresh, now)
+    assert not lives(fresh, now + 60)
+    assert not lives(fresh.model_copy(update={"state": "STOPPED"}), now)
+    assert not lives(None, now)
+    import socket
+
+    gone = fresh.model_copy(update={"host": socket.gethostname(), "pid": 2**22 + 1})
+    assert not lives(gone, now)

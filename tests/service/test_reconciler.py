@@ -1,0 +1,256 @@
+"""The life of jobs under a Ray that forgets, lies and goes away, and a service that crashes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.jobs import Jobs
+from service.reconciler import Reconciler
+from service.registry import Registry
+from service.settings import Settings
+from service.store import TERMINAL, Job, Store
+from tests.service.fakes import FakeRay, write_record
+from tests.toy import TOY_MAE, TOY_MODEL
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
+
+BODY: dict[str, Any] = {
+    "name": "toy",
+    "method": TOY_MAE,
+    "model": TOY_MODEL,
+    "data": {"train": {"shards": "/x.tar"}},
+    "epochs": 1,
+}
+
+
+class World:
+    """A service on a folder, with a fake Ray; `restart` is a crash of the service."""
+
+    def __init__(self, home: Path) -> None:
+        self.settings = Settings(home=home)
+        self.ray = FakeRay()
+        self.now = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.store = Store(self.settings.database)
+        self.registry = Registry(self.settings, self.store)
+        self.reconciler = Reconciler(self.settings, self.store, self.ray, self.registry, lambda: None)  # type: ignore[arg-type]
+        self.jobs = Jobs(self.settings, self.store, self.ray, self.registry, lambda: None, lambda *_: [])  # type: ignore[arg-type]
+
+    def folder(self, job: Job) -> Path:
+        return self.settings.runs / job.id
+
+    def state(self, job: Job) -> str:
+        return self.jobs.get(job.id).state
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.store.close()
+
+
+def test_the_plain_life(world: World) -> None:
+    job, _ = world.jobs.submit(BODY)
+    assert world.state(job) == "QUEUED"
+    world.reconciler.round()
+    assert world.state(job) == "STARTING"
+    assert JobSpec.model_validate_json((world.folder(job) / "job.json").read_text()).name == "toy"
+    write_record(world.folder(job), "RUNNING", step=7, total_steps=20)
+    world.reconciler.round()
+    assert (world.state(job), world.jobs.get(job.id).step) == ("RUNNING", 7)
+    write_record(world.folder(job), "SUCCEEDED", step=20, total_steps=20)
+    world.ray.known[job.id] = "SUCCEEDED"
+    world.reconciler.round()
+    done = world.jobs.get(job.id)
+    assert (done.state, done.step) == ("SUCCEEDED", 20) and done.finished_at is not None
+    assert world.ray.submitted == [(job.id, 1)]
+
+
+def test_while_ray_is_away_jobs_are_accepted_and_wait(world: World) -> None:
+    world.ray.away = True
+    job, _ = world.jobs.submit(BODY)
+    world.reconciler.round()
+    assert world.state(job) == "QUEUED" and world.reconciler.ray_error == "Ray does not answer"
+    world.ray.away = False
+    world.reconciler.round()
+    assert world.state(job) == "STARTING" and world.reconciler.ray_error is None
+
+
+def test_a_submission_that_fails_is_tried_again_as_the_same_attempt(world: World) -> None:
+    job, _ = world.jobs.submit(BODY)
+    world.ray.refuse_submit = True
+    for _ in range(10):
+        world.reconciler.round()
+    assert world.state(job) == "STARTING"
+    world.ray.refuse_submit = False
+    world.reconciler.round()
+    assert world.ray.submitted == [(job.id, 1)]
+
+
+def test_lost_with_its_head_it_runs_again_from_its_checkpoint(world: World) -> None:
+    job, _ = world.jobs.submit(BODY)
+    world.reconciler.round()
+    write_record(world.folder(job), "RUNNING", step=5)
+    world.reconciler.round()
+    world.ray.known.clear()  # a new head
+    world.reconciler.round()
+    assert world.ray.submitted == [(job.id, 1)]  # its heartbeat is fresh: it may live
+    write_record(world.folder(job), "RUNNING", step=5, age_s=60)
+    world.reconciler.round()
+    assert world.ray.submitted == [(job.id, 1), (job.id, 2)]
+
+
+def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: World) -> None:
+    job, _ = world.jobs.submit(BODY)
+    world.reconciler.round()
+    for attempt in range(1, 9):  # progress each time
+        write_record(world.folder(job), "RUNNING", attempt, step=attempt, age_s=60)
+        world.ray.known[job.id] = "RUNNING"
+        world.reconciler.round()
+        world.ray.known[job.id] = "FAILED"
+        world.reconciler.round()
+        assert world.state(job) == "STARTING", attempt
+    for _ in range(9):
+        world.ray.known[job.id] = "FAILED"
+        world.reconciler.round()
+    failed = world.jobs.get(job.id)
+    assert failed.state == "FAILED" and failed.reason is not None and "5 times in a row" in failed.reason
+    assert failed.attempt == 13
+
+
+def test_first_come_first_served_within_what_the_cluster_has(world: World) -> None:
+    world.ray.cpus = 2
+    large = BODY | {"resources": {"cpus_per_worker": 2}}
+    jobs = [world.jobs.submit(body)[0] for body in (BODY, large, BODY)]
+    world.reconciler.round()
+    assert [world.state(job) for job in jobs] == ["STARTING", "QUEUED", "QUEUED"]  # the third may not overtake
+    write_record(world.folder(jobs[0]), "SUCCEEDED")
+    world.reconciler.round()
+    world.reconciler.round()
+    assert [world.state(job) for job in jobs] == ["SUCCEEDED", "STARTING", "QUEUED"]
+
+
+def test_cancel_in_every_state(world: World) -> None:
+    queued, _ = world.jobs.submit(BODY)
+    assert world.jobs.cancel(queued.id).state == "CANCELLED"
+    assert world.jobs.cancel(queued.id).state == "CANCELLED"
+    job, _ = world.jobs.submit(BODY)
+    world.reconciler.round()
+    assert [world.jobs.cancel(job.id).state for _ in range(2)] == ["CANCELLING", "CANCELLING"]
+    world.reconciler.round()
+    assert RunFolder(world.folder(job)).stop.exists() and world.ray.stopped == [job.id]
+    write_record(world.folder(job), "STOPPED", step=3)
+    world.ray.known[job.id] = "STOPPED"
+    world.reconciler.round()
+    assert world.state(job) == "CANCELLED" and world.jobs.get(job.id).step == 3
+    assert world.jobs.cancel(job.id).state == "CANCELLED"
+    assert world.ray.submitted == [(job.id, 1)]
+
+
+def test_a_job_that_came_by_ray_joins_the_list(world: World) -> None:
+    folder = world.settings.runs / "raysubmit_1"
+    write_record(folder, "RUNNING", step=3, total_steps=9)
+    (folder / "job.json").write_text(JobSpec.model_validate(BODY).model_dump_json())
+    (world.settings.runs / "not-a-run").mkdir()
+    world.ray.known["raysubmit_1"] = "RUNNING"
+    world.reconciler.round()
+    job = world.jobs.get("raysubmit_1")
+    assert (job.origin, job.state, job.step) == ("ray", "RUNNING", 3)
+    write_record(folder, "STOPPED")
+    world.ray.known["raysubmit_1"] = "STOPPED"
+    world.reconciler.round()
+    assert world.jobs.get("raysubmit_1").state == "CANCELLED"
+    assert world.ray.submitted == []
+    assert len(world.jobs.list(limit=10)) == 1
+
+
+class Crash(Exception):
+    """The service is killed."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_whatever_happens_each_job_ends_in_a_true_state_and_never_runs_twice(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Random crashes of the service between any two actions, of Ray, and of runs; then peace, and all is settled."""
+    rng = random.Random(seed)
+    world = World(tmp_path_factory.mktemp("world"))
+    jobs = [world.jobs.submit(BODY)[0] for _ in range(3)]
+    ended: dict[str, str] = {}  # what the runs really did
+    attempts: dict[str, int] = {}
+    cancelled = set()
+
+    def crash_sometimes(*_: object) -> None:
+        if rng.random() < 0.1:
+            raise Crash
+
+    def live(job: Job) -> bool:
+        return job.id in attempts and job.id not in ended and world.ray.known.get(job.id) == "RUNNING"
+
+    for turn in range(60):
+        peace = turn >= 40
+        submit = world.ray.submit
+        world.ray.refuse_submit = not peace and rng.random() < 0.1
+        if not peace:
+            sa.event.listen(world.store.engine, "commit", crash_sometimes)
+        try:
+            world.reconciler.round()
+        except Crash:
+            sa.event.remove(world.store.engine, "commit", crash_sometimes)
+            world.store.close()
+            world.restart()
+        else:
+            if not peace:
+                sa.event.remove(world.store.engine, "commit", crash_sometimes)
+        assert world.ray.submit == submit
+        for job_id, attempt in world.ray.submitted:
+            attempts[job_id] = attempt
+        for job in jobs:
+            if not live(job):
+                continue
+            folder = world.folder(job)
+            stop = RunFolder(folder).stop.exists()
+            action = "finish" if peace else rng.choice(["work", "work", "die", "finish", "fail", "forgotten"])
+            if stop:
+                action = "stop"
+            if action == "work":
+                write_record(folder, "RUNNING", attempts[job.id], step=turn)
+            elif action == "die":
+                write_record(folder, "RUNNING", attempts[job.id], step=turn, age_s=60)
+                world.ray.known[job.id] = "FAILED"
+            elif action == "stop":
+                write_record(folder, "STOPPED", attempts[job.id], step=turn)
+                world.ray.known[job.id] = "STOPPED"
+            elif action == "forgotten":
+                write_record(folder, "RUNNING", attempts[job.id], step=turn, age_s=60)
+                del world.ray.known[job.id]
+            else:
+                ended[job.id] = "SUCCEEDED" if action == "finish" else "FAILED"
+                write_record(folder, ended[job.id], attempts[job.id], step=turn, reason="why")  # type: ignore[arg-type]
+                world.ray.known[job.id] = "SUCCEEDED" if action == "finish" else "FAILED"
+        if not peace and rng.random() < 0.03:
+            victim = rng.choice(jobs)
+            cancelled.add(victim.id)
+            world.jobs.cancel(victim.id)
+    for job in jobs:
+        state = world.state(job)
+        assert state in TERMINAL
+        if job.id in ended:
+            assert state == ended[job.id]
+        else:
+            assert (state == "CANCELLED" and job.id in cancelled) or state == "FAILED"
+    numbers = [(job_id, attempt) for job_id, attempt in world.ray.submitted]
+    assert len(set(numbers)) == len(numbers)  # no attempt was started twice
+    world.store.close()
