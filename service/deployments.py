@@ -7,6 +7,7 @@ applications of their own, so a declarative update of the front end leaves them 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import threading
@@ -15,9 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve import RunTarget
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
+from service.errors import NotDeployed, Unavailable
+from service.predictor import application
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Deployment, DeploymentState, Store
@@ -53,6 +59,10 @@ def decide(row: Deployment, app: ApplicationStatusOverview | None, *, asked: boo
     if app.status in (ApplicationStatus.DEPLOYING, ApplicationStatus.RUNNING):
         return Decision("none", "RUNNING" if app.status == ApplicationStatus.RUNNING else "DEPLOYING")
     return Decision("none", "FAILED", reason_of(app))
+
+
+def view_of(row: Deployment) -> dict[str, Any]:
+    return {"model": f"{row.name}@{row.version}", "state": row.state, "reason": row.reason}
 
 
 def reason_of(app: ApplicationStatusOverview) -> str:
@@ -101,7 +111,8 @@ class Deployments:
             self._store.delete_deployment(name)
             self._asked.pop(name, None)
             self._handles.pop(name, None)
-            self._serve.delete(PREFIX + name, _blocking=False)
+            self._orphans = True  # Serve does not say that it has heard: `reconcile` looks
+            self._end(name)
 
     def get(self, name: str) -> Deployment:
         """The row in the state of this moment; raises as `undeploy` does."""
@@ -118,24 +129,25 @@ class Deployments:
     def view(self, name: str) -> dict[str, Any] | None:
         """The row as it was seen last, None where the model is not deployed."""
         row = self._store.get_deployment(name)
-        return row and {"model": f"{name}@{row.version}", "state": row.state, "reason": row.reason}
+        return None if row is None else view_of(row)
 
     def reconcile(self) -> None:
         """Starts what is wanted and not there, ends what is there and not wanted, and notes the states."""
         rows = self._store.list_deployments()
-        if time.monotonic() < self._look_at and not any(row.state == "DEPLOYING" for row in rows):
-            return
-        if not rows and not self._orphans:
+        calm = time.monotonic() < self._look_at and all(row.state != "DEPLOYING" for row in rows)
+        if not self._orphans and (calm or not rows):
             return
         with self._lock:
             apps = self._applications()
             rows = self._store.list_deployments()  # again: one may have come or gone
+            self._orphans, self._look_at = False, time.monotonic() + CALM_S
             for row in rows:
                 self._settle(row, apps)
             for name in apps.keys() - {row.name for row in rows}:
-                logger.info("model %s is served but not wanted; its application is deleted", name)
-                self._serve.delete(PREFIX + name, _blocking=False)
-        self._orphans, self._look_at = False, time.monotonic() + CALM_S
+                if apps[name].status != ApplicationStatus.DELETING:
+                    logger.info("model %s is served, but not wanted: its application is deleted", name)
+                    self._orphans = True
+                    self._end(name)
 
     async def handle(self, name: str) -> DeploymentHandle[Any]:
         """Through which a model that runs is asked.
@@ -145,7 +157,8 @@ class Deployments:
             NotDeployed: nobody deployed it, or that failed.
             Unavailable: it is being deployed.
         """
-        return self._handles.get(name) or await asyncio.to_thread(self._find, name)
+        handle = self._handles.get(name)
+        return handle if handle is not None else await asyncio.to_thread(self._find, name)
 
     def _find(self, name: str) -> DeploymentHandle[Any]:
         with self._lock:
@@ -169,7 +182,9 @@ class Deployments:
         try:
             apps = self._serve.status().applications
         except (RayError, RayServeException) as error:
-            raise Unavailable(f"Ray Serve does not answer: {error}", "try again; `manta doctor` looks closer") from error
+            raise Unavailable(
+                f"Ray Serve does not answer: {error}", "try again; `manta doctor` looks closer"
+            ) from error
         return {name.removeprefix(PREFIX): app for name, app in apps.items() if name.startswith(PREFIX)}
 
     def _settle(self, row: Deployment, apps: dict[str, ApplicationStatusOverview]) -> Deployment:
@@ -181,6 +196,12 @@ class Deployments:
             return row
         logger.info("model %s@%d: %s %s", row.name, row.version, decision.state, decision.reason or "")
         return self._store.put_deployment(row.name, row.version, decision.state, decision.reason)
+
+    def _end(self, name: str) -> None:
+        try:
+            self._serve.delete(PREFIX + name, _blocking=False)
+        except (RayError, RayServeException) as error:  # `reconcile` asks again
+            logger.warning("the application of model %s was not deleted: %s", name, error)
 
     def _start(self, row: Deployment) -> None:
         """Asks Serve and returns at once; the application of another version is replaced in place."""

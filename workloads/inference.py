@@ -27,6 +27,8 @@ from workloads.data.views import View
 from workloads.methods.base import Method
 from workloads.models.vit import ViT
 
+__all__ = ["ImageError", "Model"]
+
 TOP = 5  # classes in an answer
 CHUNK = 64  # images in one forward: a request of any length needs the memory of this many
 
@@ -79,6 +81,11 @@ class Model:
             ValueError: the artifact holds no state of a method that draws.
             ImageError: bytes that are no image, or too many pixels; says the position.
         """
+        if not self.card.reconstructs:
+            raise ValueError(
+                f"got a {self.card.kind} of method {self.card.spec.method.name!r}, expected one whose method draws "
+                "reconstructions; use :reconstruct on a pretrained encoder, of mae for instance"
+            )
         method = self._method
         keys = torch.tensor([_key(data) for data in images], dtype=torch.int64)
         drawn: list[dict[str, str]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import UploadFile
 
+from service.deployments import view_of
 from service.errors import BadRequest, TooLarge
 from service.parts import DeploymentsDep, PartsDep
 from service.predictor import ask
@@ -19,7 +19,7 @@ from service.predictor import ask
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 WAIT_S = 120.0  # of `deploy?wait=true`
-SHAPE = 'send {"images": ["<base64 of an encoded image>", ...]}, or one file as multipart/form-data'
+SHAPE = 'send {"images": ["<base64 of an encoded image>", ...]}, or files as multipart/form-data'
 
 
 class Deploy(BaseModel):
@@ -44,19 +44,22 @@ async def _served(name: str, deployments: DeploymentsDep) -> DeploymentHandle[An
 
 
 async def _images(request: Request, parts: PartsDep) -> list[bytes]:
-    """The images of a request in either form; declared by hand, since FastAPI declares one form only."""
+    """The images of a request in either form, at least one."""
+    limit = parts.settings.max_images
     if "content-length" not in request.headers:  # the limit of the body is told by it
         raise BadRequest("got a body of unknown length", "send a Content-Length header")
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        async with request.form(max_files=1) as form:
-            return [await file.read() for file in form.values() if isinstance(file, UploadFile)]
-    body = await request.body()
-    limit = parts.settings.max_images
-    return await run_in_threadpool(parse, body, limit)
+        async with request.form(max_files=limit) as form:
+            images = [await file.read() for _, file in form.multi_items() if isinstance(file, UploadFile)]
+    else:
+        images = await run_in_threadpool(parse, await request.body(), limit)
+    if not images:
+        raise BadRequest("got no image, expected one at least", SHAPE)
+    return images
 
 
 def parse(body: bytes, limit: int) -> list[bytes]:
-    """The JSON form.
+    """Images of the JSON form.
 
     Raises:
         BadRequest: another shape, or no base64; says the position.
@@ -74,6 +77,55 @@ def parse(body: bytes, limit: int) -> list[bytes]:
     for position, text in enumerate(texts):
         try:
             images.append(base64.b64decode(text, validate=True))
-        except binascii.Error as error:
-            raise BadRequest(f"image {position}: got no base64 ({error})", "encode the file's bytes in base64") from error
+        except ValueError as error:  # binascii.Error is one; so is a character beyond ASCII
+            raise BadRequest(
+                f"image {position}: got no base64 ({error})", "encode the file's bytes in base64"
+            ) from error
     return images
+
+
+ServedDep = Annotated[DeploymentHandle[Any], Depends(_served)]
+ImagesDep = Annotated[list[bytes], Depends(_images)]
+FORMS: dict[str, Any] = {  # FastAPI itself declares one form of a body only
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": Images.model_json_schema()},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+            },
+        },
+    }
+}
+
+
+@router.post("/{name}/deploy", status_code=202)
+def deploy(name: str, deployments: DeploymentsDep, body: Deploy | None = None, wait: bool = False) -> dict[str, Any]:
+    """Serves the model in this version or its newest, in place of another one; `wait=true` answers once it runs."""
+    row = deployments.deploy(name, body.version if body else None)
+    return view_of(deployments.wait(name, WAIT_S) if wait else row)
+
+
+@router.delete("/{name}/deploy", status_code=204)
+def undeploy(name: str, deployments: DeploymentsDep) -> Response:
+    """Ends the serving of the model; it stays registered."""
+    deployments.undeploy(name)
+    return Response(status_code=204)
+
+
+@router.post("/{name}:predict", openapi_extra=FORMS)
+async def predict(served: ServedDep, images: ImagesDep) -> Answer:
+    """`outputs`: `{"label", "index", "probabilities": {label: p}}` of each image, the 5 most probable classes."""
+    return Answer(**await ask(served, "predict", images))
+
+
+@router.post("/{name}:embed", openapi_extra=FORMS)
+async def embed(served: ServedDep, images: ImagesDep) -> Answer:
+    """`outputs`: the features of each image, a list of numbers."""
+    return Answer(**await ask(served, "embed", images))
+
+
+@router.post("/{name}:reconstruct", openapi_extra=FORMS)
+async def reconstruct(served: ServedDep, images: ImagesDep) -> Answer:
+    """`outputs`: what the method draws of each image, PNG in base64; of MAE `original`, `masked`, `reconstruction`."""
+    return Answer(**await ask(served, "reconstruct", images))

@@ -1,0 +1,210 @@
+"""The Python SDK: the REST calls of the service, one method each.
+
+    client = Client("http://127.0.0.1:8000")
+    job = client.submit(spec)
+    client.wait(job["id"])
+    client.deploy("digits", wait_s=60)
+    client.predict("digits", [Path("seven.png").read_bytes()])
+
+Answers are the JSON of the service as dictionaries; errors are ApiError.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+Answer = dict[str, Any]
+TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+TRIES = 4  # of a submission whose answer was lost; the same key makes it safe
+
+
+class ApiError(Exception):
+    """The service refused or failed; `str()` is what a person should read."""
+
+    def __init__(self, status: int, title: str, detail: str, hint: str = "", errors: Sequence[Answer] = ()) -> None:
+        self.status, self.title, self.detail, self.hint, self.errors = status, title, detail, hint, list(errors)
+        super().__init__(status, title, detail, hint, errors)
+
+    def __str__(self) -> str:
+        lines = [f"{self.title}: {self.detail}"]
+        if len(self.errors) > 1 or (self.errors and not self.hint):
+            lines = [f"{self.title}:"]
+            for error in self.errors:
+                hint = f" ({error['hint']})" if error.get("hint") else ""
+                lines.append(f"  {'.'.join(map(str, error['loc']))}: {error['message']}{hint}")
+        elif self.hint:
+            lines.append(f"  {self.hint}")
+        return "\n".join(lines)
+
+
+class Client:
+    """A connection to one service; a context manager."""
+
+    def __init__(self, url: str, *, timeout_s: float = 60.0, transport: httpx.BaseTransport | None = None) -> None:
+        """Connects lazily.
+
+        Args:
+            url: of the front end.
+            timeout_s: of one answer.
+            transport: for tests, `httpx.MockTransport`.
+        """
+        self.url = url
+        # trust_env: a proxy of the environment is not for a service on this machine
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _call(self, method: str, path: str, **options: Any) -> Answer:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise ApiError(0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`") from error
+        _raise(response)
+        answer: Answer = response.json()
+        return answer
+
+    def submit(self, spec: Answer, *, idempotency_key: str | None = None) -> Answer:
+        """Submits a JobSpec; a lost answer is asked for again under the same key, which makes one job."""
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        for attempt in range(TRIES):
+            try:
+                return self._call("POST", "/v1/jobs", json=spec, headers=headers)
+            except ApiError as error:
+                if error.status not in (0, 503) or attempt == TRIES - 1:
+                    raise
+                time.sleep(0.5 * 2**attempt)
+        raise AssertionError
+
+    def job(self, job_id: str) -> Answer:
+        return self._call("GET", f"/v1/jobs/{job_id}")
+
+    def jobs(self, *, limit: int = 50, state: str | None = None) -> list[Answer]:
+        """The newest jobs, over as many pages as `limit` needs."""
+        found: list[Answer] = []
+        cursor: int | None = None
+        while len(found) < limit:
+            wanted = {"limit": min(500, limit - len(found)), "cursor": cursor, "state": state}
+            page = self._call("GET", "/v1/jobs", params={k: v for k, v in wanted.items() if v is not None})
+            found += page["jobs"]
+            cursor = page["next"]
+            if cursor is None:
+                break
+        return found
+
+    def cancel(self, job_id: str) -> Answer:
+        return self._call("POST", f"/v1/jobs/{job_id}:cancel")
+
+    def metrics(self, job_id: str, *, after_step: int = -1) -> list[Answer]:
+        points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params={"after_step": after_step})["points"]
+        return points
+
+    def logs(self, job_id: str) -> str:
+        response = self._http.get(f"/v1/jobs/{job_id}/logs")
+        _raise(response)
+        return response.text
+
+    def follow_logs(self, job_id: str) -> Iterator[str]:
+        """Lines as they come, until the job ends."""
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params={"follow": True}) as response:
+            if response.is_error:
+                response.read()
+            _raise(response)
+            for line in response.iter_lines():
+                if line == "event: end":
+                    return
+                if line.startswith("data: "):
+                    yield line.removeprefix("data: ")
+
+    def wait(self, job_id: str, on_update: Callable[[Answer], None] = lambda _: None, *, poll_s: float = 0.5) -> Answer:
+        """Polls until the job is finished; `on_update` gets every answer."""
+        while True:
+            job = self.job(job_id)
+            on_update(job)
+            if job["state"] in TERMINAL:
+                return job
+            time.sleep(poll_s)
+
+    def methods(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/methods")["methods"]
+        return found
+
+    def method(self, name: str) -> Answer:
+        return self._call("GET", f"/v1/methods/{name}")
+
+    def models(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/models")["models"]
+        return found
+
+    def model(self, name: str) -> Answer:
+        return self._call("GET", f"/v1/models/{name}")
+
+    def deploy(self, name: str, *, version: int | None = None, wait_s: float = 0.0) -> Answer:
+        """Asks for the model to be served; with `wait_s` returns once it answers, or fails.
+
+        Raises:
+            ApiError: it is not registered, could not be started, or is not ready after `wait_s`.
+        """
+        body = {} if version is None else {"version": version}
+        answer = self._call("POST", f"/v1/models/{name}/deploy", json=body)
+        deadline = time.monotonic() + wait_s
+        while wait_s and answer["state"] != "RUNNING":
+            if answer["state"] == "FAILED":
+                raise ApiError(500, "Deployment failed", f"{name}: {answer['reason']}", "see the log of the service")
+            if time.monotonic() > deadline:
+                raise ApiError(503, "Not ready", f"{name} is still {answer['state']} after {wait_s:g} s", "wait longer")
+            time.sleep(0.25)
+            answer = self.model(name)["deployment"]
+        return answer
+
+    def undeploy(self, name: str) -> None:
+        response = self._http.delete(f"/v1/models/{name}/deploy")
+        _raise(response)
+
+    def _infer(self, name: str, verb: str, images: Sequence[bytes]) -> list[Any]:
+        body = {"images": [base64.b64encode(image).decode() for image in images]}
+        outputs: list[Any] = self._call("POST", f"/v1/models/{name}:{verb}", json=body)["outputs"]
+        return outputs
+
+    def predict(self, name: str, images: Sequence[bytes]) -> list[Answer]:
+        """Encoded images -> `{label, index, probabilities}` of each, in order."""
+        return self._infer(name, "predict", images)
+
+    def embed(self, name: str, images: Sequence[bytes]) -> list[list[float]]:
+        return self._infer(name, "embed", images)
+
+    def reconstruct(self, name: str, images: Sequence[bytes]) -> list[Answer]:
+        """Encoded images -> base64 PNG of what the method draws."""
+        return self._infer(name, "reconstruct", images)
+
+    def ready(self) -> Answer:
+        """`/readyz`; raises ApiError while something is missing."""
+        response = self._http.get("/readyz")
+        answer: Answer = response.json()
+        return answer
+
+
+def _raise(response: httpx.Response) -> None:
+    """ApiError from problem+json, or from whatever else stands between."""
+    if not response.is_error:
+        return
+    try:
+        body = response.json()
+        raise ApiError(
+            response.status_code, body["title"], body["detail"], body.get("hint", ""), body.get("errors", ())
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ApiError(response.status_code, response.reason_phrase, response.text[:500]) from None
