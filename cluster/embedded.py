@@ -29,7 +29,7 @@ import psutil
 from pydantic import BaseModel
 
 START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 2.5  # a head goes in 2 s; what is left then is killed
 PROBE_TIMEOUT_S = 2.0
 READY = "Ray runtime started"
 

@@ -62,7 +62,9 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,7 +74,9 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise ApiError(0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`") from error
+            raise ApiError(
+                0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`"
+            ) from error
         _raise(response)
         answer: Answer = response.json()
         return answer
@@ -109,7 +113,9 @@ class Client:
         return self._call("POST", f"/v1/jobs/{job_id}:cancel")
 
     def metrics(self, job_id: str, *, after_step: int = -1) -> list[Answer]:
-        points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params={"after_step": after_step})["points"]
+        points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params={"after_step": after_step})[
+            "points"
+        ]
         return points
 
     def logs(self, job_id: str) -> str:

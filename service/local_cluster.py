@@ -69,7 +69,9 @@ def _wait_until_ready(head: Head) -> None:
         except httpx.TransportError as error:
             missing = str(error)
         time.sleep(0.1)
-    raise ClusterError(f"the service at {head.url} is not ready after {READY_TIMEOUT_S:g} s: {missing}; see {head.home}/head.log")
+    raise ClusterError(
+        f"the service at {head.url} is not ready after {READY_TIMEOUT_S:g} s: {missing}; see {head.home}/head.log"
+    )
 
 
 def running(home: Path) -> Head:
@@ -118,5 +120,3 @@ def default_home() -> Path:
     from service.settings import Settings
 
     return Settings().home.absolute()
-
-

@@ -106,9 +106,10 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        detail, _, hint = str(error).rpartition("; ")
-        kind = BadImage if isinstance(error, ImageError) else BadRequest
-        raise kind(detail or hint, hint if detail else "") from error
+        detail, _, hint = str(error).partition("; ")
+        if isinstance(error, ImageError):
+            raise BadImage(detail, hint or "send the bytes of a whole image file") from error
+        raise BadRequest(detail, hint) from error
 
 
 async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> dict[str, Any]:

@@ -50,22 +50,24 @@ class JobProgress:
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=None, note="") if bar is not None else None
-        self._said, self._phase = 0.0, ""
+        self._said, self._phase, self._line = 0.0, "", ""
 
     def __call__(self, job: dict[str, Any], point: dict[str, Any] | None) -> None:
         progress = job["progress"]
         note = f"loss {point['loss']:.4f}  {point['samples_per_s']:.0f} samples/s" if point else ""
         trained = progress["total_steps"] and progress["step"] >= progress["total_steps"]
         phase = "evaluating" if job["state"] == "RUNNING" and trained else job["state"].lower()
+        if phase == "evaluating":
+            note = f"{len(job['evaluations'])} of {len(job['spec']['evaluate'])} evaluations done"
         if self._bar is not None and self._task is not None:
             total = progress["total_steps"] or None
             self._bar.update(self._task, description=phase, completed=progress["step"], total=total, note=note)
             return
         line = f"{job['id']} {phase} step {progress['step']}/{progress['total_steps']} epoch {progress['epoch']} {note}"
-        if phase != self._phase or time.monotonic() - self._said > LINE_EVERY_S:
+        if phase != self._phase or (line != self._line and time.monotonic() - self._said > LINE_EVERY_S):
             sys.stdout.write(line.rstrip() + "\n")
             sys.stdout.flush()
-            self._said, self._phase = time.monotonic(), phase
+            self._said, self._phase, self._line = time.monotonic(), phase, line
 
 
 @contextmanager

@@ -179,22 +179,6 @@ def _logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def absolute(spec: JobSpec, base: Path) -> JobSpec:
-    """The spec with relative shard paths and a relative `init` folder taken from `base`."""
-
-    def fix(shards: str | list[str]) -> str | list[str]:
-        if isinstance(shards, list):
-            return [str(fix(one)) for one in shards]
-        return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)
-
-    document = spec.model_dump()
-    holders = [document, *document["evaluate"]]
-    for holder in holders:
-        for stream in holder.get("data", {}).values():
-            stream["shards"] = fix(stream["shards"])
-    return JobSpec.model_validate(document)
-
-
 def run_local(spec: JobSpec, out: Path, *, fresh: bool = False, on_point: OnPoint = lambda _: None) -> int:
     """Runs a job in this process, without Ray, in the folder `out`; a second call continues.
 
@@ -245,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if home is None:
         raise SystemExit("MANTA_HOME is not set in this cluster; start it by `manta up`, or set it on every node")
     try:
-        spec = absolute(read_spec(arguments.spec), arguments.spec.absolute().parent)
+        spec = read_spec(arguments.spec).absolute(arguments.spec.absolute().parent)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.spec} is no JobSpec: {error}") from error
     run = RunFolder(Path(home) / "runs" / job_id)

@@ -135,6 +135,14 @@ class JobSpec(Strict):
             )
         return self
 
+    def absolute(self, base: Path) -> JobSpec:
+        """The spec with relative shard paths, of the data and of evaluations, taken from `base`."""
+        document = self.model_dump()
+        for holder in (document, *document["evaluate"]):
+            for stream in holder.get("data", {}).values():
+                stream["shards"] = _absolute(stream["shards"], base)
+        return JobSpec.model_validate(document)
+
     def accumulation_on(self, world_size: int) -> int:
         """Micro-batches for each optimizer step of one of `world_size` ranks.
 
@@ -147,8 +155,14 @@ class JobSpec(Strict):
         return micro_batches // world_size
 
 
+def _absolute(shards: str | list[str], base: Path) -> str | list[str]:
+    if isinstance(shards, list):
+        return [str(_absolute(one, base)) for one in shards]
+    return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)
+
+
 def read_spec(path: Path) -> JobSpec:
-    """Reads a YAML (or JSON) file into a JobSpec; relative shard paths are taken from the file's folder.
+    """Reads a YAML (or JSON) file into a JobSpec, as it stands there.
 
     Raises:
         FileNotFoundError: there is no such file.

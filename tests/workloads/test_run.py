@@ -21,7 +21,7 @@ import torch
 from tests.toy import TOY_MAE, TOY_MODEL, write_shards
 from workloads import checkpoint
 from workloads.record import RunFolder
-from workloads.run import FAILED, STOPPED, SUCCEEDED, _job_id, absolute, execute, run_local
+from workloads.run import FAILED, STOPPED, SUCCEEDED, _job_id, execute, run_local
 from workloads.spec import JobSpec
 
 SCRIPT = """
@@ -245,7 +245,7 @@ def test_relative_shards_are_taken_from_the_file(tmp_path: Path) -> None:
             "evaluate": [{"name": "knn", "data": {"train": {"shards": "t.tar"}, "test": {"shards": "u.tar"}}}],
         }
     )
-    fixed = absolute(spec, tmp_path)
+    fixed = spec.absolute(tmp_path)
     assert fixed.data["train"].shards == [str(tmp_path / "a.tar"), "/abs/b.tar", "s3://bucket/c.tar"]
     assert fixed.evaluate[0].config["data"]["test"]["shards"] == str(tmp_path / "u.tar")
 

@@ -1,0 +1,45 @@
+# The same commands on a laptop and in CI. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv dev demo serve check test bench clean
+
+help:           ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+venv: .venv/.installed       ## the environment in .venv; a second call costs nothing
+
+dev: .venv/.installed-dev    ## the same with the tools of developers
+
+# Stamps rather than folders: an interrupted installation is done again.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"got Python {sys.version.split()[0]}, expected 3.11 or newer; make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv      ## the main job end to end, in minutes
+	$(BIN)/manta demo
+
+serve: venv     ## the service in the foreground, on http://127.0.0.1:8000
+	$(BIN)/manta serve
+
+check: dev      ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.file_lengths
+
+test: dev       ## the whole suite
+	$(BIN)/pytest
+
+bench: dev      ## ratios of one run, into tests/benchmarks/RESULTS.md
+	$(BIN)/python -m tests.benchmarks
+
+clean:          ## remove the environment and what tools left
+	rm -rf .venv build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,39 @@
+"""One Ray cluster for the whole run, started when the first test asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import embedded
+from cluster.embedded import Head
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """An embedded head with 4 CPUs; this process is connected to it."""
+    before = dict(os.environ)
+    head = embedded.start(tmp_path_factory.mktemp("home"), num_cpus=4)
+    try:
+        embedded.connect(head.home)
+        yield head
+    finally:
+        import ray
+
+        ray.shutdown()
+        embedded.stop(head)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real data sets: MANTA_TEST_DATA, or `shared/data` beside the checkout."""
+    named = os.environ.get("MANTA_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set MANTA_TEST_DATA to a folder of data sets")
+    return folder
