@@ -169,21 +169,21 @@ def summarise(job: dict[str, Any], predict_accuracy: float, wall_s: float) -> di
 
 
 ROWS = (
-    ("kNN, 10 labels a class", "knn10"),
+    ("kNN, 10 labels/class", "knn10"),
     ("linear probe, all labels", "probe"),
-    ("fine-tune, 10 labels a class", "few_label10"),
+    ("fine-tune, 10 labels/class", "few_label10"),
 )
 COLUMNS = ("untrained", "pretrained", "raw_pixels")
 
 
 def result_table(job: dict[str, Any], summary: dict[str, Any]) -> Table:
     """Accuracy on the test digits: mean and standard deviation over seeds."""
-    table = Table(title="accuracy on 360 held-out digits, mean +- standard deviation over seeds")
+    table = Table(title="accuracy on 360 held-out digits, mean \u00b1 deviation over seeds")
     for column in ("", "untrained", "pretrained", "raw pixels"):
         table.add_column(column, no_wrap=True)
     for title, label in ROWS:
         result = _result(job, label)
-        cells = [f"{r['mean']:.3f} +- {r['std']:.3f}" if (r := result.get(who)) else "-" for who in COLUMNS]
+        cells = [f"{r['mean']:.3f} \u00b1{r['std']:.3f}" if (r := result.get(who)) else "-" for who in COLUMNS]
         table.add_row(title, *cells)
     table.add_row("served model, over HTTP", "-", f"{summary['predict_accuracy']:.3f}", "-")
     return table

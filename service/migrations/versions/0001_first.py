@@ -21,14 +21,14 @@ def upgrade() -> None:
         sa.Column("best_step", sa.Integer, nullable=False),
         sa.Column("reason", sa.Text),
         sa.Column("hint", sa.Text),
-        sa.Column("created_at", sa.Float, nullable=False),
-        sa.Column("started_at", sa.Float),
-        sa.Column("finished_at", sa.Float),
+        sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("started_at", sa.Double),
+        sa.Column("finished_at", sa.Double),
         sa.Column("step", sa.Integer, nullable=False),
         sa.Column("epoch", sa.Integer, nullable=False),
         sa.Column("total_steps", sa.Integer, nullable=False),
-        sa.Column("cpus", sa.Float, nullable=False),
-        sa.Column("gpus", sa.Float, nullable=False),
+        sa.Column("cpus", sa.Double, nullable=False),
+        sa.Column("gpus", sa.Double, nullable=False),
         sa.Column("idempotency_key", sa.String(200), unique=True),
         sa.Column("body_hash", sa.String(64)),
         sa.Column("revision", sa.Integer, nullable=False),
@@ -42,7 +42,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.String(80), nullable=False, index=True),
         sa.Column("source", sa.String(200), nullable=False),
         sa.Column("card", sa.JSON, nullable=False),
-        sa.Column("created_at", sa.Float, nullable=False),
+        sa.Column("created_at", sa.Double, nullable=False),
         sa.UniqueConstraint("name", "version"),
         sa.UniqueConstraint("name", "job_id", "source"),
     )
@@ -52,7 +52,7 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("reason", sa.Text),
-        sa.Column("updated_at", sa.Float, nullable=False),
+        sa.Column("updated_at", sa.Double, nullable=False),
     )
 
 

@@ -1,0 +1,211 @@
+"""The REST contract, without Ray: what is answered, and how refusals look."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import build
+from service.jobs import Jobs
+from service.parts import Parts
+from service.reconciler import Reconciler
+from service.registry import Registry
+from service.settings import Settings
+from service.store import Store
+from tests.service.fakes import FakeRay, write_record
+from tests.toy import TOY_MAE, TOY_MODEL
+
+
+class NoDeployments:
+    def view(self, name: str) -> None:
+        return None
+
+    def reconcile(self) -> None:
+        pass
+
+
+class Service:
+    """The app over a fake Ray; the reconciler is turned by hand."""
+
+    def __init__(self, home: Path) -> None:
+        settings = Settings(home=home, reconcile_interval_s=3600)
+        store, self.ray = Store(settings.database), FakeRay()
+        registry = Registry(settings, store)
+        reconciler = Reconciler(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
+        jobs = Jobs(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
+        self.parts = Parts(settings, store, self.ray, registry, reconciler, jobs, NoDeployments())  # type: ignore[arg-type]
+        self.app = build(settings, self.parts)
+        self.runs = settings.runs
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return Service(tmp_path)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(service.app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def body(toy_shards: dict[str, str]) -> dict[str, Any]:
+    data = {"train": {"shards": toy_shards["train"]}}
+    return {"name": "toy", "method": TOY_MAE, "model": TOY_MODEL, "data": data, "epochs": 1, "batch_size": 8}
+
+
+def test_submit_answers_a_stored_job(client: TestClient, body: dict[str, Any]) -> None:
+    response = client.post("/v1/jobs", json=body)
+    assert response.status_code == 201
+    job = response.json()
+    assert response.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["state"], job["attempt"], job["method"], job["models"]) == ("QUEUED", 0, "mae", [])
+    assert client.get(f"/v1/jobs/{job['id']}").json() == job
+    assert [j["id"] for j in client.get("/v1/jobs").json()["jobs"]] == [job["id"]]
+
+
+def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post("/v1/jobs", json=body, headers=headers), range(16)))
+    assert sorted(a.status_code for a in answers) == [200] * 15 + [201]
+    assert len({a.json()["id"] for a in answers}) == 1
+    other = client.post("/v1/jobs", json=body | {"epochs": 2}, headers=headers)
+    assert other.status_code == 409 and "another body" in other.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("change", "loc", "words"),
+    [
+        ({"method": {"name": "mea"}}, ["method", "name"], "did you mean 'mae'"),
+        ({"epohcs": 1}, ["epohcs"], "'epochs'"),
+        ({"model": {"name": "vot"}}, ["model", "name"], "'vit'"),
+        ({"data": {"train": {"shards": "/none.tar"}}}, ["data", "train", "shards"], "/none.tar"),
+        ({"batch_size": "many"}, ["batch_size"], "valid integer"),
+        ({"resources": {"workers": 8}, "batch_size": 8}, ["resources"], "expected at most the 4"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused(
+    client: TestClient, body: dict[str, Any], change: dict[str, Any], loc: list[str], words: str
+) -> None:
+    response = client.post("/v1/jobs", json=body | change)
+    assert response.status_code == 422
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["errors"][0]["loc"] == loc and words in problem["errors"][0]["message"]
+    assert {"type", "title", "status", "detail", "hint", "retryable"} <= problem.keys()
+    assert client.get("/v1/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize(("content", "status"), [("[1]", 422), ("{", 422), ("null", 422), ('"x"', 422)])
+def test_bodies_that_are_no_job(client: TestClient, content: str, status: int) -> None:
+    response = client.post("/v1/jobs", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_pages(client: TestClient, body: dict[str, Any]) -> None:
+    ids = [client.post("/v1/jobs", json=body | {"name": f"j{i}"}).json()["id"] for i in range(5)]
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = client.get("/v1/jobs", params={"limit": 2} | ({"cursor": cursor} if cursor else {})).json()
+        seen += [job["id"] for job in page["jobs"]]
+        if (cursor := page["next"]) is None:
+            break
+    assert seen == ids[::-1]
+    assert client.get("/v1/jobs?state=RUNNING").json()["jobs"] == []
+    assert client.get("/v1/jobs?limit=0").status_code == 422
+
+
+def test_cancel_is_idempotent_and_reaches_the_colon_route(client: TestClient, body: dict[str, Any]) -> None:
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    for _ in range(2):
+        response = client.post(f"/v1/jobs/{job_id}:cancel")
+        assert (response.status_code, response.json()["state"]) == (202, "CANCELLED")
+
+
+def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: dict[str, Any]) -> None:
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    assert client.get(f"/v1/jobs/{job_id}/metrics").json() == {"points": []}
+    assert client.get(f"/v1/jobs/{job_id}/logs").text == f"last words of {job_id}"
+    folder = service.runs / job_id
+    service.parts.reconciler.round()
+    write_record(folder, "SUCCEEDED", step=20, skipped=["a.tar: x at offset 3: no image"])
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "epoch": 0, "loss": 1.0}) + "\n" for s in (10, 20))
+    )
+    (folder / "log.txt").write_text("first\nsecond\n")
+    (folder / "evaluations.json").write_text('[{"label": "knn"}]')
+    service.parts.reconciler.round()
+    assert [p["step"] for p in client.get(f"/v1/jobs/{job_id}/metrics?after_step=10").json()["points"]] == [20]
+    assert client.get(f"/v1/jobs/{job_id}/logs").text == "first\nsecond\n"
+    followed = client.get(f"/v1/jobs/{job_id}/logs?follow=true").text
+    assert followed == "id: 6\ndata: first\n\nid: 13\ndata: second\n\nevent: end\ndata: \n\n"
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert job["skipped"] == ["a.tar: x at offset 3: no image"] and job["evaluations"] == [{"label": "knn"}]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs/none", "/v1/jobs/none/metrics", "/v1/methods/none", "/v1/models/none", "/none"]
+)
+def test_what_is_not_there_is_a_problem_with_a_hint(client: TestClient, path: str) -> None:
+    response = client.get(path)
+    assert response.status_code == 404
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["hint"]
+
+
+def test_catalog(client: TestClient) -> None:
+    assert "mae" in [m["name"] for m in client.get("/v1/methods").json()["methods"]]
+    mae = client.get("/v1/methods/mae").json()
+    assert mae["defaults"]["mask_ratio"] == 0.75 and "2111.06377" in mae["paper"]
+    assert mae["schema"]["additionalProperties"] is False
+    assert client.get("/v1/evaluations/knn").json()["defaults"]["k"] == 20
+
+
+def test_health_says_what_is_missing(service: Service, client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    deadline = time.monotonic() + 60
+    while not service.parts.warm.is_set() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    service.parts.reconciler.round()
+    assert client.get("/readyz").status_code == 200
+    service.ray.away = True
+    service.parts.reconciler.round()
+    response = client.get("/readyz")
+    assert response.status_code == 503 and response.json()["missing"] == {"ray": "Ray does not answer"}
+
+
+def test_docs_need_no_network(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "https://" not in page
+    for path in ("/docs/static/swagger-ui-bundle.js", "/docs/static/swagger-ui.css", "/docs/static/favicon-32x32.png"):
+        assert path in page and client.get(path).status_code == 200
+    assert {"/v1/jobs", "/v1/jobs/{job_id}:cancel", "/v1/models/{name}:predict"} <= client.get("/openapi.json").json()[
+        "paths"
+    ].keys()
+
+
+def test_a_body_above_the_limit_is_refused_unread(service: Service, client: TestClient) -> None:
+    huge = str(service.parts.settings.max_body_bytes + 1)
+    response = client.post("/v1/jobs", content=b"{}", headers={"content-length": huge})
+    assert response.status_code == 413 and response.json()["hint"]
+
+
+def test_an_unexpected_error_tells_nothing_but_its_number(service: Service, client: TestClient) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret")
+
+    service.parts.jobs.list = broken  # type: ignore[method-assign, assignment]
+    response = client.get("/v1/jobs")
+    assert response.status_code == 500 and "secret" not in response.text
+    assert response.headers["content-type"] == "application/problem+json"
