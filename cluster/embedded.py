@@ -32,6 +32,15 @@ START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 2.5  # a head goes in 2 s; what is left then is killed
 PROBE_TIMEOUT_S = 2.0
 READY = "Ray runtime started"
+MODE = {  # read when ray is imported; a process in another mode than its cluster hangs
+    "RAY_AUTH_MODE": "token",
+    # The switch that keeps Ray on the address that it was given, on Linux too; without it everything listens on all
+    # interfaces.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+_children: dict[int, subprocess.Popen[bytes]] = {}  # heads of this process: Python warns when one is dropped alive
 
 
 class ClusterError(RuntimeError):
@@ -66,13 +75,9 @@ class Head(BaseModel):
 def environment(head: Head) -> dict[str, str]:
     """What every process that talks to the cluster must have in its environment."""
     gcs, dashboard = head.metric_ports
-    return {
+    return MODE | {
         "MANTA_HOME": str(head.home),
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(head.token_path),
-        # The switch that keeps Ray on the address that it was given, on Linux too; without it everything listens on
-        # all interfaces, and a driver without it hangs against a head with it.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ADDRESS": head.address,
         "RAY_API_SERVER_ADDRESS": head.dashboard_url,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # default 30: `stop` would take that long
@@ -150,13 +155,13 @@ def start(home: Path, *, num_cpus: int | None = None, http_port: int | None = No
             start_new_session=True,  # a Ctrl-C at the terminal is ours to handle, not the head's
             cwd=home,
         )
+    _children[process.pid] = process
     head = head.model_copy(update={"pid": process.pid, "created": psutil.Process(process.pid).create_time()})
     try:
         (home / "head.json").write_text(head.model_dump_json(indent=1))
         _wait_until_ready(head, process, log)
     except BaseException:
         stop(head)
-        process.wait()
         raise
     return head
 
@@ -188,6 +193,8 @@ def stop(head: Head) -> None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=1)
+    if (child := _children.pop(head.pid, None)) is not None:
+        child.wait()
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     (head.home / "head.json").unlink(missing_ok=True)
 
@@ -232,6 +239,12 @@ def connect(home: Path) -> Head:
     if head is None:
         raise ClusterError(f"no cluster runs for {home}; start it by `manta up`")
     probe(head)
+    late = [name for name, value in MODE.items() if "ray" in sys.modules and os.environ.get(name) != value]
+    if late:
+        raise ClusterError(
+            f"ray was imported before {', '.join(late)} was set, so this process would hang; "
+            'import ray after `connect`, or start the process under eval "$(manta env)"'
+        )
     os.environ.update(environment(head))
     import ray
 

@@ -371,6 +371,7 @@ def run(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     folder = RunFolder(out_folder.absolute())
+    job = {"id": document.name, "state": "RUNNING", "spec": document.model_dump()}
     with job_progress() as show:
 
         def on_point(point: dict[str, Any]) -> None:
@@ -379,7 +380,7 @@ def run(
                 "epoch": point["epoch"],
                 "total_steps": int(folder.total_steps.read_text()),
             }
-            show({"id": document.name, "state": "RUNNING", "progress": progress}, point)
+            show(job | {"progress": progress, "evaluations": folder.read_evaluations()}, point)
 
         try:
             code = run_local(document, out_folder, fresh=fresh, on_point=on_point)

@@ -61,24 +61,27 @@ def build_parts(settings: Settings) -> Parts:
     return Parts(settings, store, ray, registry, reconciler, jobs, deployments)
 
 
-def _parts(request: Request) -> Parts:
+# Async although nothing is awaited: a `def` dependency is run in a thread, which costs each request about a millisecond.
+async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
 
 
-def _jobs(request: Request) -> Jobs:
-    return _parts(request).jobs
-
-
-def _registry(request: Request) -> Registry:
-    return _parts(request).registry
-
-
-def _deployments(request: Request) -> Deployments:
-    return _parts(request).deployments
-
-
 PartsDep = Annotated[Parts, Depends(_parts)]
+
+
+async def _jobs(parts: PartsDep) -> Jobs:
+    return parts.jobs
+
+
+async def _registry(parts: PartsDep) -> Registry:
+    return parts.registry
+
+
+async def _deployments(parts: PartsDep) -> Deployments:
+    return parts.deployments
+
+
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 DeploymentsDep = Annotated[Deployments, Depends(_deployments)]

@@ -23,6 +23,14 @@ CAPACITY_TTL_S = 5.0
 TAIL_LINES = 30
 
 
+def submission_id(job_id: str, attempt: int) -> str:
+    """The id in Ray: the job's own for the first attempt.
+
+    Ray keeps the name of a dead driver's supervisor taken for a while, so each later attempt has a name of its own.
+    """
+    return job_id if attempt <= 1 else f"{job_id}-{attempt}"
+
+
 class RayJobs:
     """Blocking; called from threads. Raises Unavailable when Ray cannot be reached."""
 
@@ -54,15 +62,10 @@ class RayJobs:
         return {job.submission_id: job.status.value for job in jobs if job.submission_id is not None}
 
     def submit(self, job_id: str, attempt: int) -> None:
-        """Starts the run of a job under its own id; a second call for a live one changes nothing.
-
-        A finished record of the same id, of an earlier attempt, is deleted first.
-        """
-        status = self.statuses().get(job_id)
-        if status in ("PENDING", "RUNNING"):
+        """Starts the run of an attempt; a second call for one that Ray knows changes nothing."""
+        name = submission_id(job_id, attempt)
+        if name in self.statuses():
             return
-        if status is not None:
-            self._call("delete_job", job_id)
         spec = self._settings.runs / job_id / "job.json"
         environment = {
             "MANTA_HOME": str(self._settings.home),
@@ -74,24 +77,26 @@ class RayJobs:
         try:
             self._call(
                 "submit_job",
-                submission_id=job_id,
+                submission_id=name,
                 entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
                 runtime_env={"env_vars": environment},
             )
         except Unavailable:
-            if self.statuses().get(job_id) not in ("PENDING", "RUNNING"):
+            if name not in self.statuses():
                 raise  # else the answer was lost, not the job
 
-    def stop(self, job_id: str) -> None:
-        """SIGTERM, and SIGKILL after the grace; a job that Ray does not know is stopped already."""
-        if self.statuses().get(job_id) in ("PENDING", "RUNNING"):
-            self._call("stop_job", job_id)
+    def stop(self, job_id: str, attempt: int) -> None:
+        """SIGTERM, and SIGKILL after the grace; an attempt that Ray does not know is stopped already."""
+        name = submission_id(job_id, attempt)
+        if self.statuses().get(name) in ("PENDING", "RUNNING"):
+            self._call("stop_job", name)
 
-    def log_tail(self, job_id: str) -> str:
+    def log_tail(self, job_id: str, attempt: int) -> str:
         """The last lines that the driver printed; empty where Ray knows nothing."""
-        if job_id not in self.statuses():
+        name = submission_id(job_id, attempt)
+        if name not in self.statuses():
             return ""
-        return "\n".join(str(self._call("get_job_logs", job_id)).splitlines()[-TAIL_LINES:])
+        return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
     def capacity(self) -> dict[str, float]:
         """CPUs and GPUs of the whole cluster, asked at most every few seconds."""

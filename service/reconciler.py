@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import ServiceError, Unavailable
-from service.ray_jobs import RayJobs, RayStatus
+from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, TERMINAL, Job, JobState, Store
@@ -32,6 +32,7 @@ from workloads.spec import JobSpec
 logger = logging.getLogger(__name__)
 
 STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
+MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,22 @@ def lives(record: Record | None, now: float) -> bool:
 
 
 def decide(
-    row: Job, ray: RayStatus | None, record: Record | None, *, alive: bool, fits: bool, max_attempts: int
+    row: Job,
+    ray: RayStatus | None,
+    record: Record | None,
+    now: float,
+    *,
+    alive: bool,
+    fits: bool,
+    max_attempts: int,
 ) -> Decision:
     """What is true of a job, and what to do.
 
     Args:
         row: our row.
-        ray: Ray's status of the id; None: Ray does not know it.
+        ray: Ray's status of the attempt; None: Ray does not know it.
         record: what the run said last.
+        now: seconds since the epoch.
         alive: whether a process of the job is at work, whatever Ray says.
         fits: whether the cluster has room for it.
         max_attempts: that may end in a row without a step of progress.
@@ -92,6 +101,8 @@ def decide(
     if row.stalled + 1 >= max_attempts:
         reason = f"ended {max_attempts} times in a row without a step of progress and without giving a reason"
         return Decision("finish", "FAILED", reason, "its log has the last words of the process")
+    if row.stalled and now < (row.submitted_at or 0.0) + min(MAX_BACKOFF_S, 2.0**row.stalled):
+        return Decision("none", row.state)
     return Decision("submit", "STARTING")
 
 
@@ -171,7 +182,7 @@ class Reconciler:
             if job.state == "QUEUED":
                 waiting = waiting or not fits
             try:
-                if self._settle(job, statuses.get(job.id), fits) and job.state == "QUEUED":
+                if self._settle(job, statuses.get(submission_id(job.id, job.attempt)), fits) and job.state == "QUEUED":
                     free = {"CPU": free["CPU"] - job.cpus, "GPU": free["GPU"] - job.gpus}
             except StaleDataError:
                 logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
@@ -183,13 +194,14 @@ class Reconciler:
         """Decides and acts for one job; True when it was submitted."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
-        alive = lives(record, self._clock())
-        decision = decide(job, ray, record, alive=alive, fits=fits, max_attempts=self._settings.max_attempts)
+        now = self._clock()
+        alive = lives(record, now)
+        decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=self._settings.max_attempts)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, again=decision.act == "resubmit")
         elif decision.act == "stop":
             run.stop.touch()
-            self._ray.stop(job.id)
+            self._ray.stop(job.id, job.attempt)
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
             self._register(job, run)
         self._write(job, decision, record)
@@ -207,6 +219,7 @@ class Reconciler:
                 row.best_step = max(row.best_step, row.step)
                 row.attempt += 1
                 row.state = "STARTING"
+                row.submitted_at = self._clock()
                 session.flush()
                 job.revision, job.attempt, job.stalled = row.revision, row.attempt, row.stalled
         run.path.mkdir(parents=True, exist_ok=True)

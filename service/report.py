@@ -103,7 +103,7 @@ def _curve(points: Sequence[dict[str, Any]]) -> str:
         yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False},
         legend={"orientation": "h", "y": 1.1},
     )
-    html: str = figure.to_html(full_html=False, include_plotlyjs=True)
+    html: str = figure.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})
     return html
 
 

@@ -44,6 +44,7 @@ class Job(Base):
     reason: Mapped[str | None] = mapped_column(sa.Text)
     hint: Mapped[str | None] = mapped_column(sa.Text)
     created_at: Mapped[float] = mapped_column(default=time.time)
+    submitted_at: Mapped[float | None]  # of the newest attempt
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     step: Mapped[int] = mapped_column(default=0)

@@ -12,6 +12,11 @@ from cluster import embedded
 from cluster.embedded import Head
 
 
+def pytest_configure() -> None:
+    """Some tests import ray long before the cluster starts: its mode must be set by then."""
+    os.environ.update(embedded.MODE)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """An embedded head with 4 CPUs; this process is connected to it."""

@@ -74,7 +74,8 @@ def logs(job_id: str, parts: PartsDep, follow: bool = False) -> Response:
         return StreamingResponse(_follow(job_id, parts), media_type="text/event-stream")
     if run.log.exists():
         return PlainTextResponse(run.log.read_text(errors="replace"))
-    return PlainTextResponse(parts.ray.log_tail(job_id))  # the run never spoke: what its process printed
+    attempt = parts.jobs.get(job_id).attempt
+    return PlainTextResponse(parts.ray.log_tail(job_id, attempt))  # the run never spoke: what its process printed
 
 
 def _follow(job_id: str, parts: PartsDep) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import Unavailable
-from service.ray_jobs import RayStatus
+from service.ray_jobs import RayStatus, submission_id
 from workloads.record import Record, RunFolder, RunState
 
 
@@ -34,16 +34,17 @@ class FakeRay:
         self._reach()
         if self.refuse_submit:
             raise Unavailable("Ray could not submit job")
-        if self.known.get(job_id) in ("PENDING", "RUNNING"):
+        name = submission_id(job_id, attempt)
+        if name in self.known:
             return
-        self.known[job_id] = "RUNNING"
+        self.known[name] = "RUNNING"
         self.submitted.append((job_id, attempt))
 
-    def stop(self, job_id: str) -> None:
+    def stop(self, job_id: str, attempt: int) -> None:
         self._reach()
         self.stopped.append(job_id)
 
-    def log_tail(self, job_id: str) -> str:
+    def log_tail(self, job_id: str, attempt: int) -> str:
         return f"last words of {job_id}"
 
     def capacity(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ def record(state: RunState | None, attempt: int = 1) -> Record | None:
 
 
 def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool = False, fits: bool = True) -> Decision:
-    return decide(row, ray, said, alive=alive, fits=fits, max_attempts=3)
+    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3)
 
 
 EVERY = list(itertools.product(get_args(JobState), RAY, RECORDS, [False, True]))
@@ -57,7 +57,7 @@ def test_invariants(state: JobState, ray: RayStatus | None, said: RunState | Non
     if decision.state == "CANCELLED":
         assert state == "CANCELLING" and not at_work
     if decision.act == "none" and state != "QUEUED":
-        assert at_work  # whoever waits, waits for something that moves
+        assert at_work  # whoever waits, waits for something that moves (nothing stalled here)
 
 
 def test_a_queued_job_waits_for_room() -> None:
@@ -90,6 +90,12 @@ def test_a_job_by_ray_that_was_stopped_by_ray_is_cancelled() -> None:
 def test_without_progress_it_is_given_up_with_a_reason() -> None:
     decision = answer(job("RUNNING", stalled=2), "FAILED", None)
     assert decision.state == "FAILED" and decision.reason is not None and "3 times" in decision.reason
+
+
+def test_attempts_without_progress_wait_longer_and_longer() -> None:
+    for stalled, age_s, act in ((1, 1, "none"), (1, 3, "submit"), (0, 0, "submit")):
+        row = job("STARTING", stalled=stalled, submitted_at=time.time() - age_s)
+        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5).act == act
 
 
 def test_a_job_that_finished_before_its_cancel_says_so() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from cluster.embedded import Head
 from service.deployments import PREFIX, Deployments
-from service.errors import BadImage, BadRequest
+from service.errors import BadImage, BadRequest, NotDeployed
 from service.predictor import Predictor, ask
 from service.registry import Registry
 from service.settings import Settings
@@ -109,7 +110,9 @@ def replica_pids() -> list[int]:
 @pytest.mark.ray
 def test_a_served_model_survives_whatever_it_is_sent(cluster: Head, folders: dict[str, Path], tmp_path: Path) -> None:
     from ray import serve
+    from ray.serve.config import HTTPOptions
 
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=cluster.http_port), proxy_location="HeadOnly")
     settings = Settings(home=tmp_path)
     store = Store(settings.database)
     registry = Registry(settings, store)
@@ -143,7 +146,14 @@ def test_a_served_model_survives_whatever_it_is_sent(cluster: Head, folders: dic
     answer = asyncio.run(_embed(service))
     assert answer["model"] == "toy@2"
     service.undeploy("toy")
-    assert f"{PREFIX}toy" not in {n for n, app in serve.status().applications.items() if app.status == "RUNNING"}
+    with pytest.raises(NotDeployed):
+        asyncio.run(_embed(service))
+    for _ in range(200):
+        if f"{PREFIX}toy" not in serve.status().applications:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the application is still there after 20 s")
     store.close()
 
 

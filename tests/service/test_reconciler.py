@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.jobs import Jobs
+from service.ray_jobs import RayStatus, submission_id
 from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
@@ -37,14 +39,21 @@ class World:
     def __init__(self, home: Path) -> None:
         self.settings = Settings(home=home)
         self.ray = FakeRay()
-        self.now = 0.0
+        self.now = time.time()
         self.restart()
 
     def restart(self) -> None:
         self.store = Store(self.settings.database)
         self.registry = Registry(self.settings, self.store)
-        self.reconciler = Reconciler(self.settings, self.store, self.ray, self.registry, lambda: None)  # type: ignore[arg-type]
+        self.reconciler = Reconciler(self.settings, self.store, self.ray, self.registry, lambda: None, self.clock)  # type: ignore[arg-type]
         self.jobs = Jobs(self.settings, self.store, self.ray, self.registry, lambda: None, lambda *_: [])  # type: ignore[arg-type]
+
+    def clock(self) -> float:
+        return self.now
+
+    def status(self, job: Job, status: RayStatus) -> None:
+        """What Ray says of the newest attempt."""
+        self.ray.known[submission_id(job.id, self.jobs.get(job.id).attempt)] = status
 
     def folder(self, job: Job) -> Path:
         return self.settings.runs / job.id
@@ -116,14 +125,14 @@ def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: Worl
     world.reconciler.round()
     for attempt in range(1, 9):  # progress each time
         write_record(world.folder(job), "RUNNING", attempt, step=attempt, age_s=60)
-        world.ray.known[job.id] = "RUNNING"
         world.reconciler.round()
-        world.ray.known[job.id] = "FAILED"
+        world.status(job, "FAILED")
         world.reconciler.round()
         assert world.state(job) == "STARTING", attempt
     for _ in range(9):
-        world.ray.known[job.id] = "FAILED"
+        world.status(job, "FAILED")
         world.reconciler.round()
+        world.now += 100
     failed = world.jobs.get(job.id)
     assert failed.state == "FAILED" and failed.reason is not None and "5 times in a row" in failed.reason
     assert failed.attempt == 13
@@ -197,10 +206,12 @@ def test_whatever_happens_each_job_ends_in_a_true_state_and_never_runs_twice(
             raise Crash
 
     def live(job: Job) -> bool:
-        return job.id in attempts and job.id not in ended and world.ray.known.get(job.id) == "RUNNING"
+        name = submission_id(job.id, attempts.get(job.id, 0))
+        return job.id in attempts and job.id not in ended and world.ray.known.get(name) == "RUNNING"
 
     for turn in range(60):
         peace = turn >= 40
+        world.now = time.time() + 100 * turn * peace  # no waiting for a back-off in peace
         submit = world.ray.submit
         world.ray.refuse_submit = not peace and rng.random() < 0.1
         if not peace:
@@ -229,17 +240,18 @@ def test_whatever_happens_each_job_ends_in_a_true_state_and_never_runs_twice(
                 write_record(folder, "RUNNING", attempts[job.id], step=turn)
             elif action == "die":
                 write_record(folder, "RUNNING", attempts[job.id], step=turn, age_s=60)
-                world.ray.known[job.id] = "FAILED"
+                world.ray.known[submission_id(job.id, attempts[job.id])] = "FAILED"
             elif action == "stop":
                 write_record(folder, "STOPPED", attempts[job.id], step=turn)
-                world.ray.known[job.id] = "STOPPED"
+                world.ray.known[submission_id(job.id, attempts[job.id])] = "STOPPED"
             elif action == "forgotten":
                 write_record(folder, "RUNNING", attempts[job.id], step=turn, age_s=60)
-                del world.ray.known[job.id]
+                del world.ray.known[submission_id(job.id, attempts[job.id])]
             else:
                 ended[job.id] = "SUCCEEDED" if action == "finish" else "FAILED"
                 write_record(folder, ended[job.id], attempts[job.id], step=turn, reason="why")  # type: ignore[arg-type]
-                world.ray.known[job.id] = "SUCCEEDED" if action == "finish" else "FAILED"
+                said: RayStatus = "SUCCEEDED" if action == "finish" else "FAILED"
+                world.ray.known[submission_id(job.id, attempts[job.id])] = said
         if not peace and rng.random() < 0.03:
             victim = rng.choice(jobs)
             cancelled.add(victim.id)

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text),
         sa.Column("hint", sa.Text),
         sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("submitted_at", sa.Double),
         sa.Column("started_at", sa.Double),
         sa.Column("finished_at", sa.Double),
         sa.Column("step", sa.Integer, nullable=False),

@@ -1,0 +1,86 @@
+"""`make bench`: every figure in one run, as ratios and medians, into RESULTS.md beside this file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import tarfile
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from service.client import Client
+from service.local_cluster import temporary
+from tests.benchmarks import loop, service
+from workloads.data.pack import pack_digits
+
+Row = tuple[str, str, str, bool]
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "timm"))
+    return f"{os.cpu_count()} cores ({model}), Python {platform.python_version()}, {versions}"
+
+
+def rows(folder: Path) -> list[Row]:
+    """(what, measured, wanted, reached)."""
+    pack_digits(folder / "digits")
+    shards = str(folder / "digits" / "train-{000000..000001}.tar")
+    with tarfile.open(folder / "digits" / "test-000000.tar") as tar:
+        member = next(m for m in tar if m.name.endswith(".png"))
+        file = tar.extractfile(member)
+        assert file is not None
+        image = file.read()
+    with temporary(folder / "home") as head, Client(head.url) as client:
+        posts = statistics.median(service.post_ms(client, shards))
+        start = statistics.median(service.first_step_s(client, head, shards))
+        bare = statistics.median(service.import_torch_s(head, folder))
+        p = service.prediction(client, head, shards, image)
+        ratio = loop.ratio(loop.under_ray_train(shards))
+    gain = p[f"rps_{service.CLIENTS}"] / p["rps_1"]
+    return [
+        ("loop: steps/s under Ray Train / bare PyTorch loop", f"{ratio:.3f}", ">= 0.97", ratio >= 0.97),
+        ("POST /v1/jobs to the durable 201, median", f"{posts:.1f} ms", "< 50 ms", posts < 50),
+        (
+            "POST to the first training step / `ray job submit` to the line after `import torch`",
+            f"{start / bare:.2f} ({start:.1f} s / {bare:.1f} s)",
+            "<= 1.5",
+            start / bare <= 1.5,
+        ),
+        (
+            "predict, one client: service over bare model call, median",
+            f"{p['overhead_ms']:.1f} ms ({p['served_ms']:.1f} - {p['bare_ms']:.1f})",
+            "< 15 ms",
+            p["overhead_ms"] < 15,
+        ),
+        (
+            f"predict: throughput of {service.CLIENTS} clients / of 1",
+            f"{gain:.2f} ({p[f'rps_{service.CLIENTS}']:.0f} / {p['rps_1']:.0f} requests/s)",
+            "> 1",
+            gain > 1,
+        ),
+    ]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        measured = rows(Path(folder))
+    lines = ["# Benchmarks", "", "`make bench` writes this page: one run, medians.", "", machine() + ".", ""]
+    lines += [
+        f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
+        "",
+        "| figure | measured | wanted | |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| {what} | {value} | {wanted} | {'yes' if ok else '**no**'} |" for what, value, wanted, ok in measured]
+    text = "\n".join(lines) + "\n"
+    (Path(__file__).parent / "RESULTS.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The command line: exit codes, JSON, wrong input; without Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from service import cli
+from service.client import ApiError
+from workloads.spec import JobSpec
+
+runner = CliRunner()
+cli._data_commands()
+
+JOB = {
+    "id": "job-1",
+    "name": "toy",
+    "state": "SUCCEEDED",
+    "reason": None,
+    "hint": None,
+    "method": "mae",
+    "attempt": 1,
+    "created_at": "2026-11-21T00:00:00+00:00",
+    "finished_at": None,
+    "progress": {"step": 3, "total_steps": 3, "epoch": 0},
+    "skipped": [],
+    "models": ["toy@1"],
+    "evaluations": [],
+    "spec": {"evaluate": []},
+}
+
+
+class FakeClient:
+    """Answers without a service."""
+
+    state = "SUCCEEDED"
+    refuse: ApiError | None = None
+    submitted: dict[str, Any] | None = None
+
+    def __init__(self, url: str) -> None:
+        pass
+
+    def __enter__(self) -> FakeClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, spec: dict[str, Any]) -> dict[str, Any]:
+        if FakeClient.refuse is not None:
+            raise FakeClient.refuse
+        FakeClient.submitted = spec
+        return JOB | {"state": "QUEUED"}
+
+    def metrics(self, job_id: str, after_step: int = -1) -> list[dict[str, Any]]:
+        points = [{"step": 3, "epoch": 0, "loss": 0.5, "lr": 1e-3, "samples_per_s": 10.0}]
+        return [point for point in points if point["step"] > after_step]
+
+    def wait(self, job_id: str, on_update: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        job = JOB | {"state": FakeClient.state, "reason": "because"}
+        on_update(job)
+        return job
+
+    def jobs(self, limit: int) -> list[dict[str, Any]]:
+        return [JOB]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    monkeypatch.setenv("MANTA_URL", "http://manta")
+    monkeypatch.setattr("service.client.Client", FakeClient)
+    FakeClient.state, FakeClient.refuse, FakeClient.submitted = "SUCCEEDED", None, None
+    return FakeClient
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path, toy_job: Callable[..., JobSpec]) -> Path:
+    document = toy_job().model_dump(mode="json") | {"data": {"train": {"shards": "train-0.tar"}}}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_submit_sends_absolute_shards(service: type[FakeClient], spec_file: Path) -> None:
+    result = runner.invoke(cli.app, ["submit", str(spec_file)])
+    assert (result.exit_code, result.stdout.strip()) == (0, "job-1 QUEUED")
+    assert service.submitted is not None
+    assert service.submitted["data"]["train"]["shards"] == str(spec_file.parent / "train-0.tar")
+
+
+@pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 3)])
+def test_follow_exits_by_the_state(service: type[FakeClient], spec_file: Path, state: str, code: int) -> None:
+    service.state = state
+    result = runner.invoke(cli.app, ["submit", str(spec_file), "--follow"])
+    assert result.exit_code == code
+    assert "loss 0.5000" in result.stdout and f"state\t{state}" in result.stdout
+
+
+@pytest.mark.parametrize(("status", "code"), [(422, 1), (503, 4), (0, 4)])
+def test_refusals_have_their_codes(service: type[FakeClient], spec_file: Path, status: int, code: int) -> None:
+    service.refuse = ApiError(status, "No", "not like this", "like that")
+    result = runner.invoke(cli.app, ["submit", str(spec_file)])
+    assert result.exit_code == code and "not like this" in result.stderr and "like that" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "is not YAML"), ("epohcs: 3", "did you mean 'epochs'"), ("3", "mapping")]
+)
+def test_a_file_that_is_no_job_is_wrong_usage(service: type[FakeClient], tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    result = runner.invoke(cli.app, ["submit", str(path)])
+    assert result.exit_code == 2 and words in result.stderr
+
+
+def test_lists_are_tables_in_a_pipe_and_json_on_request(service: type[FakeClient]) -> None:
+    lines = runner.invoke(cli.app, ["jobs"]).stdout.splitlines()
+    assert lines[0].split("\t")[:2] == ["id", "name"] and lines[1].split("\t")[:2] == ["job-1", "toy"]
+    assert json.loads(runner.invoke(cli.app, ["jobs", "--json"]).stdout)[0]["id"] == "job-1"
+    assert json.loads(runner.invoke(cli.app, ["metrics", "job-1", "--json"]).stdout)[0]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["env"], ["submit"], ["logs", "x"]])
+def test_without_a_cluster_every_command_says_so_at_once(
+    tmp_path: Path, spec_file: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MANTA_URL", raising=False)
+    monkeypatch.setenv("MANTA_HOME", str(tmp_path / "home"))
+    result = runner.invoke(cli.app, command + ([str(spec_file)] if command == ["submit"] else []))
+    assert result.exit_code == 4 and "start it by `manta up`" in result.stderr
+
+
+def test_run_local_trains_and_refuses_another_job(tmp_path: Path, toy_job: Callable[..., JobSpec]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(toy_job().model_dump(mode="json")))
+    command = ["run", "--local", str(path), "--out", str(tmp_path / "out")]
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 0 and "step 20/20" in result.stdout
+    assert (tmp_path / "out" / "artifact" / "model.safetensors").is_file()
+    assert runner.invoke(cli.app, ["run", str(path), "--out", str(tmp_path / "out")]).exit_code == 2
+    path.write_text(yaml.safe_dump(toy_job(seed=4).model_dump(mode="json")))
+    assert runner.invoke(cli.app, command).exit_code == 1
+
+
+def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:
+    script = "import sys; sys.argv = ['manta', '--help']\nfrom service.cli import main\n"
+    script += "try: main()\nexcept SystemExit: pass\n"
+    script += "print([name for name in ('ray', 'torch', 'fastapi') if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]" and "submit" in done.stdout
