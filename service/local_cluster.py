@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def _serve(head: Head) -> None:
     from service.app import deployment
     from service.settings import Settings
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the terminal is the user's
     settings = Settings(home=head.home, ray_dashboard_url=head.dashboard_url)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=head.http_port), proxy_location="HeadOnly")
     serve.run(deployment(settings), name="manta", route_prefix="/", blocking=False)

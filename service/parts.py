@@ -61,7 +61,7 @@ def build_parts(settings: Settings) -> Parts:
     return Parts(settings, store, ray, registry, reconciler, jobs, deployments)
 
 
-# Async although nothing is awaited: a `def` dependency is run in a thread, which costs each request about a millisecond.
+# Async although nothing is awaited: a `def` dependency runs in a thread, and each request would pay for the way there.
 async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts

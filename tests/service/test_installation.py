@@ -118,7 +118,7 @@ def test_everything_comes_back_after_a_restart(
         with pytest.raises(ApiError) as caught:
             client.predict("three", [b"no image"])
         assert caught.value.status == 422
-        job_id = client.submit(classifier(toy_job, epochs=500, checkpoint={"every_steps": 20}))["id"]
+        job_id = client.submit(classifier(toy_job, epochs=200, checkpoint={"every_steps": 20}))["id"]
         until(lambda: client.job(job_id)["progress"]["step"] > 40, "it trains")
     open_to_all = [name for name, _, _ in listening(head_of(home).pid)]
     assert all("ServeReplica" in name for name in open_to_all), open_to_all  # Ray's own, which checks the token

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.doctor import listening
 from cluster.embedded import Head
 from workloads import checkpoint
 from workloads.record import RunFolder
@@ -28,15 +29,15 @@ def final_weights(run: RunFolder) -> dict[str, torch.Tensor]:
     return torch.load(run.checkpoints / f"step-{step:08d}.pt", weights_only=True)["method"]
 
 
-def kill_a_worker(run: RunFolder, killed: list[int]) -> None:
-    """Kills the Ray Train worker of rank 1 once the first checkpoint is there."""
+def kill_a_worker(run: RunFolder, head: Head, killed: list[int], open_to_all: list[tuple[str, str, int]]) -> None:
+    """Once there is a checkpoint: lists sockets that others can reach, then kills one worker of the group."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         if checkpoint.latest_step(run.checkpoints):
+            open_to_all += listening(head.pid)
             for process in psutil.process_iter(["cmdline"]):
-                if any(
-                    "RayTrainWorker" in word or "RayWorkerWrapper" in word for word in process.info["cmdline"] or []
-                ):
+                words = process.info["cmdline"] or []
+                if any("RayTrainWorker" in word for word in words):
                     killed.append(process.pid)
                     os.kill(process.pid, signal.SIGKILL)
                     return
@@ -50,11 +51,13 @@ def test_two_workers_one_killed_end_with_the_weights_of_one_process(
     alone, group = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "group")
     assert execute(spec, alone, tmp_path, job_id="alone") == SUCCEEDED
     killed: list[int] = []
-    thread = threading.Thread(target=kill_a_worker, args=(group, killed))
+    open_to_all: list[tuple[str, str, int]] = []
+    thread = threading.Thread(target=kill_a_worker, args=(group, cluster, killed, open_to_all))
     thread.start()
     assert execute(spec, group, tmp_path, job_id="group", ray=True) == SUCCEEDED
     thread.join()
     assert killed
+    assert open_to_all == []  # torch's store and gloo too are on loopback
     assert group.log.read_text().count("rank 1 of 2") == 2  # started, and started again
     record = group.read_record()
     assert record is not None and (record.state, record.step, record.total_steps) == ("SUCCEEDED", 300, 300)
