@@ -32,6 +32,7 @@ from workloads.spec import JobSpec
 logger = logging.getLogger(__name__)
 
 STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
+GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
 MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
 
 
@@ -158,7 +159,8 @@ class Reconciler:
                 self.round()
             except Exception:
                 logger.exception("a round of the reconciler failed; the next one tries again")
-            self._wake.wait(self._settings.reconcile_interval_s)
+            if self._wake.wait(self._settings.reconcile_interval_s):
+                self._done.wait(GATHER_S)
 
     def round(self) -> None:
         """Looks at every unfinished job once."""

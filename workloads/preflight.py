@@ -45,6 +45,11 @@ def check(spec: JobSpec, home: Path) -> list[Problem]:
         spec: a JobSpec whose own fields are valid.
         home: where `init` and other references to weights are looked up.
     """
+    return look(spec, home) or _fit(spec, home)
+
+
+def look(spec: JobSpec, home: Path) -> list[Problem]:
+    """`check` without building the network, for a run that builds it next anyway."""
     problems = _config("method", "method", spec.method)
     for i, evaluation in enumerate(spec.evaluate):
         problems += _config("evaluation", "evaluate", evaluation, i)
@@ -53,8 +58,6 @@ def check(spec: JobSpec, home: Path) -> list[Problem]:
         problems += _streams(spec)
     if not problems:
         problems += _data(spec) + _init(spec, home)
-    if not problems:
-        problems += _fit(spec, home)
     return problems
 
 

@@ -27,7 +27,7 @@ from workloads.evaluate import evaluate
 from workloads.export import export
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
-from workloads.preflight import check
+from workloads.preflight import look
 from workloads.record import RunFolder, write_atomic
 from workloads.spec import JobSpec, read_spec
 
@@ -102,7 +102,7 @@ def execute(
         journal = stack.enter_context(Journal(run, job_id, attempt))
         stop = stack.enter_context(StopRequest(run))
         try:
-            if problems := check(spec, home):
+            if problems := look(spec, home):
                 journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
                 return FAILED
             if not _train(spec, run, home, stop, ray, on_point) or stop():

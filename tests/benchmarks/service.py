@@ -78,8 +78,11 @@ def import_torch_s(head: Head, folder: Path) -> list[float]:
 
 def prediction(client: Client, head: Head, shards: str, image: bytes) -> dict[str, float]:
     """Latency of one client over the bare model call, and throughput of 1 and of many clients."""
+    import torch
+
     from workloads.inference import Model
 
+    torch.set_num_threads(1)  # as the replica has
     job = client.wait(client.submit(_spec(shards, steps=20, register="bench"))["id"])
     assert job["state"] == "SUCCEEDED", job["reason"]
     client.deploy("bench", wait_s=120)
