@@ -15,7 +15,19 @@ from typing import Annotated, Any
 
 import typer
 
-from service.terminal import CANCELLED, FAILED, OK, UNREACHABLE, USAGE, fail, job_progress, out, show_json, show_table
+from service.terminal import (
+    CANCELLED,
+    FAILED,
+    OK,
+    UNREACHABLE,
+    USAGE,
+    fail,
+    follow,
+    job_progress,
+    out,
+    show_json,
+    show_table,
+)
 
 app = typer.Typer(
     help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1), no_args_is_help=True, pretty_exceptions_enable=False
@@ -35,108 +47,21 @@ def main_options(
         os.environ["MANTA_HOME"] = str(home.absolute())
 
 
-def _home() -> Path:
-    from service.local_cluster import default_home
-
-    return default_home()
-
-
 @contextmanager
 def _service() -> Iterator[Any]:
     """A client of the service; its refusals, and a cluster that is not there, become one message and an exit code."""
     from cluster.embedded import ClusterError
     from service.client import ApiError, Client
-    from service.local_cluster import running
+    from service.local_cluster import default_home, running
 
     try:
-        url = os.environ.get("MANTA_URL") or running(_home()).url
+        url = os.environ.get("MANTA_URL") or running(default_home()).url
         with Client(url) as client:
             yield client
     except ClusterError as error:
         fail(error, UNREACHABLE)
     except ApiError as error:
         fail(error, UNREACHABLE if error.status in (0, 503) else FAILED)
-
-
-@app.command()
-def up(
-    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
-    port: Annotated[int | None, typer.Option(help="Of the REST API [a free one].")] = None,
-) -> None:
-    """Starts a Ray head and the service on this machine, in the background, on loopback."""
-    from cluster.embedded import ClusterError
-    from service.local_cluster import signals_raise
-    from service.local_cluster import up as start
-
-    try:
-        with signals_raise():
-            head = start(_home(), num_cpus=cpus, http_port=port)
-    except ClusterError as error:
-        fail(error, UNREACHABLE)
-    except KeyboardInterrupt:
-        fail("interrupted; what was started is stopped", CANCELLED)
-    out.print(f"ready: {head.url}  docs: {head.url}/docs  (`manta down` ends it)")
-
-
-@app.command()
-def down() -> None:
-    """Ends what `manta up` started, and nothing else."""
-    from cluster import embedded
-
-    head = embedded.read(_home())
-    if head is None:
-        out.print(f"nothing runs for {_home()}")
-        return
-    embedded.stop(head)
-    out.print("ended")
-
-
-@app.command()
-def serve(
-    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
-    port: Annotated[int, typer.Option(help="Of the REST API.")] = 8000,
-) -> None:
-    """`up` in the foreground: Ctrl-C ends it; jobs continue from their checkpoints at the next start."""
-    import signal
-
-    from cluster.embedded import ClusterError
-    from service.local_cluster import temporary
-
-    try:
-        with temporary(_home(), num_cpus=cpus, http_port=port) as head:
-            out.print(f"ready: {head.url}  docs: {head.url}/docs  (Ctrl-C ends it)")
-            signal.pause()
-    except ClusterError as error:
-        fail(error, UNREACHABLE)
-    except KeyboardInterrupt:
-        out.print("ended")
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Says what is wrong with this installation and its cluster, within seconds."""
-    from cluster.doctor import examine
-
-    findings = examine(_home())
-    if as_json:
-        show_json([finding.model_dump() for finding in findings])
-    else:
-        marks = [("ok" if f.ok else "WRONG", f.name, f.detail, "" if f.ok else f.hint) for f in findings]
-        show_table(["", "what", "found", "what to do"], marks)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(FAILED)
-
-
-@app.command()
-def env() -> None:
-    """Prints what a shell needs for `ray` commands: eval "$(manta env)"."""
-    from cluster import embedded
-    from service.local_cluster import running
-
-    try:
-        sys.stdout.write(embedded.shell_exports(running(_home())) + "\n")
-    except embedded.ClusterError as error:
-        fail(error, UNREACHABLE)
 
 
 def _read_spec(path: Path) -> Any:
@@ -163,34 +88,25 @@ def _readable(error: ValueError) -> str:
 @app.command()
 def submit(
     spec: Spec,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+    stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submits a job. Relative shard paths are taken from the folder of the file."""
     document = _read_spec(spec).model_dump(mode="json")
     with _service() as client:
         job = client.submit(document)
-        if as_json and not follow:
+        if as_json and not stay:
             show_json(job)
-        elif not follow:
+        elif not stay:
             out.print(f"{job['id']} {job['state']}")
-        if follow:
+        if stay:
             _follow(client, job["id"], as_json)
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> None:
     """Shows progress until the end; Ctrl-C detaches."""
-    point: dict[str, Any] = {}
-
     try:
-        with job_progress() as show:
-
-            def update(job: dict[str, Any]) -> None:
-                if newer := client.metrics(job_id, after_step=point.get("step", -1)):
-                    point.update(newer[-1])
-                show(job, point or None)
-
-            job = client.wait(job_id, update)
+        job = follow(client, job_id)
     except KeyboardInterrupt:
         fail(
             f"\ndetached: {job_id} goes on; `manta cancel {job_id}` ends it, `manta logs -f {job_id}` follows it",
@@ -404,16 +320,19 @@ def demo(
     raise typer.Exit(run_demo(folder))
 
 
-def _data_commands() -> None:
-    """`pack` and `inspect` live with the data; pyarrow is imported only when one of them is typed."""
+def _more_commands() -> None:
+    """Those of the cluster, and `pack` and `inspect`, which live with the data."""
+    from service.cli_cluster import COMMANDS
     from workloads.data.commands import inspect, pack_app
 
+    for command in COMMANDS:
+        app.command()(command)
     app.add_typer(pack_app, name="pack")
     app.command("inspect")(inspect)
 
 
 def main() -> None:
-    _data_commands()
+    _more_commands()
     app()
 
 

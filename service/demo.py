@@ -23,7 +23,7 @@ from cluster.embedded import ClusterError
 from service.client import ApiError, Client
 from service.local_cluster import temporary
 from service.report import write_report
-from service.terminal import FAILED, OK, job_progress, out
+from service.terminal import FAILED, OK, follow, out
 
 PICTURES = 8
 BATCH = 60  # images of one predict request
@@ -72,7 +72,7 @@ def _main_job(folder: Path, began: float) -> dict[str, Any]:
         _say(f"the service is ready: {head.url}/docs")
         job = client.submit(demo_spec(digits))
         _say(f"POST /v1/jobs -> {job['id']}")
-        job = _watch(client, job["id"])
+        job = _finished(client, job["id"])
         encoder, classifier = job["models"]
         _say(f"registered {encoder} and {classifier}; deploying both")
         names = [reference.partition("@")[0] for reference in (encoder, classifier)]
@@ -118,17 +118,9 @@ def demo_spec(digits: Path) -> dict[str, Any]:
     return spec
 
 
-def _watch(client: Client, job_id: str) -> dict[str, Any]:
-    """Follows the job to its end."""
-    point: dict[str, Any] = {}
-    with job_progress() as show:
-
-        def update(job: dict[str, Any]) -> None:
-            if newer := client.metrics(job_id, after_step=point.get("step", -1)):
-                point.update(newer[-1])
-            show(job, point or None)
-
-        job = client.wait(job_id, update)
+def _finished(client: Client, job_id: str) -> dict[str, Any]:
+    """Follows the job to its end, which must be a good one."""
+    job = follow(client, job_id)
     if job["state"] != "SUCCEEDED":
         tail = "\n".join(client.logs(job_id).splitlines()[-20:])
         raise DemoError(f"{job['state']}: {job['reason']} ({job['hint']})\n{tail}")

@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from service.client import Client
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -79,3 +82,16 @@ def job_progress() -> Iterator[JobProgress]:
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=out) as bar:
         yield JobProgress(bar)
+
+
+def follow(client: Client, job_id: str) -> dict[str, Any]:
+    """Shows a job until it ends, and returns it."""
+    point: dict[str, Any] = {}
+    with job_progress() as show:
+
+        def update(job: dict[str, Any]) -> None:
+            if newer := client.metrics(job_id, after_step=point.get("step", -1)):
+                point.update(newer[-1])
+            show(job, point or None)
+
+        return client.wait(job_id, update)

@@ -18,7 +18,7 @@ from service.client import ApiError
 from workloads.spec import JobSpec
 
 runner = CliRunner()
-cli._data_commands()
+cli._more_commands()
 
 JOB = {
     "id": "job-1",
