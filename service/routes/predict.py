@@ -19,7 +19,6 @@ from service.predictor import ask
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 WAIT_S = 120.0  # of `deploy?wait=true`
-SMALL = 256 << 10  # bytes of a body that are parsed in less time than the way to a thread takes
 SHAPE = 'send {"images": ["<base64 of an encoded image>", ...]}, or files as multipart/form-data'
 
 
@@ -53,8 +52,7 @@ async def _images(request: Request, parts: PartsDep) -> list[bytes]:
         async with request.form(max_files=limit) as form:
             images = [await file.read() for _, file in form.multi_items() if isinstance(file, UploadFile)]
     else:
-        body = await request.body()
-        images = parse(body, limit) if len(body) < SMALL else await run_in_threadpool(parse, body, limit)
+        images = await run_in_threadpool(parse, await request.body(), limit)
     if not images:
         raise BadRequest("got no image, expected one at least", SHAPE)
     return images

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS = 60  # of one segment
+STEPS = 50  # of one segment
 ROUNDS = 5
 
 
