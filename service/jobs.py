@@ -15,6 +15,7 @@ import json
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -106,7 +107,7 @@ class Jobs:
         except ValidationError as error:
             found = problems_of(error, JobSpec)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
-        problems = self._check(spec, self._settings.home) or self._too_large(spec)
+        problems = _relative(spec) or self._check(spec, self._settings.home) or self._too_large(spec)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec
@@ -190,6 +191,14 @@ class Jobs:
             "models": self._registry.of_job(job.id),
             "spec": job.spec,
         }
+
+
+def _relative(spec: JobSpec) -> list[preflight.Problem]:
+    """A service has no folder that a relative path could start from: its own is not the user's."""
+    if spec == spec.absolute(Path("/")):
+        return []
+    message = "got a relative shard path, expected absolute ones, as the workers see them"
+    return [preflight.Problem(loc=["data"], message=message, hint="`manta submit` makes those of a file absolute")]
 
 
 def _now() -> float:

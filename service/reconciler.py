@@ -131,6 +131,7 @@ class Reconciler:
         """
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
+        self._unreadable: set[str] = set()  # run folders that are none, said once
         self._wake = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -171,7 +172,7 @@ class Reconciler:
             self.ray_error = error.detail
             return
         self.ray_error = None
-        self._adopt(statuses)
+        self._adopt()
         with self._store.session() as session:
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(TERMINAL)).order_by(Job.number)))
         free = {
@@ -255,31 +256,36 @@ class Reconciler:
                 row.finished_at = (record.finished_at if record else None) or self._clock()
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
 
-    def _adopt(self, statuses: dict[str, RayStatus]) -> None:
+    def _adopt(self) -> None:
         """Rows for runs that came by `ray job submit`."""
         if not self._settings.runs.is_dir():
             return
         with self._store.session() as session:
             known = set(session.scalars(sa.select(Job.id)))
-            for path in sorted(self._settings.runs.iterdir()):
-                run = RunFolder(path)
-                record = None if path.name in known else run.read_record()
+        for path in sorted(self._settings.runs.iterdir()):
+            if path.name in known or path.name in self._unreadable:
+                continue
+            run = RunFolder(path)
+            try:
+                record = run.read_record()
                 if record is None or not run.spec.exists():
-                    continue
+                    continue  # no run yet, or none at all
                 spec = JobSpec.model_validate_json(run.spec.read_text())
-                session.add(
-                    Job(
-                        id=path.name,
-                        name=spec.name,
-                        spec=spec.model_dump(mode="json"),
-                        origin="ray",
-                        state="STARTING",
-                        attempt=record.attempt,
-                        created_at=record.started_at,
-                        cpus=spec.resources.cpus,
-                        gpus=spec.resources.gpus,
-                    )
-                )
-                logger.info(
-                    "job %s came by Ray and is followed from now on (%s there)", path.name, statuses.get(path.name)
-                )
+            except (ValueError, OSError) as error:  # one such folder must not keep the others from their round
+                logger.warning("%s is not followed: %s", path, error)
+                self._unreadable.add(path.name)
+                continue
+            job = Job(
+                id=path.name,
+                name=spec.name,
+                spec=spec.model_dump(mode="json"),
+                origin="ray",
+                state="STARTING",
+                attempt=record.attempt,
+                created_at=record.started_at,
+                cpus=spec.resources.cpus,
+                gpus=spec.resources.gpus,
+            )
+            with self._store.session() as session:
+                session.add(job)
+            logger.info("job %s came by Ray and is followed from now on", path.name)

@@ -184,6 +184,21 @@ def test_a_job_that_came_by_ray_joins_the_list(world: World) -> None:
     assert len(world.jobs.list(limit=10)) == 1
 
 
+def test_a_folder_that_is_no_run_does_not_stop_the_others(world: World) -> None:
+    for name, record, spec in (("a", "{", "{}"), ("b", None, "{}"), ("c", "{}", "{}")):
+        folder = world.settings.runs / name
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text(spec)
+        if record is None:
+            write_record(folder, "RUNNING")
+        else:
+            (folder / "record.json").write_text(record)
+    job, _ = world.jobs.submit(BODY)
+    world.reconciler.round()
+    assert world.state(job) == "STARTING"
+    assert [found.id for found in world.jobs.list(limit=10)] == [job.id]
+
+
 class Crash(Exception):
     """The service is killed."""
 

@@ -89,6 +89,7 @@ def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) 
         ({"epohcs": 1}, ["epohcs"], "'epochs'"),
         ({"model": {"name": "vot"}}, ["model", "name"], "'vit'"),
         ({"data": {"train": {"shards": "/none.tar"}}}, ["data", "train", "shards"], "/none.tar"),
+        ({"data": {"train": {"shards": "train-0.tar"}}}, ["data"], "expected absolute ones"),
         ({"batch_size": "many"}, ["batch_size"], "valid integer"),
         ({"resources": {"workers": 8}, "batch_size": 8}, ["resources"], "expected at most the 4"),
     ],
