@@ -184,8 +184,8 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes], log: Path) -
 def stop(head: Head) -> None:
     """Ends the head and everything below it, and removes its traces; nothing else of the machine is touched."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        leader = psutil.Process(head.pid)
-        if abs(leader.create_time() - head.created) < 1.0:
+        if head.alive():
+            leader = psutil.Process(head.pid)
             family = [leader, *leader.children(recursive=True)]
             leader.send_signal(signal.SIGTERM)
             _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
@@ -229,16 +229,26 @@ def probe(head: Head) -> None:
         )
 
 
+def running(home: Path) -> Head:
+    """The head of this home, probed.
+
+    Raises:
+        ClusterError: none runs, or mode, token or address do not fit.
+    """
+    head = read(home)
+    if head is None:
+        raise ClusterError(f"no cluster runs for {home}; start it by `manta up`")
+    probe(head)
+    return head
+
+
 def connect(home: Path) -> Head:
     """Joins this process to the cluster of `home`; sets the environment before ray is imported.
 
     Raises:
         ClusterError: there is none, or mode, token or address do not fit.
     """
-    head = read(home)
-    if head is None:
-        raise ClusterError(f"no cluster runs for {home}; start it by `manta up`")
-    probe(head)
+    head = running(home)
     late = [name for name, value in MODE.items() if "ray" in sys.modules and os.environ.get(name) != value]
     if late:
         raise ClusterError(

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from service.errors import ServiceError, TooLarge
+from service.errors import BadRequest, ServiceError, TooLarge
 from service.parts import Parts, build_parts
 from service.routes import catalog, health, jobs, models, predict
 from service.settings import Settings
@@ -118,6 +118,8 @@ def _errors(app: FastAPI) -> None:
 
 def _body_limit(limit: int) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
     async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if "transfer-encoding" in request.headers:  # a body that does not say its length cannot be held to a limit
+            return _problem(BadRequest("got a body of unknown length", "send a Content-Length header").problem())
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
             return _problem(

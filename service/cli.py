@@ -50,9 +50,9 @@ def main_options(
 @contextmanager
 def _service() -> Iterator[Any]:
     """A client of the service; its refusals, and a cluster that is not there, become one message and an exit code."""
-    from cluster.embedded import ClusterError
+    from cluster.embedded import ClusterError, running
     from service.client import ApiError, Client
-    from service.local_cluster import default_home, running
+    from service.local_cluster import default_home
 
     try:
         url = os.environ.get("MANTA_URL") or running(default_home()).url

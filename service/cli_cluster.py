@@ -74,7 +74,7 @@ def doctor(as_json: AsJson = False) -> None:
 def env() -> None:
     """Prints what a shell needs for `ray` commands: eval "$(manta env)"."""
     try:
-        sys.stdout.write(embedded.shell_exports(local_cluster.running(default_home())) + "\n")
+        sys.stdout.write(embedded.shell_exports(embedded.running(default_home())) + "\n")
     except ClusterError as error:
         fail(error, UNREACHABLE)
 

@@ -70,7 +70,7 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def _call(self, method: str, path: str, **options: Any) -> Answer:
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
@@ -78,7 +78,10 @@ class Client:
                 0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`"
             ) from error
         _raise(response)
-        answer: Answer = response.json()
+        return response
+
+    def _call(self, method: str, path: str, **options: Any) -> Answer:
+        answer: Answer = self._send(method, path, **options).json()
         return answer
 
     def submit(self, spec: Answer, *, idempotency_key: str | None = None) -> Answer:
@@ -119,9 +122,7 @@ class Client:
         return points
 
     def logs(self, job_id: str) -> str:
-        response = self._http.get(f"/v1/jobs/{job_id}/logs")
-        _raise(response)
-        return response.text
+        return self._send("GET", f"/v1/jobs/{job_id}/logs").text
 
     def follow_logs(self, job_id: str) -> Iterator[str]:
         """Lines as they come, until the job ends."""
@@ -177,8 +178,7 @@ class Client:
         return answer
 
     def undeploy(self, name: str) -> None:
-        response = self._http.delete(f"/v1/models/{name}/deploy")
-        _raise(response)
+        self._send("DELETE", f"/v1/models/{name}/deploy")
 
     def _infer(self, name: str, verb: str, images: Sequence[bytes]) -> list[Any]:
         body = {"images": [base64.b64encode(image).decode() for image in images]}
@@ -195,12 +195,6 @@ class Client:
     def reconstruct(self, name: str, images: Sequence[bytes]) -> list[Answer]:
         """Encoded images -> base64 PNG of what the method draws."""
         return self._infer(name, "reconstruct", images)
-
-    def ready(self) -> Answer:
-        """`/readyz`; raises ApiError while something is missing."""
-        response = self._http.get("/readyz")
-        answer: Answer = response.json()
-        return answer
 
 
 def _raise(response: httpx.Response) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -37,8 +38,6 @@ def up(home: Path, *, num_cpus: int | None = None, http_port: int | None = None)
 
 def down(head: Head) -> None:
     """Ends what `up` started, in seconds."""
-    import sys
-
     if "ray" in sys.modules:  # this process is a driver: let go first, or Ray complains of a lost head
         import ray
 
@@ -76,19 +75,6 @@ def _wait_until_ready(head: Head) -> None:
     )
 
 
-def running(home: Path) -> Head:
-    """The head of this home, probed within seconds; its environment becomes ours.
-
-    Raises:
-        ClusterError: none runs, or mode, token or address do not fit.
-    """
-    head = embedded.read(home)
-    if head is None:
-        raise ClusterError(f"no cluster runs for {home}; start it by `manta up`")
-    embedded.probe(head)
-    return head
-
-
 @contextmanager
 def signals_raise() -> Iterator[None]:
     """SIGTERM becomes KeyboardInterrupt, so that both ways of asking to end take one path."""
@@ -104,12 +90,11 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def temporary(home: Path, on_start: Callable[[Head], None] = lambda _: None, **options: int | None) -> Iterator[Head]:
+def temporary(home: Path, **options: int | None) -> Iterator[Head]:
     """`up`, and `down` however the block ends; a second Ctrl-C while going down is held back."""
     with signals_raise():
         head = up(home, **options)
         try:
-            on_start(head)
             yield head
         finally:
             held = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}

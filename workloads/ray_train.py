@@ -7,12 +7,11 @@ process group is made here, on the address that Ray itself uses.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(spec.resources.cpus_per_worker)
     if world_size > 1:
         _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo")
-    with _logging(run, rank):
+    with run.logging(f"[rank {rank}] "):
         try:
             train(
                 spec,
@@ -148,18 +147,3 @@ def _join(rank: int, world_size: int, backend: str) -> None:
     else:
         store = dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-
-
-@contextlib.contextmanager
-def _logging(run: RunFolder, rank: int) -> Iterator[None]:
-    """Sends this worker's log into the job's own, marked with its rank."""
-    handler = logging.FileHandler(run.log)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()

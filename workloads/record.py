@@ -18,7 +18,9 @@ The service, a shell and a notebook read the same files; only the run writes the
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -82,6 +84,18 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.artifact = path / "artifact"
         self.evaluations = path / "evaluations.json"
+
+    @contextlib.contextmanager
+    def logging(self, who: str = "") -> Iterator[None]:
+        """Sends what this process logs into the job's log, marked with `who`."""
+        handler = logging.FileHandler(self.log)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
     def read_record(self) -> Record | None:
         try:

@@ -95,7 +95,7 @@ def execute(
         if not stack.enter_context(_locked(run.path / "lock")):
             logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
             return FAILED
-        stack.enter_context(_logging_to(run.log))
+        stack.enter_context(run.logging())
         if problem := _claim(spec, run):
             logger.error("%s", problem)
             return FAILED
@@ -167,18 +167,6 @@ def _locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-@contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
 def run_local(spec: JobSpec, out: Path, *, fresh: bool = False, on_point: OnPoint = lambda _: None) -> int:
     """Runs a job in this process, without Ray, in the folder `out`; a second call continues.
 
@@ -196,12 +184,12 @@ def run_local(spec: JobSpec, out: Path, *, fresh: bool = False, on_point: OnPoin
         shutil.rmtree(out)
     run.stop.unlink(missing_ok=True)
     before = run.read_record()
-    if before is None or before.job_id == "":
+    if before is None:
         job_id, attempt = f"local-{uuid.uuid4().hex[:12]}", 1
     else:
         job_id, attempt = before.job_id, before.attempt + 1
-    if before is not None and before.state == "SUCCEEDED":
-        logger.info("%s is complete; --fresh runs it again", out)
+        if before.state == "SUCCEEDED":
+            logger.info("%s is complete; --fresh runs it again", out)
     home = Path(os.environ.get("MANTA_HOME", out))
     return execute(spec, run, home, job_id=job_id, attempt=attempt, on_point=on_point)
 

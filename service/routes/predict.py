@@ -46,8 +46,6 @@ async def _served(name: str, deployments: DeploymentsDep) -> DeploymentHandle[An
 async def _images(request: Request, parts: PartsDep) -> list[bytes]:
     """The images of a request in either form, at least one."""
     limit = parts.settings.max_images
-    if "content-length" not in request.headers:  # the limit of the body is told by it
-        raise BadRequest("got a body of unknown length", "send a Content-Length header")
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form(max_files=limit) as form:
             images = [await file.read() for _, file in form.multi_items() if isinstance(file, UploadFile)]

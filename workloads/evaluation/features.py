@@ -66,12 +66,11 @@ def plain_view(subject: Subject) -> View:
 
 
 def feature_sets(
-    config: EvaluationConfig, subject: Subject, *, raw_pixels: bool
+    train: Manifest, test: Manifest, subject: Subject, *, untrained: bool, raw_pixels: bool
 ) -> dict[str, tuple[Features, Features]]:
     """Train and test features by who made them: the pretrained and untrained encoder and, if asked, raw pixels."""
-    train, test = labelled(config)
     view = plain_view(subject)
-    models = subject.encoders(untrained=config.untrained)
+    models = subject.encoders(untrained=untrained)
     if raw_pixels:
         models["raw_pixels"] = nn.Flatten()
     return {who: (extract(model, train, view), extract(model, test, view)) for who, model in models.items()}

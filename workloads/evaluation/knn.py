@@ -40,9 +40,9 @@ class KNN:
     Config: ClassVar[type[EvaluationConfig]] = KNNConfig
 
     def run(self, config: KNNConfig, subject: Subject) -> dict[str, Any]:
-        sets = feature_sets(config, subject, raw_pixels=config.raw_pixels)
+        manifest, held_out = labelled(config)
+        sets = feature_sets(manifest, held_out, subject, untrained=config.untrained, raw_pixels=config.raw_pixels)
         n = config.labels_per_class
-        manifest = labelled(config)[0]
         results = {}
         for who, (train, test) in sets.items():
             # all labels leave nothing to draw: every seed is the same vote

@@ -57,9 +57,9 @@ class LinearProbe:
     Config: ClassVar[type[EvaluationConfig]] = LinearProbeConfig
 
     def run(self, config: LinearProbeConfig, subject: Subject) -> dict[str, Any]:
-        sets = feature_sets(config, subject, raw_pixels=config.raw_pixels)
+        manifest, held_out = labelled(config)
+        sets = feature_sets(manifest, held_out, subject, untrained=config.untrained, raw_pixels=config.raw_pixels)
         n = config.labels_per_class
-        manifest = labelled(config)[0]
         results = {
             who: summary(
                 [

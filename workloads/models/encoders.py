@@ -7,7 +7,6 @@ timm is imported only for its own names: that import costs seconds.
 from __future__ import annotations
 
 import difflib
-import inspect
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +20,7 @@ from workloads.spec import Named
 class TimmConfig(BaseModel):
     """Arguments of `timm.create_model` that a job may set beside the name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str
     image_size: int = Field(default=224, ge=1)
@@ -37,16 +36,9 @@ class TimmConfig(BaseModel):
             options["patch_size"] = self.patch_size
         if self.drop_path_rate is not None:
             options["drop_path_rate"] = self.drop_path_rate
-        entry = inspect.signature(timm.models.model_entrypoint(self.architecture))
-        assert "kwargs" in entry.parameters
         fixed = timm.models.get_pretrained_cfg(self.architecture)
-        if self.architecture.startswith(("vit_", "deit", "swin", "beit", "eva")):
+        if fixed is not None and fixed.fixed_input_size:  # others take images of any size
             options["img_size"] = self.image_size
-        elif fixed is not None and fixed.fixed_input_size and fixed.input_size[1] != self.image_size:
-            raise ValueError(
-                f"got image_size={self.image_size} for {self.architecture}, expected {fixed.input_size[1]}: "
-                "its input size is fixed; set that, or choose another model"
-            )
         try:
             model = timm.create_model(self.architecture, **options)
         except (TypeError, AssertionError) as error:
