@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from workloads import checkpoint
+from workloads.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks
@@ -107,6 +108,7 @@ def _worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(spec.resources.cpus_per_worker)
+        keep_freed_memory()
     if world_size > 1:
         _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo")
     with run.logging(f"[rank {rank}] "):

@@ -133,9 +133,11 @@ def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bo
         return train_on_ray(spec, run, home, connected=stop.install)
     import torch
 
+    from workloads.allocator import keep_freed_memory
     from workloads.ranks import Ranks
     from workloads.train import train
 
+    keep_freed_memory()
     torch.set_num_threads(spec.resources.cpus)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
     return train(spec, run, home, Ranks(device=device), should_stop=stop, on_point=on_point)

@@ -24,8 +24,9 @@ from workloads.data.keys import mix
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
-from workloads.methods.base import Batch, Method, Progress
+from workloads.methods.base import Batch, Progress
 from workloads.metrics import Curve, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog
+from workloads.parts.optimizers import adamw
 from workloads.parts.schedules import warmup_cosine
 from workloads.ranks import Ranks
 from workloads.record import RunFolder, write_atomic
@@ -38,20 +39,6 @@ LOG_STEPS = 10  # also how often ranks agree on a stop
 
 def total_steps(spec: JobSpec, steps_per_epoch: int) -> int:
     return spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * steps_per_epoch))
-
-
-def make_optimizer(spec: JobSpec, method: Method) -> torch.optim.Optimizer:
-    """AdamW over the method's groups; each keeps its `lr_scale` for the schedule."""
-    groups = [
-        {
-            "params": group["params"],
-            "lr_scale": group.get("lr_scale", 1.0),
-            "weight_decay": spec.optimizer.weight_decay if group.get("weight_decay") is None else group["weight_decay"],
-        }
-        for group in method.parameter_groups()
-        if group["params"]
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.optimizer.betas, fused=True)
 
 
 def learning_rate(spec: JobSpec, step: int, total: int, steps_per_epoch: int) -> float:
@@ -124,7 +111,7 @@ def train(
     total = total_steps(spec, steps_per_epoch)
 
     method = assemble.build_method(spec, assemble.data_info(spec, manifests[first]), home).to(ranks.device)
-    optimizer = make_optimizer(spec, method)
+    optimizer = adamw(method.parameter_groups(), betas=spec.optimizer.betas, weight_decay=spec.optimizer.weight_decay)
     start = checkpoint.restore(run.checkpoints, method, optimizer)
     model = ranks.wrap(method)
     if ranks.rank == 0:

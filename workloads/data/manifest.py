@@ -136,12 +136,12 @@ class Manifest:
         """
         facts = _read_facts(path)
         try:
-            table = pq.read_table(path)
+            table = pq.ParquetFile(path).read()  # `read_table` and `to_numpy` import pandas: 0.3 s
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"got {path}, which cannot be read ({error}), expected a manifest; {REBUILD}") from error
         return cls(
             keys=np.array(table["key"].to_pylist(), np.dtypes.StringDType()),
-            **{name: table[name].to_numpy().astype(dtype) for name, dtype in _COLUMNS.items()},
+            **{name: np.from_dlpack(table[name].combine_chunks()).astype(dtype) for name, dtype in _COLUMNS.items()},
             **facts,
         )
 

@@ -181,5 +181,5 @@ def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
 
 def normalise(images: Tensor, view: View) -> Tensor:
     """uint8 [B, 3, H, W] on any device -> float32, of mean 0 and deviation 1 by the view's constants."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (view.mean, view.std))
-    return (images.float() / 255 - mean) / std
+    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (view.mean, view.std))
+    return images.float().sub_(mean).div_(std)
