@@ -321,14 +321,13 @@ def demo(
 
 
 def _more_commands() -> None:
-    """Those of the cluster, and `pack` and `inspect`, which live with the data."""
+    """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
     from service.cli_cluster import COMMANDS
-    from workloads.data.commands import inspect, pack_app
+    from workloads.data.commands import TOOLS, pack_app
 
-    for command in COMMANDS:
+    for command in (*COMMANDS, *TOOLS):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
-    app.command("inspect")(inspect)
 
 
 def main() -> None:

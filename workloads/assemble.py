@@ -8,16 +8,33 @@ from typing import Any
 import torch
 
 from workloads import artifact, catalog
+from workloads.data.indexing import Mapper, here
 from workloads.data.manifest import Manifest, open_manifest
-from workloads.data.views import View
+from workloads.data.modalities import Views
+from workloads.data.reader import Reader
+from workloads.data.shards import DataError, some
 from workloads.methods.base import DataInfo, Frozen, Inputs, Method, MethodConfig
 from workloads.models.encoders import build_encoder, model_config
 from workloads.spec import JobSpec, Stream
 
 
-def open_stream(stream: Stream) -> Manifest:
-    """The manifest of a stream, cut down to `per_class` where the spec says so."""
-    manifest = open_manifest(stream.shards)
+def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
+    """The manifest of a stream, cut down to `per_class` where the spec says so.
+
+    Args:
+        stream: what to open.
+        mapper: where shards are scanned that have no manifest yet.
+
+    Raises:
+        DataError: the shards cannot be used, or more than `max_bad_share` of what they hold is damaged.
+    """
+    manifest = open_manifest(stream.shards, mapper=mapper)
+    bad, good = len(manifest.quarantined), len(manifest)
+    if bad > stream.max_bad_share * (bad + good):
+        raise DataError(
+            f"got {bad} damaged members beside {good} samples, expected at most a share of {stream.max_bad_share}; "
+            f"repair the shards or raise max_bad_share: {some(manifest.quarantined, 20)}"
+        )
     return manifest if stream.per_class is None else manifest.select(stream.per_class, stream.subset_seed)
 
 
@@ -31,9 +48,28 @@ def method_of(spec: JobSpec) -> tuple[type[Method], MethodConfig]:
     return cls, cls.Config.model_validate(spec.method.config)
 
 
-def views_of(spec: JobSpec) -> dict[str, View]:
+def views_of(spec: JobSpec) -> Views:
     cls, config = method_of(spec)
     return cls.views(config, image_size(spec))
+
+
+def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reader]:
+    """A reader for each stream of the method; the sampler of the method is for the first."""
+    cls, config = method_of(spec)
+    views = views_of(spec)
+    return {
+        name: Reader(
+            manifest,
+            views,
+            batch_size=spec.batch_size_of(name),
+            seed=spec.seed,
+            window=spec.data[name].shuffle_window,
+            max_bad_share=spec.data[name].max_bad_share,
+            sampler=cls.sampler(config) if name == cls.streams[0] else None,
+            workers=spec.resources.loader_workers,
+        )
+        for name, manifest in manifests.items()
+    }
 
 
 def data_info(spec: JobSpec, manifest: Manifest) -> DataInfo:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads import artifact, assemble, checkpoint
+from workloads.data.views import View
 from workloads.methods.base import Method
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
@@ -18,7 +19,7 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
     first = manifests[cls.streams[0]]
     method = assemble.build_method(spec, assemble.data_info(spec, first), home)
     checkpoint.restore(run.checkpoints, method)
-    view = next(iter(assemble.views_of(spec).values()))
+    view = next(view for view in assemble.views_of(spec).values() if isinstance(view, View))
     card: dict[str, Any] = {
         "kind": cls.exports,
         "job_id": job_id,

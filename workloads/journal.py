@@ -84,6 +84,8 @@ class Journal:
                 seen["state"] = "RUNNING"
         if self._run.skipped.exists():
             seen["skipped"] = sorted(set(self._run.skipped.read_text().splitlines()))[:_MAX_SKIPPED]
+        if self._run.warnings.exists():
+            seen["warnings"] = self._run.warnings.read_text().splitlines()
         return seen
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: the curve, and the samples that it skipped.
+"""What a run says about itself while it trains: the curve, the samples that it skipped, what it waited for.
 
 `metrics.jsonl` has one JSON line a point, written in batches, off the critical path.
 """
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from workloads.data.reader import Reader
 from workloads.ranks import Ranks
+from workloads.record import write_atomic
 
 FLUSH_S = 1.0
+LOADER_BOUND_SHARE = 0.1  # of the time; less is not worth a core
 OnPoint = Callable[[dict[str, Any]], None]
 
 
@@ -119,11 +121,48 @@ class Curve:
             self._writer.close()
 
 
+class LoaderWatch:
+    """Says in `warnings.txt` when the model waits for data, and how many cores would feed it; of one rank."""
+
+    def __init__(self, path: Path, readers: dict[str, Reader]) -> None:
+        self._path, self._readers = path, readers
+        self._wait_s = self._step_s = self._busy_s = 0.0
+        self._since: float | None = None  # the first steps fill the loader and warm the model up
+        self._said = 0
+
+    def waited(self, seconds: float) -> None:
+        self._wait_s += seconds
+
+    def point(self) -> None:
+        """Looks at the steps since the first point."""
+        now, busy_s = time.perf_counter(), sum(reader.busy_s for reader in self._readers.values())
+        if self._since is None:
+            self._since, self._busy_s, self._wait_s = now, busy_s, 0.0
+            return
+        elapsed = now - self._since
+        if self._wait_s <= LOADER_BOUND_SHARE * elapsed:
+            return
+        cores = math.ceil((busy_s - self._busy_s) / (elapsed - self._wait_s))
+        if cores != self._said:
+            self._said = cores
+            write_atomic(
+                self._path,
+                f"loader-bound: {cores} cores needed for this model, which waits for data "
+                f"{self._wait_s / elapsed:.0%} of the time; set resources.loader_workers: {cores}\n",
+            )
+
+
 class SkippedLog:
     """Appends newly skipped samples of this rank to `skipped.txt`, a line each."""
 
     def __init__(self, path: Path, readers: dict[str, Reader]) -> None:
         self._path, self._readers, self._known = path, readers, 0
+
+    def quarantined(self) -> None:
+        """What the manifests set aside; for one rank to say, once."""
+        lines = [line for reader in self._readers.values() for line in reader.manifest.quarantined]
+        if lines and not self._path.exists():
+            self._path.write_text("".join(f"{line}\n" for line in lines))
 
     def write(self) -> None:
         lines = [why for reader in self._readers.values() for why in list(reader.skipped.values())]

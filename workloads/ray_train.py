@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from workloads import checkpoint
-from workloads.allocator import keep_freed_memory
+from workloads.data.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks

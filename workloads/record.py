@@ -6,6 +6,7 @@
         metrics.jsonl    one JSON object a line, appended in batches
         total_steps      written when training starts: tells the journal that the job is RUNNING
         skipped.txt      a line for each sample that could not be decoded, appended by every rank
+        warnings.txt     what the person who submitted the job should know, a line each
         log.txt          the log of the job, all attempts
         stop             appears when somebody asks the run to stop; the ranks agree on it and checkpoint
         checkpoints/     `workloads.checkpoint`
@@ -49,7 +50,7 @@ class Record(BaseModel):
     step: int = 0
     epoch: int = 0
     total_steps: int = 0
-    skipped: list[str] = []  # samples that could not be decoded: "file: member at offset: why"
+    skipped: list[str] = []  # damaged or not decoded: "file: member at offset: why"
     warnings: list[str] = []
     pid: int = 0
     host: str = ""
@@ -79,6 +80,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.total_steps = path / "total_steps"
         self.skipped = path / "skipped.txt"
+        self.warnings = path / "warnings.txt"
         self.log = path / "log.txt"
         self.stop = path / "stop"
         self.checkpoints = path / "checkpoints"

@@ -133,7 +133,7 @@ def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bo
         return train_on_ray(spec, run, home, connected=stop.install)
     import torch
 
-    from workloads.allocator import keep_freed_memory
+    from workloads.data.allocator import keep_freed_memory
     from workloads.ranks import Ranks
     from workloads.train import train
 

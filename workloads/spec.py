@@ -39,12 +39,17 @@ class Stream(Strict):
     """One dataset of a job, or a part of it.
 
     Attributes:
-        shards: path, brace pattern (`train-{000000..000009}.tar`), or a list of them.
+        shards: path, URL (`s3://`, `gs://`, `https://`), brace pattern (`train-{000000..000009}.tar`), or a list of
+            them.
+        batch_size: of this stream, where it is not the job's.
+        shuffle_window: about how many samples are mixed one by one; blocks are permuted over the whole set anyway.
         per_class: keep this many samples of each class, drawn by `subset_seed`.
-        max_bad_share: the job fails once more than this share of the samples cannot be decoded.
+        max_bad_share: the job fails once more than this share of the samples is damaged or cannot be decoded.
     """
 
     shards: str | list[str]
+    batch_size: int | None = Field(default=None, ge=1)
+    shuffle_window: int = Field(default=4096, ge=1)
     per_class: int | None = Field(default=None, ge=1)
     subset_seed: int = Field(default=0, ge=0)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
@@ -68,9 +73,19 @@ class Schedule(Strict):
 
 
 class Resources(Strict):
+    """What a job runs on.
+
+    Attributes:
+        workers: processes that train.
+        cpus_per_worker: cores of each.
+        gpus_per_worker: GPUs of each.
+        loader_workers: processes of each that read and decode; 0: a thread of the worker itself.
+    """
+
     workers: int = Field(default=1, ge=1)
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
+    loader_workers: int = Field(default=0, ge=0)
 
     @property
     def cpus(self) -> int:
@@ -122,18 +137,35 @@ class JobSpec(Strict):
             raise ValueError(
                 f"got epochs={self.epochs} and steps={self.steps}, expected exactly one of them; set the length once"
             )
-        if self.batch_size % self.resources.workers:
+        workers = self.resources.workers
+        if self.batch_size % workers:
             raise ValueError(
-                f"got batch_size={self.batch_size} for {self.resources.workers} workers, expected a multiple; "
-                f"use {self.batch_size // self.resources.workers * self.resources.workers or self.resources.workers}"
+                f"got batch_size={self.batch_size} for {workers} workers, expected a multiple; "
+                f"use {self.batch_size // workers * workers or workers}"
             )
-        share = self.batch_size // self.resources.workers
+        share = self.batch_size // workers
         if self.micro_batch_size is not None and share % self.micro_batch_size:
             raise ValueError(
                 f"got micro_batch_size={self.micro_batch_size} for a worker's share of {share}, expected a divisor; "
                 f"use {next(d for d in range(min(self.micro_batch_size, share), 0, -1) if share % d == 0)}"
             )
+        parts = self._micro_batches
+        for name, stream in self.data.items():
+            if stream.batch_size is not None and stream.batch_size % parts:
+                raise ValueError(
+                    f"got data.{name}.batch_size={stream.batch_size} for {parts} micro-batches of a step, expected a "
+                    f"multiple; use {max(1, stream.batch_size // parts) * parts}"
+                )
         return self
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of a step, over all workers."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size // self.resources.workers)
+
+    def batch_size_of(self, stream: str) -> int:
+        """Global batch size of a stream."""
+        return self.data[stream].batch_size or self.batch_size
 
     def absolute(self, base: Path) -> JobSpec:
         """The spec with relative shard paths, of the data and of evaluations, taken from `base`."""
@@ -149,10 +181,8 @@ class JobSpec(Strict):
         The size of a micro-batch is that of the job's own number of workers, so that a run
         on fewer ranks computes the same numbers in more of them.
         """
-        share = self.batch_size // self.resources.workers
-        micro_batches = self.batch_size // (self.micro_batch_size or share)
-        assert micro_batches % world_size == 0, (micro_batches, world_size)
-        return micro_batches // world_size
+        assert self._micro_batches % world_size == 0, (self._micro_batches, world_size)
+        return self._micro_batches // world_size
 
 
 def _absolute(shards: str | list[str], base: Path) -> str | list[str]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from workloads import assemble, checkpoint
 from workloads.data.keys import mix
+from workloads.data.modalities import Views
 from workloads.data.reader import Reader
-from workloads.data.transforms.image import normalise
+from workloads.data.transforms.image import finish
 from workloads.data.views import View
 from workloads.methods.base import Batch, Progress
-from workloads.metrics import Curve, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog
+from workloads.metrics import Curve, LoaderWatch, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog
 from workloads.parts.optimizers import adamw
 from workloads.parts.schedules import warmup_cosine
 from workloads.ranks import Ranks
@@ -54,10 +55,16 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
     torch.manual_seed(int(draw) & (2**63 - 1))
 
 
-def to_device(batch: Batch, views: dict[str, View], device: torch.device) -> Batch:
-    """Moves a batch; views arrive as uint8 and leave as normalised floats."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    return moved | {name: normalise(moved[name], view) for name, view in views.items()}
+def to_device(batch: Batch, views: Views, device: torch.device) -> Batch:
+    """Moves a batch; images arrive as bytes and leave as normalised floats, their colours changed."""
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    for name, view in views.items():
+        if isinstance(view, View):
+            moved[name] = finish(moved[name], view, batch["key"], name)
+    return moved
 
 
 def micro_batches(batch: Batch, n: int) -> list[Batch]:
@@ -96,16 +103,7 @@ def train(
     views = assemble.views_of(spec)
     method_cls, _ = assemble.method_of(spec)
     manifests = {name: assemble.open_stream(spec.data[name]) for name in method_cls.streams}
-    readers = {
-        name: Reader(
-            manifest,
-            views,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            max_bad_share=spec.data[name].max_bad_share,
-        )
-        for name, manifest in manifests.items()
-    }
+    readers = assemble.readers_of(spec, manifests)
     first = method_cls.streams[0]
     steps_per_epoch = readers[first].steps_per_epoch
     total = total_steps(spec, steps_per_epoch)
@@ -135,9 +133,15 @@ def train(
             for batch in batches:
                 yield to_device(batch, views, ranks.device)
 
-    sources = {name: reader.batches(start, total, ranks.rank, ranks.world_size) for name, reader in readers.items()}
+    sources = {
+        name: reader.batches(start, total, ranks.rank, ranks.world_size, pin_memory=ranks.device.type == "cuda")
+        for name, reader in readers.items()
+    }
     curve = Curve(ranks, MetricsWriter(run.metrics) if ranks.rank == 0 else None, on_point, spec.batch_size)
     skipped = SkippedLog(run.skipped, readers)
+    watch = LoaderWatch(run.warnings, readers)
+    if ranks.rank == 0:
+        skipped.quarantined()
     method.train()
     step = start
     with contextlib.ExitStack() as stack:
@@ -149,7 +153,9 @@ def train(
             progress = Progress(step=step, epoch=step // steps_per_epoch, total_steps=total)
             fetched = time.perf_counter()
             streams = {name: to_device(next(source), views, ranks.device) for name, source in sources.items()}
-            curve.waited(time.perf_counter() - fetched)
+            waited_s = time.perf_counter() - fetched
+            curve.waited(waited_s)
+            watch.waited(waited_s)
             lr = learning_rate(spec, step, total, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -163,6 +169,8 @@ def train(
             save = step % spec.checkpoint.every_steps == 0 or step == total
             if save or step % LOG_STEPS == 0:
                 curve.point(step, progress.epoch, lr)  # raises on a loss that is not finite: before the checkpoint
+                if ranks.rank == 0:
+                    watch.point()
                 skipped.write()
                 stop = ranks.any(should_stop())
                 if save or stop:

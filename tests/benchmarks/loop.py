@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPS = 50  # of one segment
-ROUNDS = 5
+STEPS = 40  # of one segment
+ROUNDS = 9
 
 
 def spec_of(shards: str, steps: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(shards: str) -> dict[str, list[float]]:
     import torch
 
     from workloads import assemble
-    from workloads.allocator import keep_freed_memory
+    from workloads.data.allocator import keep_freed_memory
     from workloads.data.reader import Reader
     from workloads.data.transforms.image import normalise
     from workloads.methods.base import Progress

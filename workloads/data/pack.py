@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from workloads.data.shard_writer import OnSample, Packed, Source, nobody, write_dataset
+from workloads.data.decode import decode
+from workloads.data.pack_files import checked, class_member, file_source, find_files, mixed, numbered, order_classes
+from workloads.data.shard_writer import Members, OnSample, Packed, ShardLimit, Source, nobody, write_dataset
 from workloads.data.shards import DataError
 from workloads.data.tarscan import IMAGE_SUFFIXES
+from workloads.data.unfinished import fingerprint
 
 SAMPLES_PER_SHARD = 1000
-SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def pack_digits(out: Path, *, force: bool = False) -> Packed:
@@ -31,19 +33,25 @@ def pack_digits(out: Path, *, force: bool = False) -> Packed:
     rows = np.arange(len(digits.target))
     train, test = train_test_split(rows, test_size=360, random_state=0, stratify=digits.target)
 
-    def png(row: int) -> bytes:
-        grey = np.round(digits.images[row] * (255 / 16)).astype(np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
-        return file.getvalue()
-
     def source(row: int) -> Source:
-        return Source(f"digit {row}", f"digit{row:04d}", "png", lambda: png(row), int(digits.target[row]))
+        def read() -> Members:
+            grey = np.round(digits.images[row] * (255 / 16)).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
+            return {"png": file.getvalue(), **class_member(int(digits.target[row]))}
+
+        return Source(f"digit {row}", numbered(f"digit{row:04d}"), read)
 
     splits = {"train": [source(row) for row in train], "test": [source(row) for row in test]}
-    classes = [str(number) for number in range(10)]
-    per_shard = -(-len(train) // 2)
-    return write_dataset(splits, classes, out, samples_per_shard=per_shard, force=force, on_sample=nobody)
+    return write_dataset(
+        {name: mixed(sources) for name, sources in splits.items()},
+        [str(number) for number in range(10)],
+        out,
+        limit=ShardLimit(samples=-(-len(train) // 2)),
+        arguments={"command": "pack digits"},
+        force=force,
+        on_sample=nobody,
+    )
 
 
 def pack_folder(
@@ -68,26 +76,24 @@ def pack_folder(
     Raises:
         DataError: no image, images beside class folders, or an `out` that may not be replaced.
     """
-    if not root.is_dir():
-        raise DataError(f"got no folder {root}, expected one with images; check the path")
-    parts = _folders(root)
-    splits = {folder.name: folder for folder in parts}
-    if not parts or not splits.keys() <= set(SPLITS):
-        splits = {"train": root}
-    classes = sorted({folder.name for split in splits.values() for folder in _folders(split)})
-    sources: dict[str, list[Source]] = {}
-    for split, folder in splits.items():
-        loose = [path for path in folder.iterdir() if _is_image(path)]
-        if loose and classes:
-            raise DataError(
-                f"got {len(loose)} images beside class folders in {folder} ({loose[0].name} ...), expected only "
-                "folders there; move them into a class"
-            )
-        sources[split] = [_file(path, root, None) for path in sorted(loose)]
-        for number, name in enumerate(classes):
-            paths = sorted(path for path in (folder / name).rglob("*") if _is_image(path))
-            sources[split] += [_file(path, root, number) for path in paths]
-    return write_dataset(sources, classes, out, samples_per_shard=samples_per_shard, force=force, on_sample=on_sample)
+    found = find_files(root, IMAGE_SUFFIXES)
+    return write_dataset(
+        {
+            split: mixed([image_source(path, root, class_member(label)) for path, label in files])
+            for split, files in found.splits.items()
+        },
+        found.classes,
+        out,
+        limit=ShardLimit(samples=samples_per_shard),
+        arguments={
+            "command": "pack folder",
+            "root": str(root.absolute()),
+            "samples_per_shard": samples_per_shard,
+            "files": fingerprint(found.paths),
+        },
+        force=force,
+        on_sample=on_sample,
+    )
 
 
 def pack_csv(
@@ -116,44 +122,60 @@ def pack_csv(
     Raises:
         DataError: the file or a column is missing, or an `out` that may not be replaced.
     """
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header, rows = list(reader.fieldnames or []), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"got {table}, which cannot be read ({error}), expected a CSV file in UTF-8") from error
+    header, rows = read_csv(table)
     for column in filter(None, (image_column, label_column)):
         if column not in header:
             raise DataError(
                 f"got no column {column!r} in {table}, expected one of {', '.join(header)}; name another one"
             )
-    names = {row[label_column] or "" for row in rows} - {""} if label_column else set()
-    numeric = all(re.fullmatch(r"\d+", name) for name in names)
-    classes = sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
+    classes = order_classes({row[label_column] or "" for row in rows} - {""}) if label_column else []
     numbers = {name: number for number, name in enumerate(classes)}
     folder = table.parent if root is None else root
-    bad, sources = [], []
+    bad, sources, paths = [], [], []
     for line, row in enumerate(rows, 2):
         if not row[image_column]:
             bad.append(f"{table.name}: row {line}: no path of an image")
         elif label_column and not row[label_column]:
             bad.append(f"{table.name}: row {line}: no label")
         else:
-            label = numbers[row[label_column]] if label_column else None
-            sources.append(_file(folder / row[image_column], folder, label))
+            paths.append(folder / row[image_column])
+            sources.append(
+                image_source(paths[-1], folder, class_member(numbers[row[label_column]] if label_column else None))
+            )
     return write_dataset(
-        {"train": sources}, classes, out, samples_per_shard=samples_per_shard, force=force, on_sample=on_sample, bad=bad
+        {"train": mixed(sources)},
+        classes,
+        out,
+        limit=ShardLimit(samples=samples_per_shard),
+        arguments={
+            "command": "pack csv",
+            "table": str(table.absolute()),
+            "image_column": image_column,
+            "label_column": label_column,
+            "root": str(folder.absolute()),
+            "samples_per_shard": samples_per_shard,
+            "files": fingerprint([table, *paths]),
+        },
+        force=force,
+        on_sample=on_sample,
+        bad=bad,
     )
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def read_csv(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The header and the rows of a CSV file in UTF-8.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"got {table}, which cannot be read ({error}), expected a CSV file in UTF-8") from error
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _file(path: Path, root: Path, label: int | None) -> Source:
-    name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-    return Source(name, path.stem, path.suffix[1:].lower(), path.read_bytes, label)
+def image_source(path: Path, root: Path, beside: Mapping[str, bytes]) -> Source:
+    """A file that must decode as an image, with these other members beside it."""
+    return file_source(path, root, IMAGE_SUFFIXES, checked(decode, beside))

@@ -1,40 +1,79 @@
-"""Samples -> WebDataset shards with their manifest, all or nothing.
+"""Samples -> WebDataset shards with their manifest, all or nothing, the same bytes for the same input.
 
-Bytes of images are copied as they are; each is decoded once to be sure that it can be. The same input gives the same
-shards byte for byte: owner, mode and times are fixed, samples are put in an order drawn by a fixed seed.
+Bytes are copied as they are; owner, mode and times of members are fixed.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-from workloads.data.decode import ImageError, decode
+from workloads.data.decode import ImageError
 from workloads.data.manifest import open_manifest
 from workloads.data.shards import DataError, some
-from workloads.data.tarscan import IMAGE_SUFFIXES
+from workloads.data.tarscan import BLOCK
+from workloads.data.unfinished import Arguments, Complete, Unfinished, resumable
 
-_OURS = re.compile(r".*\.tar|.*\.manifest\.parquet|classes\.txt")
+MAX_THREADS = 16
 
 OnSample = Callable[[str], None]
+Members = Mapping[str, bytes]  # content by suffix: {"jpg": ..., "cls": b"3"}
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; it is left out and reported."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image on its way into a shard; `name` is for messages, `stem` for the key."""
+    """One sample on its way into a shard.
+
+    Attributes:
+        name: for messages.
+        key: of the sample, given its number among those that were written to its split.
+        read: its members; raises OSError, ImageError or SampleError where it must be left out.
+    """
 
     name: str
-    stem: str
-    suffix: str
-    read: Callable[[], bytes]
-    label: int | None = None
+    key: Callable[[int], str]
+    read: Callable[[], Members]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split in a fixed order, from any position on."""
+
+    count: int
+    sources_from: Callable[[int], Iterator[Source]]
+
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> Split:
+        return cls(len(sources), lambda start: (sources[i] for i in range(start, len(sources))))
+
+
+@dataclass(frozen=True)
+class ShardLimit:
+    """When a shard is full: at so many samples, or before its members exceed so many bytes (one sample always fits)."""
+
+    samples: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.samples is None) == (self.bytes is None) or (self.samples or self.bytes or 0) < 1:
+            raise DataError(f"got {self}, expected either samples or bytes, 1 or more; give one of them")
+
+    def has_room(self, samples: int, size: int, members: Members) -> bool:
+        if self.samples is not None:
+            return samples < self.samples
+        assert self.bytes is not None
+        return samples == 0 or size + tar_bytes(members) <= self.bytes
 
 
 @dataclass
@@ -46,7 +85,7 @@ class Packed:
         classes: names by class number, [] where there are no labels.
         samples: number by split.
         shards: file names by split.
-        bad: "file: why" of images that were left out.
+        bad: "file: why" of samples that were left out.
     """
 
     out: Path
@@ -60,115 +99,120 @@ def nobody(name: str) -> None:
     """Nobody watches the progress."""
 
 
+def tar_bytes(members: Members) -> int:
+    """What a sample takes in an archive, headers and padding included."""
+    return sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
+
+
 def write_dataset(
-    splits: dict[str, list[Source]],
+    splits: Mapping[str, Split],
     classes: list[str],
     out: Path,
     *,
-    samples_per_shard: int,
+    limit: ShardLimit,
+    arguments: Arguments,
     force: bool,
     on_sample: OnSample,
     bad: Sequence[str] = (),
 ) -> Packed:
     """Writes `<split>-000000.tar`, ..., classes.txt and manifests into a new folder `out`.
 
+    A run that was killed goes on after its last complete shard when it is repeated.
+
     Args:
-        splits: images by split; each split is put in an order of its own.
+        splits: samples by split.
         classes: names by class number.
-        out: the folder, made only when everything is written.
-        samples_per_shard: at most.
-        force: replace `out`, if it holds nothing but packed shards.
-        on_sample: told the name of each image when it is done.
+        out: the folder; it appears when everything is written.
+        limit: of a shard.
+        arguments: all that decides about the bytes, a fingerprint of the input included.
+        force: replace `out`, if it holds nothing but packed shards, and drop an unfinished run with other arguments.
+        on_sample: told the name of each sample when it is done.
         bad: "file: why" of what was left out before.
 
     Raises:
-        DataError: no image can be used, or `out` may not be replaced.
+        DataError: no sample can be used, `out` may not be replaced, or an unfinished run had other arguments.
     """
-    if samples_per_shard < 1:
-        raise DataError(f"got samples_per_shard={samples_per_shard}, expected 1 or more")
     packed = Packed(out, classes, bad=list(bad))
-    with _replacing(out, force) as folder:
-        if classes:
-            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-        for split, sources in splits.items():
-            shuffled = [sources[i] for i in np.argsort(np.random.Philox(key=0).random_raw(len(sources)), kind="stable")]
-            samples = _samples(shuffled, packed.bad, on_sample)
-            shards, count = _write_shards(samples, folder, split, samples_per_shard)
-            if count:
-                packed.shards[split], packed.samples[split] = shards, count
-                open_manifest([str(folder / shard) for shard in shards])
+    with resumable(out, arguments, force=force) as work:
+        for name, split in splits.items():
+            _write_split(name, split, work, limit, on_sample, packed.bad)
+            shards = [shard for shard in work.complete if shard.split == name]
+            if shards:
+                packed.shards[name] = [shard.shard for shard in shards]
+                packed.samples[name] = sum(shard.samples for shard in shards)
         if not packed.samples:
             raise DataError(
-                f"got no image that can be packed, expected files with {', '.join(IMAGE_SUFFIXES)}; "
-                f"{some(packed.bad) or 'check the folder'}"
+                f"got no sample that can be packed, expected one or more; "
+                f"{some(packed.bad) or 'check the folder and the names of its files'}"
             )
+        if classes:
+            (work.folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
+        for shards_of_split in packed.shards.values():
+            open_manifest([str(work.folder / shard) for shard in shards_of_split])
     return packed
 
 
-def _samples(sources: Iterable[Source], bad: list[str], on_sample: OnSample) -> Iterator[dict[str, str | bytes]]:
-    """WebDataset samples of what can be decoded; the rest goes to `bad`."""
-    number = 0
-    for source in sources:
-        try:
-            data = source.read()
-            decode(data)
-        except (OSError, ImageError) as error:
-            bad.append(f"{source.name}: {error}")
-        else:
-            # Stems repeat between folders and may hold dots, where a key would end.
-            stem = re.sub(r"[^A-Za-z0-9_-]+", "_", source.stem)[:64]
-            sample: dict[str, str | bytes] = {"__key__": f"{number:08d}_{stem}", source.suffix: data}
-            yield sample | ({} if source.label is None else {"cls": str(source.label).encode()})
-            number += 1
-        on_sample(source.name)
-
-
-def _write_shards(
-    samples: Iterator[dict[str, str | bytes]], folder: Path, split: str, per_shard: int
-) -> tuple[list[str], int]:
-    """(file names, number of samples)."""
+def _write_split(
+    name: str, split: Split, work: Unfinished, limit: ShardLimit, on_sample: OnSample, bad: list[str]
+) -> None:
+    """Writes the shards of one split that are not complete yet; "file: why" of all that was left out goes to `bad`."""
     from webdataset.writer import TarWriter
 
-    names: list[str] = []
-    count = 0
-    sample = next(samples, None)
-    while sample is not None:
-        names.append(f"{split}-{len(names):06d}.tar")
-        with open(folder / names[-1], "wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-            for _ in range(per_shard):
-                tar.write(sample)
-                count += 1
-                sample = next(samples, None)
-                if sample is None:
-                    break
-    return names, count
+    done = [shard for shard in work.complete if shard.split == name]
+    number = sum(shard.samples for shard in done)
+    bad += [line for shard in done for line in shard.bad]
+    left_out: list[str] = []  # since the last complete shard
+    with closing(_good(split, done[-1].next_source if done else 0, left_out, on_sample)) as samples:
+        ahead = next(samples, None)
+        for shard_number in count(len(done)):
+            if ahead is None:
+                break
+            shard = f"{name}-{shard_number:06d}.tar"
+            written, size = 0, 0
+            with (
+                work.open(shard) as file,
+                TarWriter(file, user="", group="", mtime=0, encoder=False, keep_meta=True) as tar,
+            ):
+                while ahead is not None and limit.has_room(written, size, ahead.members):
+                    tar.write({"__key__": ahead.source.key(number + written), **ahead.members})
+                    written, size = written + 1, size + tar_bytes(ahead.members)
+                    ahead = next(samples, None)
+            number += written
+            work.add(Complete(name, shard, written, split.count if ahead is None else ahead.position, list(left_out)))
+            bad += left_out
+            left_out.clear()
+    bad += left_out
 
 
-@contextmanager
-def _replacing(out: Path, force: bool) -> Iterator[Path]:
-    """A scratch folder beside `out` that becomes `out` when the block ends well, and goes away when it does not."""
-    out = out.absolute()
-    existing = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if existing and not force:
-        raise DataError(
-            f"got {out}, which is not empty, expected a new folder; give another one, or --force to replace it"
-        )
-    foreign = [name for name in existing if not _OURS.fullmatch(name)]
-    if foreign or out.is_file():
-        raise DataError(
-            f"got {out}, which holds {some(foreign) or 'a file'}, expected packed shards alone; give another folder"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+class _Good(NamedTuple):
+    position: int  # of the source in its split
+    source: Source
+    members: Members
+
+
+def _good(split: Split, start: int, left_out: list[str], on_sample: OnSample) -> Generator[_Good]:
+    """What can be read, in order; why the rest cannot goes to `left_out`."""
+    with closing(_read_ahead(split.sources_from(start))) as outcomes:
+        for position, (source, outcome) in enumerate(outcomes, start):
+            try:
+                members = outcome.result()
+            except (OSError, ImageError, SampleError) as error:
+                left_out.append(f"{source.name}: {error}")
+            else:
+                yield _Good(position, source, members)
+            on_sample(source.name)
+
+
+def _read_ahead(sources: Iterator[Source]) -> Generator[tuple[Source, Future[Members]]]:
+    """Reads and checks a few samples at a time in threads (decoders let go of the interpreter), in order."""
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[tuple[Source, Future[Members]]] = deque()
     try:
-        scratch.mkdir()
-        yield scratch
-        if existing:
-            out.rename(old)
-        scratch.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        for source in sources:
+            waiting.append((source, pool.submit(source.read)))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft()
+        yield from waiting
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
+        pool.shutdown(cancel_futures=True)

@@ -10,18 +10,21 @@ basename. Members without a dot, hidden files and `__meta__` are not part of any
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from workloads.data.sources import open_scan
 
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 16  # a long-name record above this is an attack or garbage
 MAX_PADDING = 1 << 20  # zeros after the end mark; tar itself pads to 10 KiB
 MAX_LABEL = 1_000_000  # classes are counted up to the largest label: one wrong digit must not cost all memory
+VIDEO_SUFFIXES = ("mp4", "avi", "mov", "mkv", "webm")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "pgm", "ppm", "tif", "tiff")
+
+PRIMARY = ("image", "video", "nii.gz", "nii", "npy", "txt")  # what a sample can be about, the likeliest first
 
 _SAMPLE_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # webdataset's base_plus_ext
 _META_NAME = re.compile(r"(?:.*/)?__[^/]*__(?:/.*)?", re.DOTALL)
@@ -47,13 +50,38 @@ class TornError(Exception):
 
 @dataclass
 class Scan:
-    """The samples of one shard, and `member at offset N: why` of everything set aside."""
+    """The samples of one shard, and `member at offset N: why` of everything set aside.
+
+    Attributes:
+        keys: the name that the members of a sample share.
+        offsets: of each sample's first header.
+        labels: -1 where there is none.
+        members: by name of the member (see `member_name`): number of the sample -> offset and length of the content.
+        quarantined: what is not among the samples, and why.
+    """
 
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)  # -1: none
+    labels: list[int] = field(default_factory=list)
+    members: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
+
+    def require(self, name: str) -> None:
+        """Sets aside the samples without this member."""
+        have = self.members.get(name, {})
+        if len(have) == len(self.keys):
+            return
+        number = {old: new for new, old in enumerate(sorted(have))}
+        for i in set(range(len(self.keys))) - have.keys():
+            got = ", ".join(other for other, rows in self.members.items() if i in rows) or "no content"
+            self.quarantined.append(f"{self.keys[i]} at offset {self.offsets[i]}: no {name}, got {got}")
+        for column in ("keys", "offsets", "labels"):
+            values = getattr(self, column)
+            setattr(self, column, [values[i] for i in number])
+        self.members = {
+            other: {number[i]: place for i, place in rows.items() if i in number}
+            for other, rows in self.members.items()
+        }
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member]:
@@ -144,11 +172,17 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if match is None or _META_NAME.fullmatch(name) else (match[1], match[2].lower())
 
 
-def scan(path: Path, num_classes: int | None = None) -> Scan:
+def member_name(suffix: str, taken: Iterable[str] = ()) -> str:
+    """The one name of all image formats, the one of all video formats, else the suffix itself: `seg.png`, `txt`."""
+    name = "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else suffix
+    return suffix if name in taken else name
+
+
+def scan(path: str, num_classes: int | None = None) -> Scan:
     """Finds the samples of one shard.
 
     Args:
-        path: a local tar file.
+        path: a tar file, local or remote.
         num_classes: labels must be below it; None when it is not known.
 
     Raises:
@@ -156,33 +190,36 @@ def scan(path: Path, num_classes: int | None = None) -> Scan:
     """
     result = Scan()
     seen: set[str] = set()
-    with open(path, "rb") as file:
-        for key, group, fault in _groups(file, result.quarantined):
-            image = next((group[suffix] for suffix in group if suffix in IMAGE_SUFFIXES), None)
+    opened, size = open_scan(path)
+    with opened as file:
+        for key, group, fault in _groups(file, size, result.quarantined):
+            first = next(iter(group.values()))
             label, why = _read_label(file, group.get("cls"), num_classes)
-            if image is None:
-                why = f"no image, got {', '.join(group)}"
             if key in seen:
                 why = "duplicate key"
-            if image is None or fault or why:
-                first = next(iter(group.values()))
+            if fault or why:
                 result.quarantined.append(f"{key} at offset {first.offset}: {fault or why}")
                 continue
             seen.add(key)
+            named: dict[str, Member] = {}
+            for suffix, member in group.items():
+                if suffix != "cls":
+                    named[member_name(suffix, named)] = member
+            for name, member in named.items():
+                result.members.setdefault(name, {})[len(result.keys)] = (member.data, member.size)
             result.keys.append(key)
-            result.offsets.append(image.data)
-            result.lengths.append(image.size)
+            result.offsets.append(first.offset)
             result.labels.append(label)
     return result
 
 
-def _groups(file: BinaryIO, quarantined: list[str]) -> Iterator[tuple[str, dict[str, Member], str]]:
+def _groups(file: BinaryIO, size: int, quarantined: list[str]) -> Iterator[tuple[str, dict[str, Member], str]]:
     """(key, members by suffix, what is wrong) of each sample; members that are none go to `quarantined`."""
     key: str = ""
     group: dict[str, Member] = {}
     previous: set[str] = set()  # suffixes of the sample before
     try:
-        for member in members(file, os.fstat(file.fileno()).st_size):
+        for member in members(file, size):
             parts = split_name(member.name)
             if member.fault:
                 quarantined.append(f"{member.name} at offset {member.offset}: {member.fault}")
@@ -206,15 +243,20 @@ def _groups(file: BinaryIO, quarantined: list[str]) -> Iterator[tuple[str, dict[
             yield key, group, ""
 
 
-def first_image(path: Path, limit: int) -> tuple[bool, int]:
-    """Whether an image is among the first `limit` members, and how many were looked at."""
+def first_sample(path: str, limit: int) -> tuple[bool, int]:
+    """Whether something that can be learned from is among the first `limit` members, and how many were looked at.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     looked = 0
-    with open(path, "rb") as file:
+    opened, size = open_scan(path)
+    with opened as file:
         try:
-            for member in members(file, os.fstat(file.fileno()).st_size):
+            for member in members(file, size):
                 looked += 1
                 parts = None if member.fault else split_name(member.name)
-                if parts is not None and parts[1] in IMAGE_SUFFIXES:
+                if parts is not None and member_name(parts[1]) in PRIMARY:
                     return True, looked
                 if looked == limit:
                     break

@@ -18,12 +18,16 @@ from typing import Any, ClassVar, TypeAlias
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from workloads.data.modalities import Views
+from workloads.data.samplers import SamplerConfig
 from workloads.data.views import View
 
 Batch: TypeAlias = dict[str, Any]
 """One collated batch. That of an image stream holds:
 
 NAME: [B, 3, H, W] for each view NAME of `Method.views`; uint8 from the reader, normalised floats for the method.
+NAME_geometry: float64 [B, 8], where that view lies in the image: `Geometry.unpacked` of `data.transforms.image`.
+Views of other modalities bring what `data.modalities.collate` says.
 index: int64 [B], the row in the manifest.
 key: int64 [B], a random key of (seed, epoch, index).
 label: int64 [B], -1 where there is none.
@@ -100,9 +104,14 @@ class Method(nn.Module):
         self.config = config
 
     @classmethod
-    def views(cls, config: Any, image_size: int) -> dict[str, View]:
-        """What the method looks at, as data: geometry is executed at decode, photometry in batches."""
+    def views(cls, config: Any, image_size: int) -> Views:
+        """What the method looks at, as data: geometry is executed at decode, colours are changed in batches."""
         return {"image": View(size=image_size)}
+
+    @classmethod
+    def sampler(cls, config: Any) -> SamplerConfig | None:
+        """Which samples make a batch of the first stream; None: a plain shuffle."""
+        return None
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         """The loss of one micro-batch; named forward so that DDP, FSDP and compile see it."""

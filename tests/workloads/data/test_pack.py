@@ -10,7 +10,7 @@ from workloads.data import shard_writer
 from workloads.data.decode import decode
 from workloads.data.manifest import DataError, open_manifest
 from workloads.data.pack import pack_csv, pack_digits, pack_folder
-from workloads.data.ranged import read_images
+from workloads.data.ranged import read_members
 
 
 def grey(value: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def contents(folder):
 def values(manifest):
     """[(grey value, class name)] of all samples."""
     labels = [None if label < 0 else manifest.classes[label] for label in manifest.label]
-    images = read_images(manifest, np.arange(len(manifest)))
+    images = read_members(manifest, "image", np.arange(len(manifest)))
     return sorted((int(decode(data)[0, 0, 0]), label) for data, label in zip(images, labels, strict=True))
 
 
@@ -61,7 +61,7 @@ def test_digits(tmp_path):
     assert len(list((tmp_path / "digits").glob("*.manifest.parquet"))) == 2
     stems = {key.split("_")[1] for manifest in (train, test) for key in manifest.keys}
     assert len(stems) == 1797, "no digit is in both"
-    image = decode(read_images(test, np.array([0]))[0])
+    image = decode(read_members(test, "image", np.array([0]))[0])
     assert image.shape == (32, 32, 3) and image.max() > 200 and image.min() == 0
 
 
@@ -112,7 +112,7 @@ def test_flat_folder_has_no_labels(tmp_path, encoded):
 
 def test_images_beside_class_folders_are_refused(pictures, tmp_path, encoded):
     write_files(pictures, {"loose.png": encoded(grey(9))})
-    with pytest.raises(DataError, match=r"got 1 images beside class folders in .*loose.png"):
+    with pytest.raises(DataError, match=r"got 1 files beside class folders in .*loose.png"):
         pack_folder(pictures, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -171,7 +171,7 @@ def test_an_existing_folder_is_only_replaced_by_force(pictures, tmp_path):
     assert (out / "thesis.doc").exists()
 
 
-def test_a_failure_leaves_nothing_behind_and_the_old_as_it_was(pictures, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_as_it_was_and_can_be_continued(pictures, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack_folder(pictures, out)
     before = contents(out)
@@ -185,12 +185,16 @@ def test_a_failure_leaves_nothing_behind_and_the_old_as_it_was(pictures, tmp_pat
     with pytest.raises(OSError, match="No space left"):
         pack_folder(pictures, tmp_path / "new")
     assert contents(out) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
+    monkeypatch.undo()
+    assert pack_folder(pictures, tmp_path / "new").samples == {"train": 4}, "what was written before is used"
+    assert contents(tmp_path / "new") == before
+    assert pack_folder(pictures, out, force=True).samples == {"train": 4}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out", "pictures"]
 
 
 def test_nothing_to_pack(tmp_path):
     root = write_files(tmp_path / "in", {"a.png": b"broken", "b.txt": b""})
-    with pytest.raises(DataError, match=r"no image that can be packed.*a.png: got 6 bytes"):
+    with pytest.raises(DataError, match=r"no sample that can be packed.*a.png: got 6 bytes"):
         pack_folder(root, tmp_path / "out")
     with pytest.raises(DataError, match="got no folder"):
         pack_folder(tmp_path / "no", tmp_path / "out")
@@ -199,7 +203,7 @@ def test_nothing_to_pack(tmp_path):
 
 def test_keys_are_unique_and_hold_no_dot(pictures, tmp_path):
     pack_folder(pictures, tmp_path / "out")
-    keys = open_manifest(str(tmp_path / "out/*.tar")).keys.tolist()
+    keys = list(open_manifest(str(tmp_path / "out/*.tar")).keys)
     assert len(set(keys)) == 4 and not any("." in key for key in keys)
     assert sorted(key.split("_", 1)[1] for key in keys) == ["a", "a", "a_v2_final", "b"]
 

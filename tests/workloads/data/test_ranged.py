@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.data import ranged
+from workloads.data import ranged, sources
 from workloads.data.manifest import DataError, build_manifest
-from workloads.data.ranged import read_images
+from workloads.data.ranged import read_members
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def counted(monkeypatch):
         calls.append(size)
         return os.pread(file, size, offset)
 
-    monkeypatch.setattr(ranged, "os", type("os", (), {**vars(os), "pread": staticmethod(pread)}))
+    monkeypatch.setattr(sources, "os", type("os", (), {**vars(os), "pread": staticmethod(pread)}))
     return calls
 
 
@@ -37,7 +37,7 @@ def test_any_rows_in_any_order(pattern):
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.integers(0, 35), max_size=40))
     def check(rows):
-        images = read_images(manifest, np.array(rows, np.int64))
+        images = read_members(manifest, "image", np.array(rows, np.int64))
         assert images == [bytes([row // 12 * 50 + row % 12]) * (row % 12 * 211) for row in rows]
 
     check()
@@ -45,17 +45,17 @@ def test_any_rows_in_any_order(pattern):
 
 def test_neighbours_are_read_at_once(pattern, counted):
     manifest = build_manifest(pattern)
-    read_images(manifest, np.arange(12))
+    read_members(manifest, "image", np.arange(12))
     assert len(counted) == 1
     counted.clear()
-    read_images(manifest, np.array([0, 1, 11, 13]))
+    read_members(manifest, "image", np.array([0, 1, 11, 13]))
     assert len(counted) == 3, "two near each other, one far from them, one of another shard"
 
 
 def test_a_run_has_a_limit(pattern, counted, monkeypatch):
     monkeypatch.setattr(ranged, "MAX_RUN_BYTES", 4000)
     manifest = build_manifest(pattern)
-    read_images(manifest, np.arange(12))
+    read_members(manifest, "image", np.arange(12))
     assert len(counted) > 2 and max(counted) < 4000 + ranged.MAX_GAP_BYTES + 2500
 
 
@@ -64,16 +64,16 @@ def test_a_shard_that_vanished_or_changed_is_named(pattern, tmp_path):
     (tmp_path / "x-1.tar").unlink()
     with open(tmp_path / "x-2.tar", "r+b") as file:
         file.truncate(100)
-    assert len(read_images(manifest, np.arange(12))) == 12
+    assert len(read_members(manifest, "image", np.arange(12))) == 12
     with pytest.raises(DataError, match=r"No such file or directory for .*x-1.tar"):
-        read_images(manifest, np.array([0, 12]))
+        read_members(manifest, "image", np.array([0, 12]))
     with pytest.raises(DataError, match=rf"x-2.tar of 100 bytes, expected {manifest.shard_bytes[2]}"):
-        read_images(manifest, np.array([24]))
+        read_members(manifest, "image", np.array([24]))
 
 
 def test_no_handle_is_left_open(pattern):
     manifest = build_manifest(pattern)
     process = psutil.Process()
     before = process.num_fds()
-    read_images(manifest, np.arange(36))
+    read_members(manifest, "image", np.arange(36))
     assert process.num_fds() == before

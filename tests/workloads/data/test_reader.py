@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workloads.data.keys import sample_keys
-from workloads.data.manifest import DataError, Manifest
+from workloads.data.columns import Keys, Manifest, Places
+from workloads.data.manifest import DataError
 from workloads.data.reader import Reader
+from workloads.data.transforms.image import Geometry
 from workloads.data.views import View
 
 VIEWS = {"image": View(size=4)}
@@ -22,13 +24,14 @@ def columns(n: int, image_bytes: int = 1000) -> Manifest:
     return Manifest(
         shards=("/nowhere/x.tar",),
         shard_bytes=(0,),
-        keys=np.array([str(i) for i in range(n)], np.dtypes.StringDType()),
+        keys=Keys.of([str(i) for i in range(n)]),
         shard=np.zeros(n, np.int32),
-        image_offset=np.arange(n, dtype=np.int64) * image_bytes,
-        image_length=np.full(n, image_bytes, np.int64),
+        members={"image": Places(np.arange(n, dtype=np.int64) * image_bytes, np.full(n, image_bytes, np.int64))},
+        primary="image",
         label=np.arange(n, dtype=np.int64) * 10 // max(n, 1),
         classes=[str(i) for i in range(10)],
         content_hash="",
+        total_bytes=n * image_bytes,
         quarantined=[],
     )
 
@@ -37,25 +40,30 @@ def reader_of(n: int, batch_size: int, **options) -> Reader:
     return Reader(columns(n), VIEWS, batch_size=batch_size, **options)
 
 
+def whole(reader: Reader, epoch: int) -> np.ndarray:
+    """All rows in the order of an epoch."""
+    return reader.sampler.rows(epoch, 0, len(reader.manifest))
+
+
 many = settings(max_examples=60, deadline=None)
-sizes = {"n": st.integers(1, 3000), "batch_size": st.integers(1, 300), "window_blocks": st.integers(1, 20)}
+sizes = {"n": st.integers(1, 3000), "batch_size": st.integers(1, 300), "window": st.integers(1, 5000)}
 
 
 @many
 @given(**sizes, epoch=st.integers(0, 3), world_size=st.sampled_from([1, 2, 3, 7]), shuffle=st.booleans())
-def test_each_sample_exactly_once_over_ranks(n, batch_size, window_blocks, epoch, world_size, shuffle):
-    reader = reader_of(n, batch_size, window_blocks=window_blocks, shuffle=shuffle, drop_last=False, seed=5)
+def test_each_sample_exactly_once_over_ranks(n, batch_size, window, epoch, world_size, shuffle):
+    reader = reader_of(n, batch_size, window=window, shuffle=shuffle, drop_last=False, seed=5)
     steps = range(epoch * reader.steps_per_epoch, (epoch + 1) * reader.steps_per_epoch)
     rows = np.concatenate([reader.rows(step, rank, world_size) for step in steps for rank in range(world_size)])
     assert len(rows) == n and set(rows.tolist()) == set(range(n))
-    assert (rows == reader.order(epoch)).all(), "contiguous shares: put together they are the order of the epoch"
+    assert (rows == whole(reader, epoch)).all(), "contiguous shares: put together they are the order of the epoch"
 
 
 @many
 @given(**sizes, world_size=st.sampled_from([2, 3, 7]))
-def test_drop_last_leaves_out_less_than_a_batch(n, batch_size, window_blocks, world_size):
+def test_drop_last_leaves_out_less_than_a_batch(n, batch_size, window, world_size):
     batch_size = min(batch_size, n)
-    reader = reader_of(n, batch_size, window_blocks=window_blocks)
+    reader = reader_of(n, batch_size, window=window)
     shares = [
         [reader.rows(step, rank, world_size) for rank in range(world_size)] for step in range(reader.steps_per_epoch)
     ]
@@ -85,31 +93,31 @@ def test_resumed_anywhere_with_another_world_size_it_goes_on(n, batch_size, stop
 
 def test_orders_differ_by_epoch_and_seed_and_are_pinned():
     reader = reader_of(1000, 10)
-    orders = [reader.order(epoch) for epoch in range(4)] + [reader_of(1000, 10, seed=1).order(0)]
+    orders = [whole(reader, epoch) for epoch in range(4)] + [whole(reader_of(1000, 10, seed=1), 0)]
     for i, a in enumerate(orders):
         for b in orders[:i]:
             assert (a == b).mean() < 0.05
-    assert reader_of(8, 1).order(0).tolist() == [7, 4, 2, 6, 5, 0, 1, 3], "runs that are resumed rely on it"
-    assert reader_of(8, 1, shuffle=False).order(3).tolist() == list(range(8))
+    assert whole(reader_of(8, 1), 0).tolist() == [7, 4, 2, 6, 5, 0, 1, 3], "runs that are resumed rely on it"
+    assert whole(reader_of(8, 1, shuffle=False), 3).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("n", [2_000, 10_000, 50_000])
 def test_a_set_sorted_by_class_comes_out_mixed(n):
     reader = reader_of(n, 64)
-    labels = reader.manifest.label[reader.order(0)]
+    labels = reader.manifest.label[whole(reader, 0)]
     # A uniform shuffle has 10 classes in each batch of 64 and runs of 1.11 samples.
     counts = [len(set(labels[i : i + 64].tolist())) for i in range(0, n - 63, 64)]
     runs = n / (1 + np.count_nonzero(np.diff(labels)))
     assert min(counts) >= 5 and np.mean(counts) > 7.5 and runs < 1.5
-    assert abs(np.corrcoef(np.arange(n), reader.order(0))[0, 1]) < 0.25
+    assert abs(np.corrcoef(np.arange(n), whole(reader, 0))[0, 1]) < 0.25
 
 
 def test_a_step_costs_its_window_not_the_set(monkeypatch):
-    from workloads.data import reader as module
+    from workloads.data import order as module
 
     drawn = []
-    words = module._words
-    monkeypatch.setattr(module, "_words", lambda *args: drawn.append(args[3]) or words(*args))
+    words = module.words
+    monkeypatch.setattr(module, "words", lambda *args: drawn.append(args[3]) or words(*args))
     reader = reader_of(300_000, 100, seed=987)
     reader.rows(1_234_567)
     assert sum(drawn) < 3 * 16 * 256
@@ -120,12 +128,12 @@ def test_batch_has_what_it_promises(make_manifest):
     reader = Reader(manifest, VIEWS, batch_size=4, seed=9)
     batch = reader.batch(3)  # epoch 1
     rows = reader.rows(3)
-    assert batch.keys() == {"image", "image_box", "index", "key", "label"}
+    assert batch.keys() == {"image", "image_geometry", "index", "key", "label"}
     assert batch["index"].tolist() == rows.tolist() and batch["label"].tolist() == manifest.label[rows].tolist()
     assert torch.equal(batch["key"], sample_keys(9, 1, batch["index"]))
     assert batch["image"].shape == (4, 3, 4, 4) and batch["image"].dtype == torch.uint8
     assert batch["image"][:, 0, 0, 0].tolist() == rows.tolist(), "grey value = number of the sample"
-    assert batch["image_box"].tolist() == [[0, 0, 1, 1]] * 4
+    assert Geometry.unpacked(batch["image_geometry"]).box.tolist() == [[0, 0, 1, 1]] * 4
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -143,7 +151,8 @@ def test_content_does_not_depend_on_the_world_size(make_manifest, world_size):
 def test_views_of_a_sample_are_independent_and_change_by_epoch(make_manifest):
     reader = Reader(make_manifest([40]), {**TWO_VIEWS, "c": TWO_VIEWS["a"]}, batch_size=40, shuffle=False)
     first, second = reader.batch(0), reader.batch(1)
-    assert not torch.equal(first["a_box"], first["c_box"]) and not torch.equal(first["a_box"], second["a_box"])
+    assert not torch.equal(first["a_geometry"], first["c_geometry"])
+    assert not torch.equal(first["a_geometry"], second["a_geometry"])
     assert not torch.equal(first["key"], second["key"])
 
 
@@ -155,7 +164,9 @@ def test_bad_sample_is_counted_and_replaced(make_manifest):
     assert batch["image"][:, 0, 0, 0].tolist() == index and batch["label"].tolist() == [i % 3 for i in index]
     (line,) = reader.skipped.values()
     assert list(reader.skipped) == [7]
-    assert line.startswith(f"set-000001.tar: 000007 at offset {reader.manifest.image_offset[7]}: got 38 bytes")
+    assert line.startswith(
+        f"set-000001.tar: 000007 at offset {reader.manifest.members['image'].offset[7]}: got 38 bytes"
+    )
     again = reader.batch(0)  # now it is known to be bad, and not read: the same sample takes its place
     assert again["index"].tolist() == index
 
@@ -181,7 +192,7 @@ def test_batch_larger_than_the_set():
 def test_a_rank_without_a_share_gets_an_empty_batch(make_manifest):
     reader = Reader(make_manifest([5]), TWO_VIEWS, batch_size=4, drop_last=False)
     batch = reader.batch(1, 0, 3)
-    assert batch["a"].shape == (0, 3, 4, 4) and batch["index"].shape == (0,) and batch["b_box"].shape == (0, 4)
+    assert batch["a"].shape == (0, 3, 4, 4) and batch["index"].shape == (0,) and batch["b_geometry"].shape == (0, 8)
 
 
 def test_a_shard_that_vanished_during_the_run_is_named(make_manifest, tmp_path):

@@ -43,16 +43,22 @@ def test_what_is_missing_is_named(folder, monkeypatch, pattern, message):
         expand(pattern)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/a.tar", "https://x/a.tar", "pipe:cat a.tar"])
-def test_remote_shards_are_refused_with_a_way_out(url):
-    with pytest.raises(DataError, match="expected a local path; copy"):
+def test_remote_shards_are_not_touched():
+    assert expand("s3://bucket/a-{0..2}.tar") == [f"s3://bucket/a-{i}.tar" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"), [("pipe:cat a.tar", "cannot be indexed"), ("s3://b/*/a.tar", "in the name of a file only")]
+)
+def test_what_cannot_be_expanded_is_refused(url, why):
+    with pytest.raises(DataError, match=why):
         expand(url)
 
 
 def test_classes_by_line(tmp_path):
-    assert read_classes(tmp_path) is None
+    assert read_classes(str(tmp_path / "a.tar")) is None
     (tmp_path / "classes.txt").write_text("cat\ngolden retriever\n\n")
-    assert read_classes(tmp_path) == ["cat", "golden retriever"]
+    assert read_classes(str(tmp_path / "a.tar")) == ["cat", "golden retriever"]
     (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
     with pytest.raises(DataError, match="cat twice"):
-        read_classes(tmp_path)
+        read_classes(str(tmp_path / "a.tar"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.data.tarscan import MAX_NAME_BYTES, first_image, scan, split_name
+from workloads.data.tarscan import MAX_NAME_BYTES, first_sample, scan, split_name
 
 
 def archive(members, format=tarfile.USTAR_FORMAT) -> bytes:
@@ -23,7 +23,14 @@ def archive(members, format=tarfile.USTAR_FORMAT) -> bytes:
 def scan_bytes(tmp_path: Path, data: bytes, **options):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    return scan(path, **options)
+    found = scan(str(path), **options)
+    found.require("image")
+    return found
+
+
+def images(found) -> list[tuple[int, int]]:
+    """Offset and length of the image of each sample."""
+    return [found.members["image"][i] for i in range(len(found.keys))]
 
 
 TWO = [("a.jpg", b"A" * 700), ("a.cls", b"3"), ("b.jpg", b"B" * 9), ("b.cls", b" 0\n")]
@@ -43,7 +50,7 @@ def test_scan_finds_what_tarfile_wrote(tmp_path_factory, names, sizes, format):
     data = archive(members, format)
     found = scan_bytes(tmp_path_factory.mktemp("t"), data)
     assert found.keys == names and not found.quarantined
-    for (_, content), offset, length in zip(members, found.offsets, found.lengths, strict=True):
+    for (_, content), (offset, length) in zip(members, images(found), strict=True):
         assert data[offset : offset + length] == content
 
 
@@ -54,7 +61,7 @@ def test_ustar_prefix_carries_folders(tmp_path):
 
 def test_labels_and_order_of_members(tmp_path):
     found = scan_bytes(tmp_path, archive(TWO))
-    assert (found.keys, found.labels, found.lengths) == (["a", "b"], [3, 0], [700, 9])
+    assert (found.keys, found.labels, images(found)) == (["a", "b"], [3, 0], [(512, 700), (2560 + 512, 9)])
     found = scan_bytes(tmp_path, archive([("a.cls", b"3"), ("a.JPEG", b"x"), ("b.png", b"y")]))
     assert (found.keys, found.labels) == (["a", "b"], [3, -1])
 
@@ -100,7 +107,7 @@ def test_bad_samples_are_set_aside_and_the_others_kept(tmp_path, members, line):
 
 def test_duplicate_keys_keep_the_first(tmp_path):
     found = scan_bytes(tmp_path, archive([("a.jpg", b"1"), ("a.jpg", b"22"), ("b.jpg", b"3"), ("a.jpg", b"44")]))
-    assert (found.keys, found.lengths) == (["a", "b"], [1, 1])
+    assert (found.keys, [length for _, length in images(found)]) == (["a", "b"], [1, 1])
     assert found.quarantined == ["a.jpg at offset 1024: duplicate key", "a at offset 3072: duplicate key"]
 
 
@@ -157,12 +164,12 @@ def test_no_byte_makes_the_scan_fail(tmp_path_factory, at, value, cut):
     data = bytearray(archive(TWO))
     data[at] = value
     found = scan_bytes(tmp_path_factory.mktemp("t"), bytes(data[:cut]))
-    assert all(offset + length <= cut for offset, length in zip(found.offsets, found.lengths, strict=True))
-    assert len(found.keys) == len(found.offsets) == len(found.lengths) == len(found.labels)
+    assert all(offset + length <= cut for offset, length in images(found))
+    assert len(found.keys) == len(found.offsets) == len(images(found)) == len(found.labels)
 
 
-def test_first_image_stops_at_the_first(tmp_path):
+def test_first_sample_stops_at_the_first(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(archive([("a.cls", b"1"), ("a.jpg", b"x"), ("b.jpg", b"x")]))
-    assert first_image(path, 10) == (True, 2)
-    assert first_image(path, 1) == (False, 1)
+    assert first_sample(str(path), 10) == (True, 2)
+    assert first_sample(str(path), 1) == (False, 1)

@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workloads.data.keys import uniform
+from workloads.data.transforms import erasing, photometry, randaugment
 from workloads.data.views import View
 
-MAX_BATCHED_SIZE = 48  # 32 px: 10 us an image by batch, 35 one by one; 64 px: 48 against 46
+MAX_BATCHED_SIZE = 40  # 32 px: 10 us an image by batch, 18 one by one
+# What F.interpolate(antialias=True) calls, with a place to write to.
+_RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa, "bicubic": torch.ops.aten._upsample_bicubic2d_aa}
 CROP_TRIES = 10  # torchvision's; a crop that does not fit is drawn again
 
 
@@ -39,6 +42,16 @@ class Geometry:
     crop: Tensor
     flip: Tensor
     rotate_deg: Tensor
+
+    def packed(self) -> Tensor:
+        """As one float64 [B, 8], which travels in a batch: size, crop, flip, rotation."""
+        columns = (self.size, self.crop, self.flip[:, None], self.rotate_deg[:, None])
+        return torch.cat([column.double() for column in columns], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Geometry:
+        """The inverse of `packed`."""
+        return cls(packed[:, :2].long(), packed[:, 2:6].long(), packed[:, 6] > 0, packed[:, 7])
 
     @property
     def box(self) -> Tensor:
@@ -120,25 +133,35 @@ def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) 
     Rotation fills with black, as torchvision does.
     """
     S = view.size
-    pixels = torch.empty(len(images), 3, S, S, dtype=torch.uint8)
     batched = view.interpolation == "bilinear" and S <= MAX_BATCHED_SIZE
+    # One by one, the resize writes channels last, directly and twice as fast as into another layout.
+    layout = torch.contiguous_format if batched else torch.channels_last
+    pixels = torch.empty(len(images), 3, S, S, dtype=torch.uint8, memory_format=layout)
+    resize = _RESIZE[view.interpolation].out
     whole: list[int] = []  # nothing to resize
     enlarged: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    crops = geometry.crop.tolist()
-    for i, (x, y, w, h) in enumerate(crops):
+    crops, flips = geometry.crop.tolist(), geometry.flip.tolist()
+
+    def cut(i: int) -> NDArray[np.uint8]:
+        x, y, w, h = crops[i]
+        cut_out = images[i][y : y + h, x : x + w]
+        return cut_out[:, ::-1] if flips[i] else cut_out  # costs nothing: it is copied anyway
+
+    for i, (_, _, w, h) in enumerate(crops):
         if w == h == S:
             whole.append(i)
         elif w <= S and h <= S and batched:
             enlarged[images[i].shape].append(i)
         else:
-            pixels[i] = _resize(images[i][y : y + h, x : x + w], view)
+            # In a channels-last layout torch has a vectorised uint8 kernel; a contiguous copy of the cut keeps it.
+            source = _channels_first(np.ascontiguousarray(cut(i))[None])
+            resize(source, [S, S], False, None, None, out=pixels[i : i + 1])
     if whole:
-        cuts = [images[i][y : y + S, x : x + S] for i in whole for x, y, _, _ in [crops[i]]]
-        pixels[whole] = _channels_first(np.stack(cuts))
-    for places in enlarged.values():
-        pixels[places] = _enlarge(np.stack([images[i] for i in places]), geometry.crop[places], S)
-    if view.flip:
-        pixels[geometry.flip] = pixels[geometry.flip].flip(3)
+        pixels[torch.tensor(whole)] = _channels_first(np.stack([cut(i) for i in whole]))
+    for group in enlarged.values():
+        places = torch.tensor(group)
+        stacked = np.stack([images[i] for i in group])
+        pixels[places] = _enlarge(stacked, geometry.crop[places], geometry.flip[places], S)
     if view.rotate_deg:
         pixels = _rotate(pixels, geometry.rotate_deg)
     return pixels
@@ -148,21 +171,15 @@ def _channels_first(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _resize(image: NDArray[np.uint8], view: View) -> Tensor:
-    """[h, w, 3] -> [3, S, S]."""
-    # In a channels-last layout torch has a vectorised uint8 kernel; a contiguous copy of the cut keeps it.
-    source = _channels_first(np.ascontiguousarray(image)[None])
-    return F.interpolate(source, size=(view.size, view.size), mode=view.interpolation, antialias=True)[0]
-
-
-def _enlarge(images: NDArray[np.uint8], crop: Tensor, S: int) -> Tensor:
-    """Bilinear resize of one crop an image: uint8 [b, H, W, 3], int64 [b, 4] -> uint8 [b, 3, S, S]."""
+def _enlarge(images: NDArray[np.uint8], crop: Tensor, flip: Tensor, S: int) -> Tensor:
+    """Bilinear resize of one crop an image: uint8 [b, H, W, 3], int64 [b, 4], bool [b] -> uint8 [b, 3, S, S]."""
     _, H, W, _ = images.shape
     centre = (torch.arange(S) + 0.5) / S
     x, y, w, h = crop.float()[:, :, None].unbind(1)  # each [b, 1]
     grid = torch.empty(len(images), S, S, 2)  # filled in place: `stack` of expanded views costs twice the sampling
     # Sampling stops at the centres of the outer pixels of the crop, as if there were nothing beyond.
-    grid[..., 0] = (2 * (x + (w * centre).clamp(min=0.5).minimum(w - 0.5)) / W - 1)[:, None, :]
+    across = x + (w * centre).clamp(min=0.5).minimum(w - 0.5)
+    grid[..., 0] = (2 * torch.where(flip[:, None], across.flip(1), across) / W - 1)[:, None, :]
     grid[..., 1] = (2 * (y + (h * centre).clamp(min=0.5).minimum(h - 0.5)) / H - 1)[:, :, None]
     sampled = F.grid_sample(_channels_first(images).float(), grid, padding_mode="border", align_corners=False)
     return sampled.add_(0.5).to(torch.uint8)
@@ -181,5 +198,31 @@ def _rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
 
 def normalise(images: Tensor, view: View) -> Tensor:
     """uint8 [B, 3, H, W] on any device -> float32, of mean 0 and deviation 1 by the view's constants."""
-    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (view.mean, view.std))
-    return images.float().sub_(mean).div_(std)
+    return _normalised(images.float(), view, 255)
+
+
+def finish(images: Tensor, view: View, keys: Tensor, salt: str) -> Tensor:
+    """What is left to do to a view on the device: colours, normalisation, erasing.
+
+    Args:
+        images: uint8 [B, 3, H, W] on any device.
+        view: what to do.
+        keys: int64 [B], best on the CPU, where numbers are drawn: then nothing waits for the device.
+        salt: makes two views of one sample independent; the view's name.
+
+    Returns:
+        float32 [B, 3, H, W] on the same device.
+    """
+    if view.randaugment is not None:
+        images = randaugment.apply(view.randaugment, images, keys, salt)
+    if view.photometry is not None:
+        finished = _normalised(photometry.apply(view.photometry, images, keys, salt), view, 1)
+    else:
+        finished = normalise(images, view)
+    return finished if view.erasing is None else erasing.apply(view.erasing, finished, keys, salt)
+
+
+def _normalised(images: Tensor, view: View, white: int) -> Tensor:
+    """In place."""
+    mean, std = (white * torch.tensor(values, device=images.device)[:, None, None] for values in (view.mean, view.std))
+    return images.sub_(mean).div_(std)

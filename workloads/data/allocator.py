@@ -1,4 +1,4 @@
-"""Keeps the memory that a CPU step frees for the next step."""
+"""Keeps the memory that a batch or a CPU step frees for the next one."""
 
 from __future__ import annotations
 
