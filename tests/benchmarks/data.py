@@ -59,7 +59,7 @@ def rate(batches: Callable[[], Any], images: int) -> float:
 
 def rates(shards: str, size: int, batch_size: int, images: int) -> dict[str, float]:
     """Medians of `ours`, `peer` and `bare`."""
-    import glob
+    import glob  # noqa: I001 - torchvision comes after what repairs it
 
     import simplejpeg
     import torch

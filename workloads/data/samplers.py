@@ -131,14 +131,11 @@ class _PK(_Labelled):
         rounds = [0] * len(self.groups)
 
         def take(identity: int) -> Rows:
-            group, r = self.groups[identity], rounds[identity]
+            group = self.groups[identity]
+            passed, part = divmod(rounds[identity], self._need[identity])
             rounds[identity] += 1
-            # Images beyond the first pass come from further passes, in orders of their own.
-            wanted = np.arange(r * self.k, (r + 1) * self.k)
-            passes, places = np.divmod(wanted, len(group))
-            return np.array(
-                [group[self._order(epoch, identity, int(n))[at]] for n, at in zip(passes, places, strict=True)]
-            )
+            order = permutation(self.seed + 1, epoch, (identity << 16) + passed, len(group))
+            return group[order[np.arange(part * self.k, (part + 1) * self.k) % len(group)]]
 
         # The identities with most groups left first, so that none is left over alone; ties at random.
         tie = permutation(self.seed, epoch, 1, len(self.groups)).argsort()
@@ -152,10 +149,6 @@ class _PK(_Labelled):
                 heapq.heappush(heap, (need + 1, turn + len(self.groups), identity))
         order = permutation(self.seed, epoch, 2, len(batches))
         return np.concatenate([batches[i] for i in order])
-
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 - a reader lives as long as its process
-    def _order(self, epoch: int, identity: int, n: int) -> Rows:
-        return permutation(self.seed + 1, epoch, (identity << 16) + n, len(self.groups[identity]))
 
 
 class _Episodes(_Labelled):

@@ -70,11 +70,14 @@ def open_shard(path: str) -> Shard:
     Raises:
         OSError: it is not there, or cannot be read after several tries.
     """
-    if not is_remote(path):
-        return _Local(path)
-    if path.split("://")[0] in _PYARROW:
-        return retried(f"opening {path}", lambda: _Arrow(path))
-    return retried(f"opening {path}", lambda: _FSSpec(path))
+    return _remote(path) if is_remote(path) else _Local(path)
+
+
+@lru_cache(maxsize=4096)
+def _remote(path: str) -> Shard:
+    """Kept: each opening is a request, and a batch touches many shards."""
+    kind = _Arrow if path.split("://")[0] in _PYARROW else _FSSpec
+    return retried(f"opening {path}", lambda: kind(path))
 
 
 def sizes(paths: Sequence[str]) -> list[int]:
@@ -186,7 +189,7 @@ class _Arrow:
         return data
 
     def close(self) -> None:
-        self._file.close()
+        """Stays open for the next batch."""
 
 
 @lru_cache(maxsize=16)
@@ -221,9 +224,13 @@ class _FSSpec:
 
 
 def _as_os_error(call: Callable[[], T]) -> T:
-    """Fsspec passes on what its HTTP client raises, which is not always an OSError."""
+    """Fsspec passes on what its HTTP client raises, and calls a file missing whatever a server answers."""
     try:
         return call()
+    except FileNotFoundError as error:
+        if getattr(error.__cause__, "status", 404) not in (404, 410):
+            raise OSError(f"{error.__cause__}") from error
+        raise
     except OSError:
         raise
     except Exception as error:

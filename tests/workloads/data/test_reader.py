@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.data.keys import sample_keys
 from workloads.data.columns import Keys, Manifest, Places
+from workloads.data.keys import sample_keys
 from workloads.data.manifest import DataError
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import Geometry
