@@ -107,7 +107,7 @@ class Jobs:
         except ValidationError as error:
             found = problems_of(error, JobSpec)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
-        problems = _relative(spec) or self._check(spec, self._settings.home) or self._too_large(spec)
+        problems = _unfit_for_a_service(spec) or self._check(spec, self._settings.home) or self._too_large(spec)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec
@@ -193,8 +193,13 @@ class Jobs:
         }
 
 
-def _relative(spec: JobSpec) -> list[preflight.Problem]:
-    """A service has no folder that a relative path could start from: its own is not the user's."""
+def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
+    """Sources that only a person at a shell may name: relative paths, whose start nobody knows here, and commands."""
+    piped = [name for name, stream in spec.data.items() if stream.piped]
+    if piped:
+        message = "got `pipe:`, whose command would run on the cluster for anybody who may submit, expected files"
+        hint = "write the samples to shards, or run the job by `ray job submit` or `manta run --local`"
+        return [preflight.Problem(loc=["data", name, "shards"], message=message, hint=hint) for name in piped]
     if spec == spec.absolute(Path("/")):
         return []
     message = "got a relative shard path, expected absolute ones, as the workers see them"

@@ -13,6 +13,7 @@ from workloads.data.manifest import Manifest, open_manifest
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
 from workloads.data.shards import DataError, some
+from workloads.data.streaming import StreamReader, stream_manifest
 from workloads.methods.base import DataInfo, Frozen, Inputs, Method, MethodConfig
 from workloads.models.encoders import build_encoder, model_config
 from workloads.spec import JobSpec, Stream
@@ -28,6 +29,8 @@ def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
     Raises:
         DataError: the shards cannot be used, or more than `max_bad_share` of what they hold is damaged.
     """
+    if stream.piped:
+        return stream_manifest(stream.shards, stream.epoch_samples or 0, stream.num_classes)
     manifest = open_manifest(stream.shards, mapper=mapper)
     bad, good = len(manifest.quarantined), len(manifest)
     if bad > stream.max_bad_share * (bad + good):
@@ -53,23 +56,34 @@ def views_of(spec: JobSpec) -> Views:
     return cls.views(config, image_size(spec))
 
 
-def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reader]:
-    """A reader for each stream of the method; the sampler of the method is for the first."""
+def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reader | StreamReader]:
+    """A reader for each stream of the method; the sampler of the method is for the first.
+
+    Raises:
+        DataError: batch size, sampler or views do not fit the samples.
+    """
     cls, config = method_of(spec)
-    views = views_of(spec)
-    return {
-        name: Reader(
-            manifest,
-            views,
-            batch_size=spec.batch_size_of(name),
-            seed=spec.seed,
-            window=spec.data[name].shuffle_window,
-            max_bad_share=spec.data[name].max_bad_share,
-            sampler=cls.sampler(config) if name == cls.streams[0] else None,
-            workers=spec.resources.loader_workers,
-        )
-        for name, manifest in manifests.items()
-    }
+    views, sampler = views_of(spec), cls.sampler(config)
+    readers: dict[str, Reader | StreamReader] = {}
+    for name, manifest in manifests.items():
+        stream = spec.data[name]
+        shared: dict[str, Any] = {
+            "batch_size": spec.batch_size_of(name),
+            "seed": spec.seed,
+            "window": stream.shuffle_window,
+            "max_bad_share": stream.max_bad_share,
+        }
+        of_first = sampler if name == cls.streams[0] else None
+        if manifest.indexed:
+            workers = spec.resources.loader_workers
+            readers[name] = Reader(manifest, views, **shared, sampler=of_first, workers=workers)
+        elif of_first is None:
+            readers[name] = StreamReader(manifest, views, **shared)
+        else:
+            raise DataError(
+                f"got `pipe:` for {spec.method.name}, which chooses samples by label, expected files; write some"
+            )
+    return readers
 
 
 def data_info(spec: JobSpec, manifest: Manifest) -> DataInfo:

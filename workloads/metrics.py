@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from workloads.data.reader import Reader
+from workloads.data.streaming import PROMISES, StreamReader
 from workloads.ranks import Ranks
 from workloads.record import write_atomic
+
+logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 LOADER_BOUND_SHARE = 0.1  # of the time; less is not worth a core
@@ -121,14 +125,25 @@ class Curve:
             self._writer.close()
 
 
-class LoaderWatch:
-    """Says in `warnings.txt` when the model waits for data, and how many cores would feed it; of one rank."""
+class Warnings:
+    """What the person who submitted the job should know, in `warnings.txt`; of one rank.
 
-    def __init__(self, path: Path, readers: dict[str, Reader]) -> None:
+    Sources without the promises of a manifest; and that the model waits for data, with how many cores would feed it.
+    """
+
+    def __init__(self, path: Path, readers: Mapping[str, Reader | StreamReader]) -> None:
         self._path, self._readers = path, readers
-        self._wait_s = self._step_s = self._busy_s = 0.0
+        self._wait_s = self._busy_s = 0.0
         self._since: float | None = None  # the first steps fill the loader and warm the model up
-        self._said = 0
+        self._cores = 0
+        self._lines = [f"{name}: {PROMISES}" for name, reader in readers.items() if isinstance(reader, StreamReader)]
+        for line in self._lines:
+            logger.warning("%s", line)
+        self._write(self._lines)
+
+    def _write(self, lines: list[str]) -> None:
+        if lines:
+            write_atomic(self._path, "".join(f"{line}\n" for line in lines))
 
     def waited(self, seconds: float) -> None:
         self._wait_s += seconds
@@ -142,20 +157,20 @@ class LoaderWatch:
         elapsed = now - self._since
         if self._wait_s <= LOADER_BOUND_SHARE * elapsed:
             return
-        cores = math.ceil((busy_s - self._busy_s) / (elapsed - self._wait_s))
-        if cores != self._said:
-            self._said = cores
-            write_atomic(
-                self._path,
+        cores = math.ceil((busy_s - self._busy_s) / max(1e-9, elapsed - self._wait_s))
+        if cores != self._cores:
+            self._cores = cores
+            bound = (
                 f"loader-bound: {cores} cores needed for this model, which waits for data "
-                f"{self._wait_s / elapsed:.0%} of the time; set resources.loader_workers: {cores}\n",
+                f"{self._wait_s / elapsed:.0%} of the time; set resources.loader_workers: {cores}"
             )
+            self._write([*self._lines, bound])
 
 
 class SkippedLog:
     """Appends newly skipped samples of this rank to `skipped.txt`, a line each."""
 
-    def __init__(self, path: Path, readers: dict[str, Reader]) -> None:
+    def __init__(self, path: Path, readers: Mapping[str, Reader | StreamReader]) -> None:
         self._path, self._readers, self._known = path, readers, 0
 
     def quarantined(self) -> None:

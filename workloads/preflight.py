@@ -104,7 +104,9 @@ def _data(spec: JobSpec) -> list[Problem]:
     """Shards that cannot be read or hold no image, without a scan of all of them."""
     from workloads.data.manifest import DataError, peek
 
-    streams: list[tuple[list[str | int], Any]] = [(["data", name], s.shards) for name, s in spec.data.items()]
+    streams: list[tuple[list[str | int], Any]] = [
+        (["data", name], s.shards) for name, s in spec.data.items() if not s.piped
+    ]
     for i, evaluation in enumerate(spec.evaluate):
         config = catalog.load("evaluation", evaluation.name).Config.model_validate(evaluation.config)
         streams += [(["evaluate", i, "data", name], getattr(config.data, name).shards) for name in ("train", "test")]

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from workloads import checkpoint
+from workloads import assemble, checkpoint
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks
+from workloads.ray_scan import on_cluster
 from workloads.record import RunFolder, write_atomic
 from workloads.spec import JobSpec
 
@@ -65,6 +66,8 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     connected()
+    for name in assemble.method_of(spec)[0].streams:
+        assemble.open_stream(spec.data[name], on_cluster)  # where there is no manifest yet, the cluster makes it once
     (run.path / "fatal.json").unlink(missing_ok=True)
     resources = spec.resources
     trainer = DataParallelTrainer(

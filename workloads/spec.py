@@ -41,6 +41,8 @@ class Stream(Strict):
     Attributes:
         shards: path, URL (`s3://`, `gs://`, `https://`), brace pattern (`train-{000000..000009}.tar`), or a list of
             them.
+        epoch_samples: of `pipe:` sources, which cannot be counted: how many samples are called an epoch.
+        num_classes: of `pipe:` sources.
         batch_size: of this stream, where it is not the job's.
         shuffle_window: about how many samples are mixed one by one; blocks are permuted over the whole set anyway.
         per_class: keep this many samples of each class, drawn by `subset_seed`.
@@ -48,11 +50,28 @@ class Stream(Strict):
     """
 
     shards: str | list[str]
+    epoch_samples: int | None = Field(default=None, ge=1)
+    num_classes: int = Field(default=0, ge=0)
     batch_size: int | None = Field(default=None, ge=1)
-    shuffle_window: int = Field(default=4096, ge=1)
+    shuffle_window: int = Field(default=16384, ge=1)
     per_class: int | None = Field(default=None, ge=1)
     subset_seed: int = Field(default=0, ge=0)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
+
+    @property
+    def piped(self) -> bool:
+        """Whether commands bring the samples, one after the other."""
+        return any(one.startswith("pipe:") for one in ([self.shards] if isinstance(self.shards, str) else self.shards))
+
+    @model_validator(mode="after")
+    def _counted(self) -> Stream:
+        if self.piped and self.epoch_samples is None:
+            raise ValueError("got `pipe:` without epoch_samples, expected how many samples an epoch has; set it")
+        if self.piped and self.per_class is not None:
+            raise ValueError("got per_class for `pipe:`, whose samples cannot be chosen; leave it out, or use files")
+        if not self.piped and (self.epoch_samples is not None or self.num_classes):
+            raise ValueError("got epoch_samples or num_classes for files, which are counted; leave them out")
+        return self
 
 
 class Optimizer(Strict):

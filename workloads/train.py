@@ -26,7 +26,7 @@ from workloads.data.reader import Reader
 from workloads.data.transforms.image import finish
 from workloads.data.views import View
 from workloads.methods.base import Batch, Progress
-from workloads.metrics import Curve, LoaderWatch, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog
+from workloads.metrics import Curve, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog, Warnings
 from workloads.parts.optimizers import adamw
 from workloads.parts.schedules import warmup_cosine
 from workloads.ranks import Ranks
@@ -139,7 +139,7 @@ def train(
     }
     curve = Curve(ranks, MetricsWriter(run.metrics) if ranks.rank == 0 else None, on_point, spec.batch_size)
     skipped = SkippedLog(run.skipped, readers)
-    watch = LoaderWatch(run.warnings, readers)
+    warnings = Warnings(run.warnings, readers) if ranks.rank == 0 else None
     if ranks.rank == 0:
         skipped.quarantined()
     method.train()
@@ -155,7 +155,8 @@ def train(
             streams = {name: to_device(next(source), views, ranks.device) for name, source in sources.items()}
             waited_s = time.perf_counter() - fetched
             curve.waited(waited_s)
-            watch.waited(waited_s)
+            if warnings is not None:
+                warnings.waited(waited_s)
             lr = learning_rate(spec, step, total, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -169,8 +170,8 @@ def train(
             save = step % spec.checkpoint.every_steps == 0 or step == total
             if save or step % LOG_STEPS == 0:
                 curve.point(step, progress.epoch, lr)  # raises on a loss that is not finite: before the checkpoint
-                if ranks.rank == 0:
-                    watch.point()
+                if warnings is not None:
+                    warnings.point()
                 skipped.write()
                 stop = ranks.any(should_stop())
                 if save or stop:

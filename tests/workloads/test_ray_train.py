@@ -76,3 +76,22 @@ def test_a_failure_that_would_come_again_is_not_tried_again(
     record = run.read_record()
     assert record is not None and record.reason is not None and record.hint is not None
     assert "the loss became" in record.reason and "lower optimizer.lr" in record.hint
+
+
+def test_the_cluster_makes_the_manifest_that_one_process_makes(cluster: Head, tmp_path: Path) -> None:
+    from tests.toy import write_shards
+    from workloads.data.indexing import build_manifest
+    from workloads.ray_scan import on_cluster
+
+    pattern = write_shards(tmp_path, "many", 60, 20)
+    made, alone = build_manifest(pattern, mapper=on_cluster), build_manifest(pattern)
+    assert made.content_hash == alone.content_hash and (made.label == alone.label).all() and len(made) == 60
+    assert [made.keys[i] for i in range(60)] == [alone.keys[i] for i in range(60)]
+
+
+def test_a_scan_on_the_cluster_fails_as_it_does_here(cluster: Head, tmp_path: Path) -> None:
+    from workloads.data.tarscan import scan
+    from workloads.ray_scan import on_cluster
+
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
+        list(on_cluster(scan, [str(tmp_path / "gone.tar")], None))

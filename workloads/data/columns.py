@@ -104,6 +104,11 @@ class Manifest:
         return len(self.shard)
 
     @property
+    def indexed(self) -> bool:
+        """False for what stands for a stream."""
+        return bool(self.shard_bytes)
+
+    @property
     def num_classes(self) -> int:
         return len(self.classes)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workloads.data.decode import ImageError, decode
 from workloads.data.records import array, boxes, captions, mask
+from workloads.data.shards import DataError
 from workloads.data.transforms import image, targets
 from workloads.data.transforms.targets import BoxesView, MaskView
 from workloads.data.views import View
@@ -44,6 +45,27 @@ class CaptionsView(BaseModel):
 AnyView: TypeAlias = "View | MaskView | BoxesView | ClipView | VolumeView | LabelsView | ArrayView | CaptionsView"
 Views: TypeAlias = Mapping[str, AnyView]
 Loaded: TypeAlias = dict[str, Any]  # what one view, or several of one member, see of one sample
+
+
+def check(views: Views) -> None:
+    """Refuses views of which one cannot follow another.
+
+    Raises:
+        DataError: what is followed comes later or is of another modality, or its shape is changed after the geometry.
+    """
+    before: dict[str, AnyView] = {}
+    for name, view in views.items():
+        if hasattr(view, "follows"):
+            followed = before.get(view.follows)
+            image = isinstance(view, MaskView | BoxesView)
+            if followed is None or isinstance(followed, View) != image or not hasattr(followed, "size"):
+                wanted = "an image" if image else "a volume"
+                raise DataError(f"got {name} that follows {view.follows}, expected {wanted} view named before it")
+            if isinstance(followed, View) and followed.randaugment:
+                raise DataError(
+                    f"got {name} that follows {view.follows}, whose randaugment moves pixels about; leave it out there"
+                )
+        before[name] = view
 
 
 def load(views: Views, files: Mapping[str, Sequence[bytes]], keys: Tensor, i: int) -> Loaded:
@@ -108,6 +130,8 @@ def collate(views: Views, samples: Sequence[Loaded], keys: Tensor) -> dict[str, 
         MaskView int64 [B, S, S]; of a BoxesView float32 [B, most, 4], and as NAME_label int64 [B, most]; of a ClipView
         uint8 [B, 3, T, S, S], and as NAME_time_s float64 [B, T]; of a VolumeView float32 [B, C, D, H, W]; of a
         LabelsView int64 [B, D, H, W]; of an ArrayView [B, ...]; of a CaptionsView a list of B lists of lines.
+        Arrays, clips and volumes, whose shape the samples say, are left out without any: a rank may have no share of
+        the short last batch of an epoch.
 
     Raises:
         ImageError: arrays of several shapes.
@@ -127,11 +151,11 @@ def collate(views: Views, samples: Sequence[Loaded], keys: Tensor) -> dict[str, 
                     batch[name] = targets.render_masks(view, decoded, geometry, size)
                 else:
                     batch[name], batch[f"{name}_label"] = targets.render_boxes(view, decoded, geometry, size)
-            case ArrayView():
+            case ArrayView() if samples:
                 batch[name] = _stacked(name, [sample[name] for sample in samples])
             case CaptionsView():
                 batch[name] = [sample[name] for sample in samples]
-            case _:
+            case _ if samples:
                 batch |= _collate_media(name, [sample[name] for sample in samples])
     return batch
 

@@ -9,7 +9,6 @@ window is reached, so the cost to start anywhere does not grow with the set.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +18,8 @@ from workloads.data.shards import DataError
 
 Rows = NDArray[np.int64]
 
-MIN_BLOCK, MAX_BLOCK = 64, 256  # samples
-BLOCK_BYTES = 4 << 20  # a block of large images has fewer samples
-WINDOW = 4096  # samples
+BLOCK = 64  # neighbouring samples that stay in one window, so that reads stay near each other
+WINDOW = 16384  # samples: the blocks of a window come from 256 places of the set
 
 
 class Sampler(Protocol):
@@ -52,7 +50,6 @@ class Uniform:
         shuffle: bool = True,
         drop_last: bool = True,
         window: int = WINDOW,
-        mean_bytes: int = 0,
     ) -> None:
         """An order of n samples.
 
@@ -63,7 +60,6 @@ class Uniform:
             shuffle: False gives the order of the manifest.
             drop_last: leave out what does not fill a batch; else the last batch of an epoch is shorter.
             window: about how many samples are mixed one by one; more is nearer to a uniform shuffle.
-            mean_bytes: of a sample; large ones make shorter blocks.
 
         Raises:
             DataError: not even one batch fits.
@@ -75,8 +71,7 @@ class Uniform:
             )
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
-        self._block = min(MAX_BLOCK, max(MIN_BLOCK, BLOCK_BYTES // max(1, mean_bytes)))
-        self._window_blocks = max(1, window // self._block)
+        self._window_blocks = max(1, window // BLOCK)
 
     def batch(self, epoch: int, position: int) -> Rows:
         start = position * self.batch_size
@@ -89,12 +84,11 @@ class Uniform:
         """Positions start..stop-1 of the order of an epoch: int64 [stop - start]."""
         if not self.shuffle:
             return np.arange(start, stop)
-        layout = self.seed, epoch, self.n, self._block
-        windows, starts = _layout(*layout, self._window_blocks)
+        layout = self.seed, epoch, self.n, self._window_blocks
+        _, _, starts = _layout(*layout)
         first = int(np.searchsorted(starts, start, side="right")) - 1
         last = int(np.searchsorted(starts, stop, side="left"))
-        parts = [_window(*layout, w, windows[w]) for w in range(first, last)]
-        rows: Rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        rows: Rows = np.concatenate([np.empty(0, np.int64), *(_window(*layout, w) for w in range(first, last))])
         return rows[start - starts[first] : stop - starts[first]]
 
 
@@ -109,17 +103,26 @@ def permutation(seed: int, epoch: int, purpose: int, n: int) -> Rows:
 
 
 @lru_cache(maxsize=4)
-def _layout(seed: int, epoch: int, n: int, block: int, window_blocks: int) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The blocks of each window of an epoch, and the positions where windows start (and the last one ends)."""
-    number = -(-n // block)
+def _layout(seed: int, epoch: int, n: int, window_blocks: int) -> tuple[Rows, Rows, Rows]:
+    """All blocks of an epoch in their order, and where windows start (and the last ends): among blocks, among samples.
+
+    Windows are of even size: one of a single block would not be mixed.
+    """
+    number = -(-n // BLOCK)
+    windows = -(-number // window_blocks)
+    first_blocks = np.arange(windows + 1) * number // windows
     blocks = permutation(seed, epoch, 0, number)
-    windows = np.array_split(blocks, -(-number // window_blocks))  # even: a window of one block would not be mixed
-    lengths = [int(np.minimum(block, n - window * block).sum()) for window in windows]
-    return [tuple(window.tolist()) for window in windows], [0, *accumulate(lengths)]
+    short = int(np.flatnonzero(blocks == number - 1)[0])  # where the last block went, which may not be full
+    starts = first_blocks * BLOCK
+    starts[first_blocks > short] -= number * BLOCK - n
+    return blocks, first_blocks, starts
 
 
 @lru_cache(maxsize=8)
-def _window(seed: int, epoch: int, n: int, block: int, window: int, blocks: tuple[int, ...]) -> Rows:
+def _window(seed: int, epoch: int, n: int, window_blocks: int, window: int) -> Rows:
     """The rows of a window, shuffled."""
-    rows = np.concatenate([np.arange(b * block, min(n, (b + 1) * block)) for b in blocks])
-    return rows[permutation(seed, epoch, 1 + window, len(rows))]
+    blocks, first_blocks, _ = _layout(seed, epoch, n, window_blocks)
+    rows = (blocks[first_blocks[window] : first_blocks[window + 1], None] * BLOCK + np.arange(BLOCK)).ravel()
+    rows = rows[rows < n]
+    shuffled: Rows = rows[permutation(seed, epoch, 1 + window, len(rows))]
+    return shuffled

@@ -18,7 +18,7 @@ from workloads.data.allocator import keep_freed_memory
 from workloads.data.columns import Manifest
 from workloads.data.decode import ImageError
 from workloads.data.keys import mix, sample_keys
-from workloads.data.modalities import Loaded, Views, collate, load
+from workloads.data.modalities import Loaded, Views, check, collate, load
 from workloads.data.order import WINDOW, Rows, Sampler, Uniform
 from workloads.data.ranged import read_members
 from workloads.data.samplers import SamplerConfig
@@ -72,6 +72,9 @@ class Reader:
             DataError: not even one batch fits, or the samples lack what a view looks at.
         """
         assert batch_size > 0 and not views.keys() & set(OWN)
+        if not manifest.indexed:
+            raise DataError(f"got the stream {manifest.shards[0]}, expected shards that can be indexed; write some")
+        check(views)
         for view in views.values():
             manifest.places(view.member)
         self.manifest, self.views, self.seed, self.max_bad_share = manifest, dict(views), seed, max_bad_share
@@ -84,7 +87,6 @@ class Reader:
                 shuffle=shuffle,
                 drop_last=drop_last,
                 window=window,
-                mean_bytes=manifest.mean_bytes,
             )
             if sampler is None
             else sampler.over(manifest.label, batch_size, seed)

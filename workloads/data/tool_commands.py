@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from workloads.data.manifest import open_manifest
+from workloads.data.order import WINDOW
 from workloads.data.shards import DataError, expand
 from workloads.data.terminal import one_line_errors, print_lines, print_packed, print_table, progress
 
@@ -30,6 +31,9 @@ def inspect(
     pattern: Pattern,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Scan again, whatever manifest is kept.")] = False,
     decode_all: Annotated[bool, typer.Option("--decode", help="Decode every image and list the bad ones.")] = False,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="How near an epoch is to a uniform shuffle.")] = False,
+    window: Annotated[int, typer.Option(help="Samples mixed one by one: `shuffle_window` of a job.", min=1)] = WINDOW,
+    batch_size: Annotated[int, typer.Option(help="Of the batches that --shuffle looks at.", min=1)] = 256,
     as_json: AsJson = False,
 ) -> None:
     """What shards hold: samples, bytes, classes, and what cannot be used."""
@@ -42,9 +46,14 @@ def inspect(
             "bytes": sum(manifest.shard_bytes),
             "classes": dict(zip(manifest.classes, counts, strict=True)),
             "shards": list(manifest.shards),
+            "members": {name: int((places.offset >= 0).sum()) for name, places in manifest.members.items()},
             "quarantined": manifest.quarantined,
             "content_hash": manifest.content_hash,
         }
+        if shuffle:
+            from workloads.data.shuffle_report import mixing
+
+            report["shuffle"] = asdict(mixing(manifest, batch_size=batch_size, window=window))
         if decode_all:
             from workloads.data.validate import undecodable
 
@@ -57,8 +66,15 @@ def inspect(
     lines |= {"shards": len(manifest.shards), "classes": len(manifest.classes)}
     lines |= {name: len(report[name]) for name in ("quarantined", "bad") if name in report}
     print_table("", lines)
+    print_table("member", report["members"])
     if manifest.classes:
         print_table("class", report["classes"])
+    if shuffle:
+        uniform = report["shuffle"].pop("uniform")
+        measured = {name: value for name, value in report["shuffle"].items() if name in uniform and value is not None}
+        rows: dict[str, Any] = {"window": window}
+        rows |= {name: f"{value:.3f} (uniform {uniform[name]:.3f})" for name, value in measured.items()}
+        print_table("shuffle", rows)
     for name in ("quarantined", "bad"):
         print_lines(name, report.get(name, []))
 

@@ -8,6 +8,7 @@ import torch
 from workloads.data.manifest import DataError, build_manifest
 from workloads.data.modalities import ArrayView, CaptionsView
 from workloads.data.reader import Reader
+from workloads.data.transforms.randaugment import RandAugment
 from workloads.data.transforms.targets import BoxesView, MaskView
 from workloads.data.transforms.video import ClipView
 from workloads.data.transforms.volume import LabelsView, VolumeView
@@ -137,3 +138,17 @@ def test_a_damaged_video_is_counted_and_replaced(tmp_path, write_tar, real_data)
 def test_a_view_of_what_the_samples_do_not_hold_is_refused(scenes):
     with pytest.raises(DataError, match="a view of 'video'"):
         Reader(scenes, {"clip": ClipView(frames=4, size=16)}, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ({"mask": MaskView(), "image": View(size=8)}, "got mask that follows image, expected an image view named"),
+        ({"image": ArrayView(), "mask": MaskView()}, "expected an image view named before it"),
+        ({"image": View(size=8), "labels": LabelsView(follows="image")}, "expected a volume view named before it"),
+        ({"image": View(size=8, randaugment=RandAugment()), "boxes": BoxesView()}, "randaugment moves pixels"),
+    ],
+)
+def test_views_that_cannot_follow_are_refused(scenes, views, message):
+    with pytest.raises(DataError, match=message):
+        Reader(scenes, views, batch_size=2)
