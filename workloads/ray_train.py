@@ -74,7 +74,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
         _worker,
         train_loop_config={"spec": spec.model_dump_json(), "run": str(run.path), "home": str(home)},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=resources.max_workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus else {}),

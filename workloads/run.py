@@ -127,7 +127,7 @@ def execute(
 
 def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool, on_point: OnPoint) -> bool:
     """True when training is complete. Chooses between this process and Ray Train."""
-    if ray and (spec.resources.workers > 1 or spec.resources.gpus):
+    if ray and (spec.resources.max_workers > 1 or spec.resources.gpus):
         from workloads.ray_train import train_on_ray
 
         return train_on_ray(spec, run, home, connected=stop.install)

@@ -14,13 +14,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from workloads.spec_training import (
+    CheckpointPolicy,
+    Engine,
+    Guards,
+    Optimizer,
+    Resources,
+    Schedule,
+    Seconds,
+    Strict,
+)
+
 JobName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$")]
-
-
-class Strict(BaseModel):
-    """Frozen, and a typo is an error rather than a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Named(BaseModel):
@@ -74,52 +79,6 @@ class Stream(Strict):
         return self
 
 
-class Optimizer(Strict):
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1.5e-4, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    scale_lr: bool = False  # lr * batch_size / 256
-    clip_grad_norm: float | None = Field(default=None, gt=0)
-
-
-class Schedule(Strict):
-    """Learning rate by step: linear warm-up from 0, then a half cosine down to `min_lr`."""
-
-    name: Literal["cosine"] = "cosine"
-    warmup_epochs: float = Field(default=0, ge=0)
-    min_lr: float = Field(default=0, ge=0)
-
-
-class Resources(Strict):
-    """What a job runs on.
-
-    Attributes:
-        workers: processes that train.
-        cpus_per_worker: cores of each.
-        gpus_per_worker: GPUs of each.
-        loader_workers: processes of each that read and decode; 0: a thread of the worker itself.
-    """
-
-    workers: int = Field(default=1, ge=1)
-    cpus_per_worker: int = Field(default=1, ge=1)
-    gpus_per_worker: float = Field(default=0, ge=0)
-    loader_workers: int = Field(default=0, ge=0)
-
-    @property
-    def cpus(self) -> int:
-        return self.workers * self.cpus_per_worker
-
-    @property
-    def gpus(self) -> float:
-        return self.workers * self.gpus_per_worker
-
-
-class CheckpointPolicy(Strict):
-    every_steps: int = Field(default=500, ge=1)
-    keep: int = Field(default=2, ge=1)
-
-
 class JobSpec(Strict):
     """What a request, a recipe and a run have in common."""
 
@@ -134,7 +93,10 @@ class JobSpec(Strict):
     micro_batch_size: int | None = Field(default=None, ge=1)  # a worker's share at a time; None: all of it
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    engine: Engine = Engine()
+    guards: Guards = Guards()
+    max_duration: Seconds | None = Field(default=None, gt=0)  # of training, over all attempts; "12h"
     seed: int = Field(default=0, ge=0, lt=2**31)
     resources: Resources = Resources()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
@@ -156,7 +118,7 @@ class JobSpec(Strict):
             raise ValueError(
                 f"got epochs={self.epochs} and steps={self.steps}, expected exactly one of them; set the length once"
             )
-        workers = self.resources.workers
+        workers = self.resources.max_workers
         if self.batch_size % workers:
             raise ValueError(
                 f"got batch_size={self.batch_size} for {workers} workers, expected a multiple; "
@@ -180,11 +142,15 @@ class JobSpec(Strict):
     @property
     def _micro_batches(self) -> int:
         """Of a step, over all workers."""
-        return self.batch_size // (self.micro_batch_size or self.batch_size // self.resources.workers)
+        return self.batch_size // (self.micro_batch_size or self.batch_size // self.resources.max_workers)
 
     def batch_size_of(self, stream: str) -> int:
         """Global batch size of a stream."""
         return self.data[stream].batch_size or self.batch_size
+
+    def ranks_among(self, workers: int) -> int:
+        """How many of `workers` train: the most that share the micro-batches evenly; the others stand by."""
+        return next(n for n in range(workers, 0, -1) if self._micro_batches % n == 0)
 
     def absolute(self, base: Path) -> JobSpec:
         """The spec with relative shard paths, of the data and of evaluations, taken from `base`."""
@@ -197,7 +163,7 @@ class JobSpec(Strict):
     def accumulation_on(self, world_size: int) -> int:
         """Micro-batches for each optimizer step of one of `world_size` ranks.
 
-        The size of a micro-batch is that of the job's own number of workers, so that a run
+        The size of a micro-batch is that of the job's largest number of workers, so that a run
         on fewer ranks computes the same numbers in more of them.
         """
         assert self._micro_batches % world_size == 0, (self._micro_batches, world_size)

@@ -19,7 +19,8 @@ from torch import nn
 from workloads import artifact
 from workloads.models.encoders import build_encoder
 from workloads.models.vit import ViT
-from workloads.spec import JobSpec, Stream, Strict
+from workloads.spec import JobSpec, Stream
+from workloads.spec_training import Strict
 
 
 class TrainTest(Strict):

@@ -21,7 +21,8 @@ from workloads.evaluation.features import labelled, plain_view
 from workloads.export import export
 from workloads.methods.fine_tune import Augmentation
 from workloads.record import RunFolder
-from workloads.spec import JobName, JobSpec, Named, Optimizer, Schedule
+from workloads.spec import JobName, JobSpec, Named
+from workloads.spec_training import Optimizer, Schedule
 from workloads.train import train
 
 logger = logging.getLogger(__name__)
