@@ -9,6 +9,7 @@ micro-batches or on where a run was resumed. The mixer is the finaliser of Split
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,8 +41,12 @@ def mix(x: Tensor) -> Tensor:
 
 def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
     """One key a sample and epoch. `index` int64 [B] -> int64 [B]."""
-    base = mix(mix(torch.tensor(seed, dtype=torch.int64)) + epoch).to(index.device)
-    return mix(base ^ mix(index))
+    return mix(mix(index) ^ _base(seed, epoch))
+
+
+@lru_cache(maxsize=16)
+def _base(seed: int, epoch: int) -> int:
+    return int(mix(mix(torch.tensor(seed, dtype=torch.int64)) + epoch))
 
 
 def uniform(keys: Tensor, n: int, salt: str) -> Tensor:

@@ -66,7 +66,11 @@ def read_members(manifest: Manifest, member: str, rows: NDArray[np.int64]) -> li
 
         try:
             runs = _runs(places, offset, length, MAX_REMOTE_GAP_BYTES if remote else MAX_GAP_BYTES)
-            deque(_requests().map(read_run, runs) if remote else map(read_run, runs), maxlen=0)
+            if remote:
+                deque(_requests().map(read_run, runs), maxlen=0)
+            else:
+                for run in runs:
+                    read_run(run)
         finally:
             shard.close()
 

@@ -152,11 +152,15 @@ class _Local:
         self.size = os.fstat(self._file).st_size
 
     def read_at(self, offset: int, size: int) -> bytes:
-        pieces = []
+        whole = os.pread(self._file, size, offset)
+        if len(whole) == size:
+            return whole
+        pieces = [whole]
+        offset, size = offset + len(whole), size - len(whole)
         while size and (piece := os.pread(self._file, size, offset)):
             pieces.append(piece)
             offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     def close(self) -> None:
         os.close(self._file)

@@ -148,7 +148,7 @@ def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) 
         return cut_out[:, ::-1] if flips[i] else cut_out  # costs nothing: it is copied anyway
 
     for i, (_, _, w, h) in enumerate(crops):
-        if w == h == S:
+        if w == h == S and not (batched and view.crops):
             whole.append(i)
         elif w <= S and h <= S and batched:
             enlarged[images[i].shape].append(i)
@@ -159,9 +159,12 @@ def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) 
     if whole:
         pixels[torch.tensor(whole)] = _channels_first(np.stack([cut(i) for i in whole]))
     for group in enlarged.values():
-        places = torch.tensor(group)
         stacked = np.stack([images[i] for i in group])
-        pixels[places] = _enlarge(stacked, geometry.crop[places], geometry.flip[places], S)
+        if len(group) == len(images):  # saves to put them in their places
+            pixels = _enlarge(stacked, geometry.crop, geometry.flip, S)
+        else:
+            places = torch.tensor(group)
+            pixels[places] = _enlarge(stacked, geometry.crop[places], geometry.flip[places], S)
     if view.rotate_deg:
         pixels = _rotate(pixels, geometry.rotate_deg)
     return pixels
