@@ -8,23 +8,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from service import cli_jobs
+from service.progress import job_progress
 from service.terminal import (
     CANCELLED,
-    FAILED,
     OK,
-    UNREACHABLE,
     USAGE,
+    AsJson,
+    Spec,
+    connected,
     fail,
-    follow,
-    job_progress,
     out,
+    read_job,
     show_json,
     show_table,
 )
@@ -33,9 +33,9 @@ app = typer.Typer(
     help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1), no_args_is_help=True, pretty_exceptions_enable=False
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
-JobId = Annotated[str, typer.Argument(help="As `manta jobs` lists it.")]
-Spec = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JobSpec, YAML or JSON.")]
+for command in cli_jobs.COMMANDS:
+    app.command()(command)
+
 Images = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)]
 
 
@@ -47,168 +47,10 @@ def main_options(
         os.environ["MANTA_HOME"] = str(home.absolute())
 
 
-@contextmanager
-def _service() -> Iterator[Any]:
-    """A client of the service; its refusals, and a cluster that is not there, become one message and an exit code."""
-    from cluster.embedded import ClusterError, running
-    from service.client import ApiError, Client
-    from service.local_cluster import default_home
-
-    try:
-        url = os.environ.get("MANTA_URL") or running(default_home()).url
-        with Client(url) as client:
-            yield client
-    except ClusterError as error:
-        fail(error, UNREACHABLE)
-    except ApiError as error:
-        fail(error, UNREACHABLE if error.status in (0, 503) else FAILED)
-
-
-def _read_spec(path: Path) -> Any:
-    from workloads.spec import read_spec
-
-    try:
-        return read_spec(path).absolute(path.absolute().parent)
-    except ValueError as error:
-        fail(_readable(error), USAGE)
-
-
-def _readable(error: ValueError) -> str:
-    """A pydantic error by our own sentences."""
-    from pydantic import ValidationError
-
-    from workloads.catalog import problems_of
-    from workloads.spec import JobSpec
-
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, JobSpec))
-
-
-@app.command()
-def submit(
-    spec: Spec,
-    stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Submits a job. Relative shard paths are taken from the folder of the file."""
-    document = _read_spec(spec).model_dump(mode="json")
-    with _service() as client:
-        job = client.submit(document)
-        if as_json and not stay:
-            show_json(job)
-        elif not stay:
-            out.print(f"{job['id']} {job['state']}")
-        if stay:
-            _follow(client, job["id"], as_json)
-
-
-def _follow(client: Any, job_id: str, as_json: bool) -> None:
-    """Shows progress until the end; Ctrl-C detaches."""
-    try:
-        job = follow(client, job_id)
-    except KeyboardInterrupt:
-        fail(
-            f"\ndetached: {job_id} goes on; `manta cancel {job_id}` ends it, `manta logs -f {job_id}` follows it",
-            CANCELLED,
-        )
-    if as_json:
-        show_json(job)
-    else:
-        _print_job(job)
-    raise typer.Exit({"SUCCEEDED": OK, "CANCELLED": CANCELLED}.get(job["state"], FAILED))
-
-
-def _print_job(job: dict[str, Any]) -> None:
-    progress = job["progress"]
-    rows = [
-        ("id", job["id"]),
-        ("name", job["name"]),
-        ("state", job["state"]),
-        ("reason", job["reason"]),
-        ("hint", job["hint"]),
-        ("method", job["method"]),
-        ("progress", f"step {progress['step']} of {progress['total_steps']}, epoch {progress['epoch']}"),
-        ("attempt", job["attempt"]),
-        ("created", job["created_at"]),
-        ("finished", job["finished_at"]),
-        ("skipped samples", len(job["skipped"]) or None),
-        ("models", ", ".join(job["models"]) or None),
-    ]
-    for result in job["evaluations"]:
-        values = ", ".join(f"{who} {value['mean']:.3f}" for who, value in result["results"].items())
-        rows.append((result["label"], values))
-    show_table(["field", "value"], [row for row in rows if row[1] is not None])
-
-
-@app.command()
-def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: AsJson = False) -> None:
-    """Lists jobs, the newest first."""
-    with _service() as client:
-        found = client.jobs(limit=limit)
-    if as_json:
-        show_json(found)
-        return
-    rows = []
-    for j in found:
-        progress = j["progress"]
-        rows.append([j["id"], j["name"], j["method"], j["state"], progress["step"], progress["total_steps"]])
-        rows[-1] += [j["created_at"][:19], j["reason"]]
-    show_table(["id", "name", "method", "state", "step", "of", "created", "reason"], rows)
-
-
-@app.command()
-def job(job_id: JobId, as_json: AsJson = False) -> None:
-    """Shows one job."""
-    with _service() as client:
-        found = client.job(job_id)
-    if as_json:
-        show_json(found)
-    else:
-        _print_job(found)
-
-
-@app.command()
-def logs(job_id: JobId, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> None:
-    """Prints the log of a job."""
-    with _service() as client:
-        try:
-            for line in client.follow_logs(job_id) if follow else client.logs(job_id).splitlines():
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise typer.Exit(OK) from None
-
-
-@app.command()
-def metrics(job_id: JobId, as_json: AsJson = False) -> None:
-    """Prints the curve of a job."""
-    with _service() as client:
-        points = client.metrics(job_id)
-    if as_json:
-        show_json(points)
-        return
-    columns = list(dict.fromkeys(key for point in points for key in point))
-    show_table(
-        columns, [[f"{p.get(c):.6g}" if isinstance(p.get(c), float) else p.get(c) for c in columns] for p in points]
-    )
-
-
-@app.command()
-def cancel(job_id: JobId, as_json: AsJson = False) -> None:
-    """Asks a job to write a last checkpoint and end."""
-    with _service() as client:
-        found = client.cancel(job_id)
-    if as_json:
-        show_json(found)
-    else:
-        out.print(f"{found['id']} {found['state']}")
-
-
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
     """Lists the methods, or shows the schema of one."""
-    with _service() as client:
+    with connected() as client:
         found = client.methods() if name is None else client.method(name)
     if as_json or name is not None:
         show_json(found)
@@ -219,7 +61,7 @@ def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJso
 @app.command()
 def models(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
     """Lists the registered models, or shows one."""
-    with _service() as client:
+    with connected() as client:
         found = client.models() if name is None else client.model(name)
     if as_json or name is not None:
         show_json(found)
@@ -231,7 +73,7 @@ def models(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson
 @app.command()
 def deploy(name: str, version: Annotated[int | None, typer.Option()] = None, as_json: AsJson = False) -> None:
     """Serves a registered model and returns when it answers."""
-    with _service() as client:
+    with connected() as client:
         found = client.deploy(name, version=version, wait_s=120)
     if as_json:
         show_json(found)
@@ -242,7 +84,7 @@ def deploy(name: str, version: Annotated[int | None, typer.Option()] = None, as_
 @app.command()
 def undeploy(name: str) -> None:
     """Ends the serving of a model."""
-    with _service() as client:
+    with connected() as client:
         client.undeploy(name)
     out.print(f"{name} is no longer served")
 
@@ -250,7 +92,7 @@ def undeploy(name: str) -> None:
 @app.command()
 def predict(name: str, images: Images, as_json: AsJson = False) -> None:
     """Asks a deployed classifier about image files."""
-    with _service() as client:
+    with connected() as client:
         found = client.predict(name, [path.read_bytes() for path in images])
     if as_json:
         show_json(found)
@@ -264,7 +106,7 @@ def predict(name: str, images: Images, as_json: AsJson = False) -> None:
 @app.command()
 def embed(name: str, images: Images) -> None:
     """Prints the features of image files, a JSON list each."""
-    with _service() as client:
+    with connected() as client:
         for features in client.embed(name, [path.read_bytes() for path in images]):
             sys.stdout.write(json.dumps(features) + "\n")
 
@@ -279,31 +121,34 @@ def run(
     """Runs a job in this process, without a service and without Ray. Ctrl-C checkpoints."""
     if not local:
         fail("got no --local: `manta run` is for this machine; `manta submit` sends a job to the service", USAGE)
-    document = _read_spec(spec)
+    document = read_job(spec)
     import logging
 
     from workloads.record import RunFolder
     from workloads.run import run_local
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    folder = RunFolder(out_folder.absolute())
-    job = {"id": document.name, "state": "RUNNING", "spec": document.model_dump()}
+    folder, as_sent = RunFolder(out_folder.absolute()), document.model_dump()
+
+    def job(state: str, step: int, epoch: int, total_steps: int) -> dict[str, Any]:
+        progress = {"step": step, "epoch": epoch, "total_steps": total_steps}
+        known = {"id": document.name, "spec": as_sent, "evaluations": folder.read_evaluations()}
+        return {"state": state, "progress": progress, **known}
+
     with job_progress() as show:
+        # in here, where standard error stands above the bar
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
         def on_point(point: dict[str, Any]) -> None:
-            progress = {
-                "step": point["step"],
-                "epoch": point["epoch"],
-                "total_steps": int(folder.total_steps.read_text()),
-            }
-            show(job | {"progress": progress, "evaluations": folder.read_evaluations()}, point)
+            show(job("RUNNING", point["step"], point["epoch"], int(folder.total_steps.read_text())), point)
 
         try:
             code = run_local(document, out_folder, fresh=fresh, on_point=on_point)
         except ValueError as error:
             fail(error, USAGE)
-    record = folder.read_record()
-    if record is not None and code != OK:
+        record = folder.read_record()
+        if record is not None and code in (OK, CANCELLED):
+            show(job(record.state, record.step, record.epoch, record.total_steps))
+    if record is not None and record.reason and code != OK:
         fail(f"{record.state}: {record.reason}" + (f" ({record.hint})" if record.hint else ""), code)
     raise typer.Exit(code)
 

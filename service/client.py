@@ -115,6 +115,19 @@ class Client:
     def cancel(self, job_id: str) -> Answer:
         return self._call("POST", f"/v1/jobs/{job_id}:cancel")
 
+    def pause(self, job_id: str) -> Answer:
+        """Returns at once; the job is PAUSED when its checkpoint is written."""
+        return self._call("POST", f"/v1/jobs/{job_id}:pause")
+
+    def resume(self, job_id: str, *, max_duration: float | str | None = None) -> Answer:
+        """Queues a paused job again; with a longer `max_duration` (seconds, "2h") also one that reached its own."""
+        return self._call("POST", f"/v1/jobs/{job_id}:resume", json={"max_duration": max_duration})
+
+    def events(self, job_id: str, *, after: str = "0-0") -> list[Answer]:
+        """What happened to the job; `after`: the `cursor` of an earlier event."""
+        found: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/events", params={"after": after})["events"]
+        return found
+
     def metrics(self, job_id: str, *, after_step: int = -1) -> list[Answer]:
         points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params={"after_step": after_step})[
             "points"

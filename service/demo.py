@@ -22,8 +22,9 @@ from rich.table import Table
 from cluster.embedded import ClusterError
 from service.client import ApiError, Client
 from service.local_cluster import temporary
+from service.progress import follow
 from service.report import write_report
-from service.terminal import FAILED, OK, follow, out
+from service.terminal import FAILED, OK, out
 
 PICTURES = 8
 BATCH = 60  # images of one predict request

@@ -1,9 +1,12 @@
-"""What users do with jobs: submit, look, cancel. The life of a job after that is `service.reconciler`.
+"""What users do with jobs: submit, look, pause, resume, cancel. Their life after that is `service.reconciler`.
 
     QUEUED -> STARTING -> RUNNING -> SUCCEEDED | FAILED
        |         |           |
-       |         +-----------+--> CANCELLING -> CANCELLED   (a job that finishes first is SUCCEEDED or FAILED)
-       +--> CANCELLED
+       |         +-----------+--> CANCELLING -> CANCELLED
+       |         +-----------+--> PAUSING ----> PAUSED -> QUEUED   (a job that finishes first has finished)
+       +--> PAUSED | CANCELLED
+
+`service.transitions` has what each request makes of each state.
 
 A row is written before anything else happens. Times in answers are ISO 8601 in UTC.
 """
@@ -24,10 +27,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import Conflict, InvalidSpec, NotFound, Unavailable
+from service.events import START, read_events
 from service.ray_jobs import RayJobs
 from service.registry import Registry
 from service.settings import Settings
-from service.store import TERMINAL, Job, JobState, Store
+from service.store import SETTLED, TERMINAL, Job, JobState, Store
+from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, Request
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.record import RunFolder
@@ -77,12 +82,12 @@ class Jobs:
             name=spec.name,
             spec=spec.model_dump(mode="json"),
             origin="rest",
-            state="QUEUED",
             cpus=spec.resources.cpus,
             gpus=spec.resources.gpus,
             idempotency_key=idempotency_key,
             body_hash=digest,
         )
+        job.become("QUEUED", "accepted")
         try:
             with self._store.session() as session:
                 session.add(job)
@@ -137,6 +142,69 @@ class Jobs:
             raise NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
         return job
 
+    def cancel(self, job_id: str) -> Job:
+        """Asks a job to stop with a last checkpoint; a job that is finished or cancelled stays as it is."""
+        return self._ask(job_id, CANCEL)
+
+    def pause(self, job_id: str) -> Job:
+        """Asks a job to stop with a checkpoint and to give back what it runs on; a paused job stays as it is.
+
+        Raises:
+            Conflict: it is finished, or about to be cancelled.
+        """
+        return self._ask(job_id, PAUSE)
+
+    def resume(self, job_id: str, max_duration: float | None = None) -> Job:
+        """Puts a paused job at the end of the queue, to go on from its checkpoint; a running one stays as it is.
+
+        Args:
+            job_id: paused; with `max_duration` also one that reached the one it had.
+            max_duration: in place of the job's own, in seconds of training over all attempts.
+
+        Raises:
+            Conflict: it is finished, or still about to stop, or `max_duration` is over already.
+        """
+        job = self.get(job_id)
+        ours = job.spec.get("max_duration")
+        if max_duration is None or (max_duration == ours and job.state in RESUME.moves):  # the same request again
+            return self._ask(job_id, RESUME)
+        record = self.run_folder(job_id).read_record()
+        ran_s = record.ran_s if record else 0.0
+        request = LENGTHEN if ours is None or ran_s < ours else LENGTHEN_ENDED
+        request.next_state(job_id, job.state)  # first what no time would change
+        if max_duration <= ran_s:
+            detail = f"got max_duration of {max_duration:.9g} s for {job_id}, which has trained for {ran_s:.0f} s"
+            raise Conflict(detail, "ask for more: it is of all attempts together")
+        return self._ask(job_id, request, max_duration)
+
+    def _ask(self, job_id: str, request: Request, max_duration: float | None = None) -> Job:
+        while True:
+            job = self.get(job_id)
+            state = request.next_state(job_id, job.state)
+            if state == job.state:
+                return job
+            try:
+                with self._store.session() as session:
+                    row = session.get(Job, job.number)
+                    assert row is not None
+                    if row.revision != job.revision:
+                        continue
+                    row.become(state, request.reason)
+                    row.reason, row.hint = (request.reason if state in SETTLED else None), None
+                    row.finished_at = _now() if state in TERMINAL else None
+                    if state == "QUEUED":
+                        row.resumed_at = _now()
+                    if max_duration is not None:
+                        row.spec = row.spec | {"max_duration": max_duration}
+            except StaleDataError:
+                continue  # the reconciler wrote at the same moment: look again
+            self._wake()
+            return self.get(job_id)
+
+    def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
+        """What happened to a job, behind the cursor `after`."""
+        return read_events(self._store, self.get(job_id), self.run_folder(job_id), after)
+
     def list(self, *, limit: int, before: int | None = None, state: JobState | None = None) -> list[Job]:
         """Newest first; `before` is the number of the last job of the page before."""
         query = sa.select(Job).order_by(Job.number.desc()).limit(limit)
@@ -146,24 +214,6 @@ class Jobs:
             query = query.where(Job.state == state)
         with self._store.session() as session:
             return list(session.scalars(query))
-
-    def cancel(self, job_id: str) -> Job:
-        """Asks a job to stop with a last checkpoint; a job that is finished or cancelled stays as it is."""
-        while True:
-            job = self.get(job_id)
-            if job.state in TERMINAL or job.state == "CANCELLING":
-                return job
-            try:
-                with self._store.session() as session:
-                    row = session.get(Job, job.number)
-                    assert row is not None
-                    if row.state == "QUEUED":
-                        row.state, row.reason, row.finished_at = "CANCELLED", "cancelled on request", _now()
-                    elif row.state not in TERMINAL:
-                        row.state = "CANCELLING"
-            except StaleDataError:
-                continue  # the reconciler wrote at the same moment: look again
-            self._wake()
 
     def run_folder(self, job_id: str) -> RunFolder:
         return RunFolder(self._settings.runs / self.get(job_id).id)
@@ -185,6 +235,7 @@ class Jobs:
             "started_at": _iso(job.started_at),
             "finished_at": _iso(job.finished_at),
             "progress": {"step": job.step, "total_steps": job.total_steps, "epoch": job.epoch},
+            "ran_s": record.ran_s if record else 0.0,
             "skipped": record.skipped if record else [],
             "warnings": record.warnings if record else [],
             "evaluations": run.read_evaluations(),

@@ -25,7 +25,7 @@ from service.errors import ServiceError, Unavailable
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
-from service.store import ACTIVE, TERMINAL, Job, JobState, Store
+from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
 from workloads.spec import JobSpec
 
@@ -77,21 +77,23 @@ def decide(
         fits: whether the cluster has room for it.
         max_attempts: that may end in a row without a step of progress.
     """
-    if row.state in TERMINAL:
+    if row.state in SETTLED:
         return Decision("none", row.state)
+    at_work = alive or ray in ("PENDING", "RUNNING")
     if row.state == "QUEUED":
-        return Decision("submit", "STARTING") if fits else Decision("none", "QUEUED")
+        return Decision("submit", "STARTING") if fits and not at_work else Decision("none", "QUEUED")
 
     if record is not None and record.state == "SUCCEEDED":
         return Decision("finish", "SUCCEEDED")
-    if record is not None and record.state == "FAILED":
+    if record is not None and record.state == "FAILED" and record.attempt >= row.attempt:  # else it was resumed since
         return Decision("finish", "FAILED", record.reason, record.hint)
 
-    at_work = alive or ray in ("PENDING", "RUNNING")
     if row.state == "CANCELLING":
         if not at_work:
             return Decision("finish", "CANCELLED", "cancelled on request")
         return Decision("stop", "CANCELLING")
+    if row.state == "PAUSING":
+        return Decision("stop", "PAUSING") if at_work else Decision("none", "PAUSED", "paused on request")
     if at_work:
         running = record is not None and record.state == "RUNNING" and record.attempt == row.attempt
         return Decision("none", "RUNNING" if running else row.state)
@@ -174,7 +176,8 @@ class Reconciler:
         self.ray_error = None
         self._adopt()
         with self._store.session() as session:
-            jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(TERMINAL)).order_by(Job.number)))
+            place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
+            jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
         free = {
             "CPU": capacity["CPU"] - sum(job.cpus for job in jobs if job.state in ACTIVE),
             "GPU": capacity["GPU"] - sum(job.gpus for job in jobs if job.state in ACTIVE),
@@ -218,16 +221,16 @@ class Reconciler:
                 assert row is not None
                 if row.revision != job.revision:
                     raise StaleDataError(job.id)
-                row.stalled = row.stalled + 1 if row.attempt and row.step <= row.best_step else 0
+                # out of the queue comes who had no attempt yet, or whose attempt ended on request
+                row.stalled = row.stalled + 1 if row.state != "QUEUED" and row.step <= row.best_step else 0
                 row.best_step = max(row.best_step, row.step)
                 row.attempt += 1
-                row.state = "STARTING"
+                row.become("STARTING", f"attempt {row.attempt}")
                 row.submitted_at = self._clock()
                 session.flush()
                 job.revision, job.attempt, job.stalled = row.revision, row.attempt, row.stalled
         run.path.mkdir(parents=True, exist_ok=True)
-        if not run.spec.exists():
-            write_atomic(run.spec, JobSpec.model_validate(job.spec).model_dump_json(indent=1))
+        write_atomic(run.spec, JobSpec.model_validate(job.spec).model_dump_json(indent=1))
         run.stop.unlink(missing_ok=True)
         logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
         self._ray.submit(job.id, job.attempt)
@@ -248,7 +251,9 @@ class Reconciler:
             assert row is not None
             if row.revision != job.revision:
                 raise StaleDataError(job.id)  # a cancel came in between
-            row.state, row.reason, row.hint = decision.state, decision.reason, decision.hint
+            if row.state != decision.state:
+                row.become(decision.state, decision.reason or f"attempt {row.attempt}")
+            row.reason, row.hint = decision.reason, decision.hint
             if record is not None and record.attempt == row.attempt:
                 row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
                 row.started_at = row.started_at or record.started_at
@@ -280,12 +285,12 @@ class Reconciler:
                 name=spec.name,
                 spec=spec.model_dump(mode="json"),
                 origin="ray",
-                state="STARTING",
                 attempt=record.attempt,
                 created_at=record.started_at,
                 cpus=spec.resources.cpus,
                 gpus=spec.resources.gpus,
             )
+            job.become("STARTING", "came by `ray job submit`")
             with self._store.session() as session:
                 session.add(job)
             logger.info("job %s came by Ray and is followed from now on", path.name)

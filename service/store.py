@@ -1,4 +1,4 @@
-"""The database: jobs, model versions, deployments. The table of jobs is the truth; Ray is the engine.
+"""The database: jobs and their events, model versions, deployments. The table of jobs is the truth; Ray is the engine.
 
 SQLite by default, PostgreSQL by URL. Schema changes are Alembic migrations, applied
 when the service starts.
@@ -15,12 +15,15 @@ from typing import Any, Literal
 import alembic.command
 import alembic.config
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
-JobState = Literal["QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED"]
+JobState = Literal[
+    "QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED", "PAUSING", "PAUSED"
+]
 DeploymentState = Literal["DEPLOYING", "RUNNING", "FAILED"]
-ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "CANCELLING")
+ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
+SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
 
 
 class Base(DeclarativeBase):
@@ -44,6 +47,7 @@ class Job(Base):
     reason: Mapped[str | None] = mapped_column(sa.Text)
     hint: Mapped[str | None] = mapped_column(sa.Text)
     created_at: Mapped[float] = mapped_column(default=time.time)
+    resumed_at: Mapped[float | None]  # its place in the queue, where it is not that of its arrival
     submitted_at: Mapped[float | None]  # of the newest attempt
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
@@ -56,7 +60,30 @@ class Job(Base):
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))
     revision: Mapped[int] = mapped_column(default=0)
 
+    events: WriteOnlyMapped[JobEvent] = sa.orm.relationship()
+
     __mapper_args__ = {"version_id_col": revision}  # two writers of one row: the second fails and looks again
+
+    def become(self, state: JobState, message: str) -> None:
+        """Sets the state, and writes the event of it in the same transaction."""
+        self.state = state
+        self.events.add(JobEvent(kind=state.lower(), message=message))
+
+
+class JobEvent(Base):
+    """What the service did to a job; `service.events` adds what its run tells.
+
+    The row of the job is updated before an event is inserted, and is locked from then on:
+    so the ids of one job's events grow in the order of their commits, and are a cursor.
+    """
+
+    __tablename__ = "job_events"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_number: Mapped[int] = mapped_column(sa.ForeignKey("jobs.number"), index=True)
+    time: Mapped[float] = mapped_column(default=time.time)
+    kind: Mapped[str] = mapped_column(sa.String(16))  # a state of the job
+    message: Mapped[str] = mapped_column(sa.Text)
 
 
 class ModelVersion(Base):

@@ -176,34 +176,3 @@ def load_model(folder: Path) -> nn.Module:
         model = classifier_of(model, len(card.classes), drop_path=0.0)
     load_safetensors(model, str(folder / "model.safetensors"))
     return model.eval()
-
-
-def load_encoder_weights(encoder: nn.Module, folder: Path) -> list[str]:
-    """Starts `encoder` from an artifact; positions are resized to its grid, a head is left out.
-
-    Returns:
-        Names that the artifact does not hold and that keep their fresh values.
-
-    Raises:
-        ArtifactError: the artifact is of another architecture; lists the first mismatches.
-    """
-    from safetensors.torch import load_file
-
-    from workloads.models.vit import ViT, resize_positions
-
-    weights = load_file(folder / "model.safetensors")
-    if isinstance(encoder, ViT):
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], encoder.config.grid)
-    own = encoder.state_dict()
-    head = ("head.", "fc_norm.", "fc.", "classifier.")
-    wrong = [
-        f"{name}: got {tuple(value.shape)}, expected {tuple(own[name].shape) if name in own else 'no such weight'}"
-        for name, value in weights.items()
-        if not name.startswith(head) and (name not in own or own[name].shape != value.shape)
-    ]
-    if wrong:
-        raise ArtifactError(
-            f"weights of {folder} do not fit the model; use the model of that job. " + "; ".join(wrong[:5])
-        )
-    missing, _ = encoder.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
-    return list(missing)

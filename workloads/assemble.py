@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workloads import artifact, catalog
+from workloads import artifact, catalog, weights
 from workloads.data.indexing import Mapper, here
 from workloads.data.manifest import Manifest, open_manifest
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
 from workloads.data.shards import DataError, some
 from workloads.data.streaming import StreamReader, stream_manifest
+from workloads.data.views import View
 from workloads.methods.base import DataInfo, Frozen, Inputs, Method, MethodConfig
 from workloads.models.encoders import build_encoder, model_config
 from workloads.spec import JobSpec, Stream
+
+logger = logging.getLogger(__name__)
 
 
 def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
@@ -100,7 +104,9 @@ def build_method(spec: JobSpec, info: DataInfo, home: Path) -> Method:
     torch.manual_seed(spec.seed)
     encoder = build_encoder(spec.model)
     if spec.init is not None:
-        artifact.load_encoder_weights(encoder, artifact.resolve(spec.init, home))
+        view = next((view for view in views_of(spec).values() if isinstance(view, View)), View(size=1))
+        for note in weights.load_initial(encoder, spec.init, home, mean=view.mean, std=view.std):
+            logger.info("init: %s", note)
 
     def load(reference: str) -> Frozen:
         return Frozen(artifact.load_model(artifact.resolve(reference, home)))

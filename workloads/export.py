@@ -17,8 +17,9 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
     cls, _ = assemble.method_of(spec)
     manifests = {name: assemble.open_stream(spec.data[name]) for name in cls.streams}
     first = manifests[cls.streams[0]]
-    method = assemble.build_method(spec, assemble.data_info(spec, first), home)
-    checkpoint.restore(run.checkpoints, method)
+    trained = spec.model_copy(update={"init": None})  # its weights would be loaded to be overwritten
+    method = assemble.build_method(trained, assemble.data_info(spec, first), home)
+    checkpoint.restore_weights(run.checkpoints, method)
     view = next(view for view in assemble.views_of(spec).values() if isinstance(view, View))
     card: dict[str, Any] = {
         "kind": cls.exports,

@@ -1,4 +1,4 @@
-"""Keeps `record.json` true while a job runs: state, progress, skipped samples, a heartbeat.
+"""Keeps `record.json` true while a job runs: state, progress, skipped samples, how long it trained, a heartbeat.
 
 The process that owns the job (not its workers) has the one Journal. A thread renews the
 record from the files that workers append to, so no training step waits for it.
@@ -6,12 +6,14 @@ record from the files that workers append to, so no training step waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,27 @@ _MAX_SKIPPED = 1000  # listed in the record; `skipped.txt` has all
 class Journal:
     """Context manager: STARTING on entry, a heartbeat until exit; the owner sets the final state."""
 
-    def __init__(self, run: RunFolder, job_id: str, attempt: int) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        job_id: str,
+        attempt: int,
+        *,
+        max_duration: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Goes on from the record of the attempt before.
+
+        Args:
+            run: the folder.
+            job_id: of the job.
+            attempt: its number.
+            max_duration: seconds of training over all attempts, after which the run is asked to stop; None: no limit.
+            clock: seconds that never go back.
+
+        Attributes:
+            out_of_time: whether it was this limit, and nobody else before, that asked the run to stop.
+        """
         now = time.time()
         before = run.read_record()
         self._run = run
@@ -40,9 +62,13 @@ class Journal:
             step=before.step if before else 0,
             epoch=before.epoch if before else 0,
             total_steps=before.total_steps if before else 0,
+            ran_s=before.ran_s if before else 0,
             pid=os.getpid(),
             host=socket.gethostname(),
         )
+        self._max_duration, self._clock = max_duration, clock
+        self._training, self._looked = False, clock()
+        self.out_of_time = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="journal", daemon=True)
 
@@ -56,11 +82,35 @@ class Journal:
         self._done.set()
         self._thread.join()
 
-    def update(self, **changes: Any) -> None:
-        """Sets fields of the record and writes it now."""
+    def update(self, **changes: Any) -> Record:
+        """Sets fields of the record, writes it now, and returns it."""
         with self._lock:
+            self._count()
             self._record = self._record.model_copy(update=self._seen() | changes)
             self._run.write_record(self._record)
+            late = self._max_duration is not None and self._record.ran_s >= self._max_duration
+            if self._training and late and not self._run.stop.exists():  # else it stops for another reason
+                self.out_of_time = True
+                self._run.stop.touch()
+            return self._record.model_copy()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While the run trains, once it is RUNNING, its time counts, and `max_duration` ends it."""
+        self._training, self._looked = True, self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count()
+                self._training = False
+
+    def _count(self) -> None:
+        """Adds the time since the last look to that of the training."""
+        now = self._clock()
+        if self._training and self._record.state == "RUNNING":
+            self._record.ran_s += now - self._looked
+        self._looked = now
 
     def finish(self, state: RunState, reason: str | None = None, hint: str | None = None) -> None:
         self.update(state=state, reason=reason, hint=hint, finished_at=time.time())

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from workloads.data.reader import Reader
 from workloads.data.streaming import PROMISES, StreamReader
 from workloads.ranks import Ranks
 from workloads.record import write_atomic
+from workloads.step import Done
 
 logger = logging.getLogger(__name__)
 
@@ -81,40 +83,53 @@ class Curve:
     def _reset(self) -> None:
         self._losses: list[Tensor] = []
         self._metrics: dict[str, list[Tensor]] = {}
-        self._wait_s = 0.0
+        self._skipped: list[Tensor] = []
+        self._wait_s = self._alone_s = 0.0
         self._since = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        self._wait_s += seconds
-
-    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        self._losses.append(loss)
-        for name, value in metrics.items():
+    def add(self, done: Done, wait_s: float) -> None:
+        """A step, before which data were waited for so long."""
+        if done.loss is not None:
+            self._losses.append(done.loss)
+        self._skipped.append(done.skipped)
+        self._wait_s += wait_s
+        self._alone_s += wait_s + done.alone_s
+        for name, value in done.metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
 
-    def point(self, step: int, epoch: int, lr: float) -> None:
-        """Means over the steps since the last point and over ranks.
+    def point(self, step: int, epoch: int, **more: float) -> dict[str, Any]:
+        """Means over the steps since the last point and over ranks, of what is finite; the same on every rank.
 
-        Raises:
-            NonFiniteLossError: on every rank at once, naming the first such step.
+        Args:
+            step: done steps.
+            epoch: of the last of them.
+            more: values of the moment, such as the learning rate.
         """
-        if not self._losses:
-            return
-        losses = self._ranks.mean(torch.stack(self._losses).float())
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            at = step - len(self._losses) + int(bad[0])
-            raise NonFiniteLossError(f"the loss became {losses[bad[0]].item()} at step {at + 1}")
-        means = {n: self._ranks.mean(torch.stack(v).float().mean()).item() for n, v in sorted(self._metrics.items())}
+        steps = len(self._skipped)
         elapsed = time.perf_counter() - self._since
-        point: dict[str, Any] = {"step": step, "epoch": epoch, "loss": losses.mean().item(), "lr": lr}
-        point |= {name: value if math.isfinite(value) else None for name, value in means.items()}
-        point["samples_per_s"] = round(len(self._losses) * self._batch_size / elapsed, 1)
+        series = {"loss": self._losses} | dict(sorted(self._metrics.items())) | {"skipped_steps": self._skipped}
+        series = {name: values for name, values in series.items() if values}
+        together = torch.cat([torch.stack(values).float() for values in series.values()])
+        parts = self._ranks.mean(together).split([len(values) for values in series.values()])  # one exchange for all
+        means = {name: _finite_mean(values) for name, values in zip(series, parts, strict=True)}
+        bad = steps * (means.pop("skipped_steps") or 0.0)
+        slowest, fastest = self._ranks.extremes(self._alone_s)
+        point: dict[str, Any] = {"step": step, "epoch": epoch, "loss": means.pop("loss", None)} | more | means
+        point["samples_per_s"] = round(steps * self._batch_size / elapsed, 1)
+        point["step_time_s"] = round(elapsed / max(1, steps), 5)
         point["data_wait_share"] = round(self._wait_s / elapsed, 4)
+        point["memory_gib"] = round(_memory_gib(self._ranks.device), 3)
+        if self._ranks.world_size > 1:
+            point["rank_skew"] = round((slowest - fastest) / elapsed, 4)
+        if bad:
+            point["skipped_steps"] = round(bad)
+        self._reset()
+        return point
+
+    def write(self, point: dict[str, Any]) -> None:
         if self._writer is not None:
             self._writer.append(point)
             self._on_point(point)
-        self._reset()
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -125,18 +140,33 @@ class Curve:
             self._writer.close()
 
 
+def _finite_mean(values: Tensor) -> float | None:
+    """None where nothing is finite: JSON has no other name for it."""
+    finite = values[values.isfinite()]
+    return finite.mean().item() if len(finite) else None
+
+
+def _memory_gib(device: torch.device) -> float:
+    """The most that this process held so far: of the GPU where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 class Warnings:
     """What the person who submitted the job should know, in `warnings.txt`; of one rank.
 
-    Sources without the promises of a manifest; and that the model waits for data, with how many cores would feed it.
+    Sources without the promises of a manifest; what was found when the run went on (`notes`); and that the model waits
+    for data, with how many cores would feed it.
     """
 
-    def __init__(self, path: Path, readers: Mapping[str, Reader | StreamReader]) -> None:
+    def __init__(self, path: Path, readers: Mapping[str, Reader | StreamReader], notes: list[str]) -> None:
         self._path, self._readers = path, readers
         self._wait_s = self._busy_s = 0.0
         self._since: float | None = None  # the first steps fill the loader and warm the model up
         self._cores = 0
         self._lines = [f"{name}: {PROMISES}" for name, reader in readers.items() if isinstance(reader, StreamReader)]
+        self._lines += notes
         for line in self._lines:
             logger.warning("%s", line)
         self._write(self._lines)

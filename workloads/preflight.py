@@ -120,23 +120,27 @@ def _data(spec: JobSpec) -> list[Problem]:
 
 
 def _init(spec: JobSpec, home: Path) -> list[Problem]:
-    from workloads.artifact import ArtifactError, resolve
-
+    """Weights that are not there; a public name is looked up, not downloaded."""
     if spec.init is None:
         return []
+    from workloads.artifact import ArtifactError
+    from workloads.weights import locate
+
     try:
-        resolve(spec.init, home)
+        locate(spec.init, home)
     except ArtifactError as error:
         return [Problem(loc=["init"], message=str(error))]
     return []
 
 
 def _fit(spec: JobSpec, home: Path) -> list[Problem]:
-    """Builds the method on the meta device: sizes that do not divide, a model that the method cannot use."""
+    """Builds the method on the meta device: sizes that do not divide, a model or weights that it cannot use."""
     import torch
 
-    from workloads import assemble
+    from workloads import assemble, weights
+    from workloads.artifact import ArtifactError
     from workloads.methods.base import DataInfo
+    from workloads.models.encoders import build_encoder
 
     size = assemble.image_size(spec)
     info = DataInfo(
@@ -147,4 +151,10 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
             assemble.build_method(spec.model_copy(update={"init": None}), info, home)
     except ValueError as error:
         return [Problem(loc=["method"], message=str(error))]
+    try:
+        if spec.init is not None:
+            with torch.device("meta"):
+                weights.load_initial(build_encoder(spec.model), spec.init, home)
+    except ArtifactError as error:
+        return [Problem(loc=["init"], message=str(error))]
     return []

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,20 @@ class Ranks:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over ranks."""
-        if self.world_size == 1:
-            return module
-        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
-
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks, on the CPU."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values = values / self.world_size
         return values.cpu()
+
+    def extremes(self, value: float) -> tuple[float, float]:
+        """The largest and the smallest of all ranks."""
+        if self.world_size == 1:
+            return value, value
+        both = torch.tensor([value, -value], device=self.device)
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return both[0].item(), -both[1].item()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from workloads import assemble, checkpoint
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
+from workloads.guards import CollapseError, DivergenceError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks
 from workloads.ray_scan import on_cluster
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 MAX_WORKER_FAILURES = 5
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-FINAL = (DataError, NonFiniteLossError, checkpoint.CheckpointError, ValueError)  # would happen again
+LAST_CALL = "manta/last_call"
+FINAL = (DataError, NonFiniteLossError, DivergenceError, CollapseError, checkpoint.CheckpointError, ValueError)
+"""Would happen again."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -74,7 +77,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
         _worker,
         train_loop_config={"spec": spec.model_dump_json(), "run": str(run.path), "home": str(home)},
         scaling_config=ScalingConfig(
-            num_workers=resources.max_workers,
+            num_workers=resources.workers,  # type: ignore[arg-type]  # a pair is elastic
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus else {}),
@@ -82,7 +85,9 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
         run_config=RunConfig(
             name=run.path.name,
             storage_path=str(run.path / "ray_train"),
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=2),  # type: ignore[call-arg]
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=2, max_preemption_failures=-1
+            ),
         ),
     )
     trainer.fit()
@@ -104,7 +109,8 @@ def _worker(config: dict[str, Any]) -> None:
     if (run.path / "fatal.json").exists():  # the group was restarted for a failure that would come again
         return
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    world_size = spec.ranks_among(workers)
     device = torch.device("cpu")
     if spec.resources.gpus:
         device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
@@ -112,9 +118,19 @@ def _worker(config: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(spec.resources.cpus_per_worker)
         keep_freed_memory()
-    if world_size > 1:
-        _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo")
+    store = _store(rank, workers) if workers > 1 else None
+    if rank >= world_size:
+        assert store is not None
+        _stand_by(store)
+        return
+    if rank == 0:
+        spare = f"; {workers - world_size} stand by, since they do not divide the batch" if workers > world_size else ""
+        run.event("workers_joined", f"{world_size} workers train{spare}")
     with run.logging(f"[rank {rank}] "):
+        if store is not None and world_size > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        preemption = Preemption(run, rank)
         try:
             train(
                 spec,
@@ -122,33 +138,71 @@ def _worker(config: dict[str, Any]) -> None:
                 Path(config["home"]),
                 Ranks(rank, world_size, device),
                 should_stop=run.stop.exists,
+                preempted=preemption.noticed,
             )
+            if store is not None and workers > world_size:
+                preemption.release(store)
         except FINAL as error:
             logger.exception("rank %d failed", rank)
             failure = {"reason": f"{type(error).__name__}: {error}", "hint": getattr(error, "hint", None)}
             write_atomic(run.path / "fatal.json", json.dumps(failure))
             raise
         finally:
-            if world_size > 1:
+            if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-def _join(rank: int, world_size: int, backend: str) -> None:
-    """Makes the process group over a store that listens on Ray's own address only."""
+class Preemption:
+    """Asks Ray whether a node of the group is about to be taken away: a call that all workers make equally often."""
+
+    def __init__(self, run: RunFolder, rank: int) -> None:
+        self._run, self._rank, self._calls, self._known = run, rank, 0, False
+
+    def noticed(self) -> bool:
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        self._calls += 1
+        if info is not None and not self._known and self._rank == 0:
+            self._run.event("preempted", f"a node is about to go: {info}; a checkpoint follows each step")
+        self._known = self._known or info is not None
+        return self._known
+
+    def release(self, store: Any) -> None:
+        """Lets the workers go that stand by: they wait in the call, so all make one more."""
+        if self._rank == 0:
+            store.set(LAST_CALL, str(self._calls + 1))
+        if dist.is_initialized():
+            dist.barrier()
+        self.noticed()
+
+
+def _stand_by(store: Any) -> None:
+    """What a worker does that is not needed: takes part in the calls of all until the others are done."""
+    import ray.train
+
+    calls = 0
+    while True:
+        ray.train.get_preemption_info()
+        calls += 1
+        if store.check([LAST_CALL]) and calls >= int(store.get(LAST_CALL)):
+            return
+
+
+def _store(rank: int, workers: int) -> Any:
+    """Where the ranks of a group find each other; it listens on Ray's own address only."""
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
 
     address = None
     listener = None
     if rank == 0:
-        listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=world_size)
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=workers)
         address = listener.getsockname()[:2]
     host, port = broadcast_from_rank_zero(address)
-    if listener is not None:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, world_size, is_master=True, master_listen_fd=os.dup(listener.fileno())
-        )
-        listener.close()
-    else:
-        store = dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    if listener is None:
+        return dist.TCPStore(host, port, workers, is_master=False)  # type: ignore[attr-defined]
+    master = os.dup(listener.fileno())
+    store = dist.TCPStore(host, port, workers, is_master=True, master_listen_fd=master)  # type: ignore[attr-defined]
+    listener.close()
+    return store

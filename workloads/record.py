@@ -8,6 +8,9 @@
         skipped.txt      a line for each sample that could not be decoded, appended by every rank
         warnings.txt     what the person who submitted the job should know, a line each
         log.txt          the log of the job, all attempts
+        events.jsonl     what happened to the run: workers joined and left, preemptions, hangs; one JSON object a line
+        online.jsonl     results of evaluations of checkpoints while training goes on
+        provenance.json  what the run was made of: code, packages, device, data
         stop             appears when somebody asks the run to stop; the ranks agree on it and checkpoint
         checkpoints/     `workloads.checkpoint`
         artifact/        `workloads.artifact`
@@ -30,6 +33,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+logger = logging.getLogger(__name__)
+
 RunState = Literal["STARTING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 HEARTBEAT_S = 5.0  # a living run renews `updated_at` at least this often
 
@@ -50,6 +55,7 @@ class Record(BaseModel):
     step: int = 0
     epoch: int = 0
     total_steps: int = 0
+    ran_s: float = 0  # of training, over all attempts
     skipped: list[str] = []  # damaged or not decoded: "file: member at offset: why"
     warnings: list[str] = []
     pid: int = 0
@@ -82,6 +88,9 @@ class RunFolder:
         self.skipped = path / "skipped.txt"
         self.warnings = path / "warnings.txt"
         self.log = path / "log.txt"
+        self.events = path / "events.jsonl"
+        self.online = path / "online.jsonl"
+        self.provenance = path / "provenance.json"
         self.stop = path / "stop"
         self.checkpoints = path / "checkpoints"
         self.artifact = path / "artifact"
@@ -123,6 +132,46 @@ class RunFolder:
                 point = json.loads(line)
                 points[point["step"]] = point
         yield from (points[step] for step in sorted(points) if step > after_step)
+
+    def event(self, kind: str, message: str) -> None:
+        """Appends an event, a line that is whole also when several processes of a machine write at once.
+
+        On a disk that is full the event goes to the log only: it is not worth the run.
+
+        Args:
+            kind: worker_joined, worker_left, preempted, checkpoint_damaged, hang, ...
+            message: a sentence for a person.
+        """
+        line = json.dumps({"time": time.time(), "kind": kind, "message": message}).encode() + b"\n"
+        logger.info("%s: %s", kind, message)
+        try:
+            descriptor = os.open(self.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(descriptor).st_size
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                os.write(descriptor, b"\n" * torn + line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            logger.warning("an event could not be written: %s", error)
+
+    def read_events(self, *, after: int = 0) -> list[dict[str, Any]]:
+        """Events behind byte `after`: `time`, `kind`, `message`, and `offset`, the byte behind each of them.
+
+        Half a line, which a full disk or a killed process leaves, is no event.
+        """
+        try:
+            with open(self.events, "rb") as file:
+                file.seek(after)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        events: list[dict[str, Any]] = []
+        for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
+            after += len(line)
+            with contextlib.suppress(ValueError):
+                events.append({**json.loads(line), "offset": after})
+        return events
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         try:

@@ -34,6 +34,10 @@ from workloads.spec import JobSpec, read_spec
 logger = logging.getLogger(__name__)
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
+HINT = (  # of a job that reached max_duration
+    "go on from it by `manta resume JOB --max-duration TIME`, or by `manta run --local` in the same folder with a "
+    "longer max_duration in the job"
+)
 
 
 class StopRequest:
@@ -99,13 +103,22 @@ def execute(
         if problem := _claim(spec, run):
             logger.error("%s", problem)
             return FAILED
-        journal = stack.enter_context(Journal(run, job_id, attempt))
+        journal = stack.enter_context(Journal(run, job_id, attempt, max_duration=spec.max_duration))
         stop = stack.enter_context(StopRequest(run))
         try:
             if problems := look(spec, home):
                 journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
                 return FAILED
-            if not _train(spec, run, home, stop, ray, on_point) or stop():
+            with journal.training():
+                trained = _train(spec, run, home, stop, ray, on_point)
+            if journal.out_of_time:
+                run.stop.unlink(missing_ok=True)  # what is trained is still exported and evaluated
+                if not trained:
+                    now = journal.update()
+                    reached = f"step {now.step} of {now.total_steps}; the last checkpoint is kept"
+                    journal.finish("FAILED", f"got max_duration of {spec.max_duration:.9g} s, reached {reached}", HINT)
+                    return FAILED
+            if not trained or stop():
                 journal.finish("STOPPED", "stopped on request; the checkpoint is kept")
                 return STOPPED
             if not run.artifact.exists():
@@ -144,13 +157,15 @@ def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bo
 
 
 def _claim(spec: JobSpec, run: RunFolder) -> str | None:
-    """Writes the spec into a new folder; refuses a folder that holds another job."""
+    """Writes the spec into a new folder; refuses a folder that holds another job. Only `max_duration` may change."""
     text = spec.model_dump_json(indent=1)
     if not run.spec.exists():
         write_atomic(run.spec, text)
         return None
     held = JobSpec.model_validate_json(run.spec.read_text())
-    if held == spec:
+    if held.model_copy(update={"max_duration": spec.max_duration}) == spec:
+        if held != spec:
+            write_atomic(run.spec, text)
         return None
     ours, theirs = spec.model_dump(), held.model_dump()
     keys = ", ".join(key for key in ours if ours[key] != theirs[key])

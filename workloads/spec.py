@@ -95,6 +95,7 @@ class JobSpec(Strict):
     schedule: Schedule = Schedule()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: Engine = Engine()
+    log_steps: int = Field(default=10, ge=1)  # that a point of the curve stands for
     guards: Guards = Guards()
     max_duration: Seconds | None = Field(default=None, gt=0)  # of training, over all attempts; "12h"
     seed: int = Field(default=0, ge=0, lt=2**31)

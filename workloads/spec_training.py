@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
 def _seconds(value: object) -> object:
     """`90`, `"30m"`, `"1d 12h"` -> seconds."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.isdigit():
         return value
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([smhd])", "", value).strip():

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look, cancel, curves, logs."""
+"""/v1/jobs: submit, list, look, pause, resume, cancel, curves, events, logs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
+from service.events import CURSOR, START
 from service.parts import JobsDep, PartsDep
 from service.store import TERMINAL, JobState
+from workloads.spec_training import Seconds
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 FOLLOW_POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
+
+
+class Resume(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    max_duration: Seconds | None = Field(default=None, gt=0, description='In place of the job\'s own: 7200, "2h".')
 
 
 @router.post("", status_code=201)
@@ -53,6 +62,24 @@ def get(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def cancel(job_id: str, jobs: JobsDep) -> dict[str, Any]:
     """Asks the job to write a last checkpoint and end. Repeating it, or cancelling a finished job, changes nothing."""
     return jobs.view(jobs.cancel(job_id))
+
+
+@router.post("/{job_id}:pause", status_code=202)
+def pause(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    """Asks the job to write a checkpoint and give back what it runs on. Repeating it changes nothing."""
+    return jobs.view(jobs.pause(job_id))
+
+
+@router.post("/{job_id}:resume", status_code=202)
+def resume(job_id: str, jobs: JobsDep, body: Resume | None = None) -> dict[str, Any]:
+    """Queues a paused job again; so too one that reached its `max_duration`, given a longer one. May be repeated."""
+    return jobs.view(jobs.resume(job_id, body.max_duration if body else None))
+
+
+@router.get("/{job_id}/events")
+def events(job_id: str, jobs: JobsDep, after: Annotated[str, Query(pattern=CURSOR)] = START) -> dict[str, Any]:
+    """What happened to the job: events behind `after`, the `cursor` of an earlier one."""
+    return {"events": jobs.events(job_id, after)}
 
 
 @router.get("/{job_id}/metrics")

@@ -69,6 +69,19 @@ class FakeClient:
         on_update(job)
         return job
 
+    def job(self, job_id: str) -> dict[str, Any]:
+        return JOB
+
+    def pause(self, job_id: str) -> dict[str, Any]:
+        return JOB | {"state": "PAUSING"}
+
+    def resume(self, job_id: str, max_duration: str | None) -> dict[str, Any]:
+        return JOB | {"state": "QUEUED", "reason": max_duration}
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        kinds = ("queued", "starting", "running", "worker_left", "worker_joined", "succeeded")
+        return [{"time": "2026-11-21T00:00:00.1+00:00", "kind": kind, "message": "why"} for kind in kinds]
+
     def jobs(self, limit: int) -> list[dict[str, Any]]:
         return [JOB]
 
@@ -126,6 +139,18 @@ def test_lists_are_tables_in_a_pipe_and_json_on_request(service: type[FakeClient
     assert lines[0].split("\t")[:2] == ["id", "name"] and lines[1].split("\t")[:2] == ["job-1", "toy"]
     assert json.loads(runner.invoke(cli.app, ["jobs", "--json"]).stdout)[0]["id"] == "job-1"
     assert json.loads(runner.invoke(cli.app, ["metrics", "job-1", "--json"]).stdout)[0]["loss"] == 0.5
+
+
+def test_pause_resume_and_events(service: type[FakeClient]) -> None:
+    assert runner.invoke(cli.app, ["pause", "job-1"]).stdout == "job-1 PAUSING\n"
+    assert runner.invoke(cli.app, ["resume", "job-1"]).stdout == "job-1 QUEUED\n"
+    longer = runner.invoke(cli.app, ["resume", "job-1", "--max-duration", "2h", "--json"]).stdout
+    assert json.loads(longer)["reason"] == "2h"
+    told = runner.invoke(cli.app, ["events", "job-1"]).stdout.splitlines()
+    assert len(told) == 7 and told[1].split("\t") == ["2026-11-21T00:00:00", "queued", "why"]
+    assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
+    shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
+    assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
 
 
 @pytest.mark.parametrize("command", [["jobs"], ["env"], ["submit"], ["logs", "x"]])

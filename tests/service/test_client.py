@@ -86,6 +86,18 @@ def test_jobs_walks_the_pages() -> None:
     assert [job["id"] for job in client(pages).jobs(limit=3)] == [9, 8, 7]
 
 
+def test_what_a_job_is_asked_for() -> None:
+    def echo(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else None
+        asked = {"path": request.url.path, "body": body, "after": request.url.params.get("after")}
+        return httpx.Response(200, json={"events": [asked]} | asked)
+
+    answers = client(echo)
+    assert answers.pause("j")["path"] == "/v1/jobs/j:pause"
+    assert answers.resume("j", max_duration="2h")["body"] == {"max_duration": "2h"}
+    assert answers.events("j", after="3-70") == [{"path": "/v1/jobs/j/events", "body": None, "after": "3-70"}]
+
+
 def test_wait_reports_each_state_and_ends_with_the_job() -> None:
     states = iter(["QUEUED", "RUNNING", "SUCCEEDED"])
     seen: list[str] = []

@@ -8,9 +8,11 @@ from typing import get_args
 
 import pytest
 
+from service.errors import Conflict
 from service.ray_jobs import RayStatus
 from service.reconciler import Decision, decide, lives
-from service.store import TERMINAL, Job, JobState
+from service.store import SETTLED, TERMINAL, Job, JobState
+from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, Request
 from workloads.record import Record, RunState
 
 RAY: list[RayStatus | None] = [None, *get_args(RayStatus)]
@@ -33,21 +35,25 @@ def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool 
     return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3)
 
 
-EVERY = list(itertools.product(get_args(JobState), RAY, RECORDS, [False, True]))
+@pytest.mark.parametrize("attempt", [1, 2])  # 2: the record is of the one before
+@pytest.mark.parametrize("state", get_args(JobState))
+def test_invariants(state: JobState, attempt: int) -> None:
+    for ray, said, alive in itertools.product(RAY, RECORDS, [False, True]):
+        check(state, attempt, ray, said, alive)
 
 
-@pytest.mark.parametrize(("state", "ray", "said", "alive"), EVERY)
-def test_invariants(state: JobState, ray: RayStatus | None, said: RunState | None, alive: bool) -> None:
+def check(state: JobState, attempt: int, ray: RayStatus | None, said: RunState | None, alive: bool) -> None:
     alive = alive and said in ("STARTING", "RUNNING")
-    decision = answer(job(state), ray, record(said), alive=alive)
+    decision = answer(job(state, attempt=attempt), ray, record(said), alive=alive)
     at_work = alive or ray in ("PENDING", "RUNNING")
-    if state in TERMINAL:
+    if state in SETTLED:
         assert decision == Decision("none", state)  # what is over stays over
         return
     if decision.act in ("submit", "resubmit"):
-        assert state == "QUEUED" or not at_work  # never two runs of one job
-        assert state == "QUEUED" or said not in ("SUCCEEDED", "FAILED")  # what ended is not run again
-        assert state != "CANCELLING"
+        assert not at_work  # never two runs of one job
+        assert state == "QUEUED" or said != "SUCCEEDED"  # what ended is not run again
+        assert state == "QUEUED" or said != "FAILED" or attempt == 2  # unless it was resumed since
+        assert state not in ("CANCELLING", "PAUSING")
     if decision.state in TERMINAL:
         assert decision.act == "finish"
     if decision.state == "SUCCEEDED":
@@ -56,7 +62,11 @@ def test_invariants(state: JobState, ray: RayStatus | None, said: RunState | Non
         assert decision.reason
     if decision.state == "CANCELLED":
         assert state == "CANCELLING" and not at_work
-    if decision.act == "none" and state != "QUEUED":
+    if decision.state == "PAUSED":
+        assert state == "PAUSING" and not at_work  # its CPUs and GPUs are given to others from now on
+    if decision.act == "stop":
+        assert state in ("CANCELLING", "PAUSING") and at_work
+    if decision.act == "none" and decision.state not in ("QUEUED", "PAUSED"):
         assert at_work  # whoever waits, waits for something that moves (nothing stalled here)
 
 
@@ -100,6 +110,39 @@ def test_attempts_without_progress_wait_longer_and_longer() -> None:
 
 def test_a_job_that_finished_before_its_cancel_says_so() -> None:
     assert answer(job("CANCELLING"), "SUCCEEDED", record("SUCCEEDED")).state == "SUCCEEDED"
+
+
+def test_a_pause_waits_for_the_checkpoint_and_the_work_that_was_finished_counts() -> None:
+    assert answer(job("PAUSING"), "RUNNING", record("RUNNING"), alive=True) == Decision("stop", "PAUSING")
+    assert answer(job("PAUSING"), "STOPPED", record("STOPPED")).state == "PAUSED"
+    assert answer(job("PAUSING"), "SUCCEEDED", record("SUCCEEDED")).state == "SUCCEEDED"
+    assert answer(job("PAUSING"), "FAILED", record("FAILED")) == Decision("finish", "FAILED", "why", "do")
+
+
+def test_a_resumed_job_waits_for_a_run_that_came_back() -> None:
+    assert answer(job("QUEUED"), None, record("RUNNING"), alive=True) == Decision("none", "QUEUED")
+
+
+@pytest.mark.parametrize("request_", [CANCEL, PAUSE, RESUME], ids=lambda request_: request_.verb)
+def test_requests_are_idempotent_and_leave_what_is_over(request_: Request) -> None:
+    for state in get_args(JobState):
+        try:
+            after = request_.next_state("j", state)
+        except Conflict as refusal:
+            assert request_ is not CANCEL and state not in ("QUEUED", "STARTING", "RUNNING", "PAUSED")
+            assert state in refusal.detail and refusal.hint
+            continue
+        assert request_.next_state("j", after) == after
+        assert state not in TERMINAL or after == state
+
+
+def test_only_a_longer_limit_brings_a_failed_job_back() -> None:
+    assert LENGTHEN_ENDED.next_state("j", "FAILED") == "QUEUED"
+    with pytest.raises(Conflict, match="which is SUCCEEDED, expected PAUSED or FAILED"):
+        LENGTHEN_ENDED.next_state("j", "SUCCEEDED")
+    with pytest.raises(Conflict, match="which is RUNNING") as refusal:
+        LENGTHEN_ENDED.next_state("j", "RUNNING")
+    assert "pause it first" in refusal.value.hint
 
 
 def test_lives_by_heartbeat_and_pid() -> None:

@@ -139,6 +139,35 @@ def test_cancel_is_idempotent_and_reaches_the_colon_route(client: TestClient, bo
         assert (response.status_code, response.json()["state"]) == (202, "CANCELLED")
 
 
+def test_pause_and_resume(service: Service, client: TestClient, body: dict[str, Any]) -> None:
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    for verb, state in (("pause", "PAUSED"), ("pause", "PAUSED"), ("resume", "QUEUED"), ("resume", "QUEUED")):
+        response = client.post(f"/v1/jobs/{job_id}:{verb}")
+        assert (response.status_code, response.json()["state"]) == (202, state)
+    assert client.get("/v1/jobs?state=PAUSED").json()["jobs"] == []
+    service.parts.reconciler.round()
+    write_record(service.runs / job_id, "FAILED", ran_s=7201.0, reason="got max_duration")
+    service.parts.reconciler.round()
+    for verb in ("pause", "resume"):
+        refused = client.post(f"/v1/jobs/{job_id}:{verb}")
+        assert refused.status_code == 409 and refused.headers["content-type"] == "application/problem+json"
+        assert "which is FAILED" in refused.json()["detail"] and refused.json()["hint"]
+    wrong = client.post(f"/v1/jobs/{job_id}:resume", json={"max_duration": "soon"})
+    assert wrong.status_code == 422 and "expected seconds" in wrong.json()["detail"]
+
+
+def test_events(service: Service, client: TestClient, body: dict[str, Any]) -> None:
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    first, *others = client.get(f"/v1/jobs/{job_id}/events").json()["events"]
+    assert (first["kind"], first["message"], others) == ("queued", "accepted", [])
+    assert first["time"].endswith("+00:00")
+    service.parts.reconciler.round()
+    later = client.get(f"/v1/jobs/{job_id}/events", params={"after": first["cursor"]}).json()["events"]
+    assert [event["kind"] for event in later] == ["starting"]
+    assert client.get(f"/v1/jobs/{job_id}/events?after=x").status_code == 422
+    assert client.get("/v1/jobs/none/events").status_code == 404
+
+
 def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: dict[str, Any]) -> None:
     job_id = client.post("/v1/jobs", json=body).json()["id"]
     assert client.get(f"/v1/jobs/{job_id}/metrics").json() == {"points": []}

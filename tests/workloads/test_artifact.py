@@ -76,19 +76,3 @@ def test_exchanged_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
     with pytest.raises(artifact.ArtifactError, match="is not the file that its card describes"):
         artifact.load_model(tmp_path / "a")
-
-
-def test_starting_weights_resize_positions_and_skip_a_head(tmp_path: Path) -> None:
-    source = encoder(0).as_classifier(2)
-    artifact.write(tmp_path / "a", source, card(kind="classifier"), None)
-    bigger = encoder(1, image_size=24)
-    missing = artifact.load_encoder_weights(bigger, tmp_path / "a")
-    assert sorted(missing) == ["norm.bias", "norm.weight"]
-    assert torch.equal(bigger.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)  # type: ignore[union-attr]
-    assert bigger.pos_embed.shape == (1, 37, 16)
-
-
-def test_weights_of_another_size_are_named(tmp_path: Path) -> None:
-    artifact.write(tmp_path / "a", encoder(), card(), None)
-    with pytest.raises(artifact.ArtifactError, match=r"attn.proj.bias: got \(16,\), expected \(32,\)"):
-        artifact.load_encoder_weights(encoder(dim=32), tmp_path / "a")

@@ -27,6 +27,10 @@ from workloads.spec import JobSpec
         ({"data": {"trian": {"shards": "x.tar"}}}, ["data"], "expected train"),
         ({"data": {"train": {"shards": "/nowhere/x-{0..3}.tar"}}}, ["data", "train", "shards"], "/nowhere/x-0.tar"),
         ({"init": "no-such-model@3"}, ["init"], "names no artifact"),
+        ({"init": "timm:vit_base_patch16_224.mea"}, ["init"], "vit_base_patch16_224.mae"),
+        ({"init": "timm:test_vit.r160_in1k"}, ["init"], "do not fit the model"),
+        ({"init": "/nowhere/mae.safetensors"}, ["init"], "which is no file here"),
+        ({"init": "mae_pretrain_vit_base.pth"}, ["init"], "a pickle"),
         ({"method": {"name": "mae", "mask_ratio": 0.99}}, ["method"], "one visible patch at least"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_failure_that_would_come_again_is_not_tried_again(
     assert execute(spec, run, tmp_path, job_id="nan", ray=True) == FAILED
     record = run.read_record()
     assert record is not None and record.reason is not None and record.hint is not None
-    assert "the loss became" in record.reason and "lower optimizer.lr" in record.hint
+    assert "not finite in" in record.reason and "lower optimizer.lr" in record.hint
 
 
 def test_the_cluster_makes_the_manifest_that_one_process_makes(cluster: Head, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from workloads.journal import Journal
 from workloads.metrics import MetricsWriter
@@ -46,6 +49,72 @@ def test_an_unfinished_line_is_not_read(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.metrics.write_text('{"step": 1, "epoch": 0, "loss": 1.0}\n{"step": 2, "epo')
     assert [p["step"] for p in run.read_metrics()] == [1]
+
+
+def test_events_of_several_processes_are_whole_lines(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_events() == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: run.event("worker_joined", f"rank {n} " + "x" * 5000), range(64)))
+    events = run.read_events()
+    assert {int(event["message"].split()[1]) for event in events} == set(range(64))
+    assert run.read_events(after=events[40]["offset"]) == events[41:]
+
+
+@given(cut=st.integers(1, 60))
+def test_a_torn_event_is_no_event_and_harms_no_other(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    run.event("hang", "rank 1")
+    run.event("preempted", "node\n2 \u2028")
+    whole = run.events.read_bytes()
+    os.truncate(run.events, len(whole) - cut)
+    kinds = [event["kind"] for event in run.read_events()]
+    assert kinds == ["hang"]
+    run.event("worker_left", "rank 2")
+    assert [event["kind"] for event in run.read_events()][-1] == "worker_left"
+    assert len(run.read_events()) == (3 if cut == 1 else 2)  # all but its end of line was there: it is whole again
+
+
+def test_an_event_is_not_worth_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RunFolder(tmp_path / "gone").event("hang", "rank 1")
+    assert "an event could not be written" in caplog.text
+
+
+def test_time_of_training_is_of_all_attempts_and_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    for attempt in (1, 2):
+        with Journal(run, "j", attempt, max_duration=29.0, clock=clock) as journal:
+            now += 100  # importing, waiting for the cluster
+            with journal.training():
+                now += 100  # opening the data
+                run.total_steps.write_text("20")
+                journal.update()
+                now += 10
+                journal.update()
+                now += 5
+            now += 100  # evaluating
+            assert journal.update().ran_s == 15 * attempt and not journal.out_of_time
+        now += 1000  # paused
+    assert not run.stop.exists()  # the limit was passed when nothing was left to stop
+    with Journal(run, "j", 3, max_duration=29.0, clock=clock) as journal, journal.training():
+        journal.update()
+        assert journal.out_of_time and run.stop.exists()
+
+
+def test_a_stop_that_was_asked_for_before_is_not_the_limits(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    now = 0.0
+    with Journal(run, "j", 1, max_duration=5.0, clock=lambda: now) as journal, journal.training():
+        run.total_steps.write_text("20")
+        journal.update()
+        run.stop.touch()
+        now = 6.0
+        assert journal.update().ran_s == 6.0 and not journal.out_of_time
 
 
 def test_journal_tells_the_life_of_a_run(tmp_path: Path) -> None:

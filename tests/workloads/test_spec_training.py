@@ -13,7 +13,8 @@ from workloads.spec_training import Resources, Schedule, Seconds
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [(90, 90), (1.5, 1.5), ("90", None), ("30m", 1800), ("1d 6h", 108000), ("1.5h", 5400)]
+    ("text", "seconds"),
+    [(90, 90), (1.5, 1.5), ("90", 90), ("soon", None), ("30m", 1800), ("1d 6h", 108000), ("1.5h", 5400)],
 )
 def test_durations(text: str | float, seconds: float | None) -> None:
     adapter = TypeAdapter(Seconds)

@@ -17,7 +17,7 @@ from workloads.export import export
 from workloads.models.timm_import import timm
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
-from workloads.train import learning_rate, seed_micro_batch, total_steps, train
+from workloads.train import total_steps, train
 
 Make = Callable[..., JobSpec]
 
@@ -51,7 +51,6 @@ def test_clipping_bounds_the_gradient_and_is_in_the_curve(toy_job: Make, tmp_pat
     assert any(not torch.equal(free[name], clipped[name]) for name in free)
     points = list(RunFolder(tmp_path / "clipped").read_metrics())
     assert all(point["grad_norm"] > 1e-3 for point in points)  # before it was cut
-    assert "grad_norm" not in next(RunFolder(tmp_path / "free").read_metrics())
 
 
 def test_bf16_follows_fp32_and_keeps_fp32_weights(toy_job: Make, tmp_path: Path) -> None:
@@ -69,21 +68,8 @@ def test_the_seed_decides_everything(toy_job: Make, tmp_path: Path) -> None:
     assert not torch.equal(first["mask_token"], other["mask_token"])
 
 
-def test_micro_batches_are_seeded_apart() -> None:
-    draws = set()
-    for step in range(3):
-        for micro_batch in range(3):
-            seed_micro_batch(0, step, micro_batch)
-            draws.add(torch.rand(1).item())
-    assert len(draws) == 9
-
-
-def test_rate_and_length(toy_job: Make) -> None:
-    spec = toy_job(epochs=4, optimizer={"lr": 1.0, "scale_lr": True}, batch_size=64, schedule={"warmup_epochs": 1})
-    assert [learning_rate(spec, step, 40, 10) for step in (0, 5, 10, 25, 40)] == pytest.approx(
-        [0, 0.125, 0.25, 0.125, 0]
-    )
-    assert total_steps(spec, 10) == 40
+def test_length(toy_job: Make) -> None:
+    assert total_steps(toy_job(epochs=4), 10) == 40
     assert total_steps(toy_job(epochs=None, steps=7), 10) == 7
     assert total_steps(toy_job(epochs=0.01), 10) == 1
 

@@ -29,6 +29,7 @@ class Watching(Method):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     paper = "none"
+    exports = "classifier"
     streams = ("labeled", "unlabeled")
     seen: ClassVar[list[dict[str, list[int]]]] = []
 
@@ -192,7 +193,7 @@ def test_a_model_that_waits_for_data_says_how_many_cores_it_needs(
     now = 0.0
     monkeypatch.setattr("workloads.metrics.time.perf_counter", lambda: now)
     reader = Fed()
-    warnings = Warnings(tmp_path / "warnings.txt", {"train": reader})  # type: ignore[dict-item]
+    warnings = Warnings(tmp_path / "warnings.txt", {"train": reader}, [])  # type: ignore[dict-item]
     warnings.waited(100.0)  # to fill the loader at the start
     warnings.point()
     now, reader.busy_s = 10.0, 12.0

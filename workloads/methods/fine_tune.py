@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.encoders import classifier_of, layer_ids
+from workloads.parts.parameter_groups import groups, layer_decay
 
 
 class Augmentation(MethodConfig):
@@ -62,19 +63,11 @@ class FineTune(Method):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Rate g^(depth + 1 - id) by layer; 1-D parameters, `pos_embed` and `cls_token` do not decay."""
-        ids, last = layer_ids(self.classifier)
-        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.classifier.named_parameters():
-            decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token")
-            groups.setdefault((ids[name], decays), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr_scale": self.config.layer_decay ** (last - layer),
-                "weight_decay": None if decays else 0.0,
-            }
-            for (layer, decays), parameters in groups.items()
-        ]
+        return groups(
+            self.classifier.named_parameters(),
+            no_decay=("pos_embed", "cls_token"),
+            lr_scale=layer_decay(*layer_ids(self.classifier), self.config.layer_decay),
+        )
 
     def export(self) -> nn.Module:
         return self.classifier

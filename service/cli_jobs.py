@@ -1,0 +1,180 @@
+"""The `manta` commands of jobs: submit, look, follow, pause, resume, cancel."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from service.progress import follow
+from service.terminal import (
+    CANCELLED,
+    FAILED,
+    OK,
+    AsJson,
+    Spec,
+    connected,
+    fail,
+    out,
+    read_job,
+    show_json,
+    show_table,
+)
+
+JobId = Annotated[str, typer.Argument(help="As `manta jobs` lists it.")]
+LAST_EVENTS = 5  # that `manta job` shows
+
+
+def submit(
+    spec: Spec,
+    stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submits a job. Relative shard paths are taken from the folder of the file."""
+    document = read_job(spec).model_dump(mode="json")
+    with connected() as client:
+        job = client.submit(document)
+        if as_json and not stay:
+            show_json(job)
+        elif not stay:
+            out.print(f"{job['id']} {job['state']}")
+        if stay:
+            _follow(client, job["id"], as_json)
+
+
+def _follow(client: Any, job_id: str, as_json: bool) -> None:
+    """Shows progress until the end; Ctrl-C detaches."""
+    try:
+        job = follow(client, job_id)
+    except KeyboardInterrupt:
+        fail(
+            f"\ndetached: {job_id} goes on; `manta cancel {job_id}` ends it, `manta logs -f {job_id}` follows it",
+            CANCELLED,
+        )
+    if as_json:
+        show_json(job)
+    else:
+        _print_job(job)
+    raise typer.Exit({"SUCCEEDED": OK, "CANCELLED": CANCELLED}.get(job["state"], FAILED))
+
+
+def _print_job(job: dict[str, Any]) -> None:
+    progress = job["progress"]
+    rows = [
+        ("id", job["id"]),
+        ("name", job["name"]),
+        ("state", job["state"]),
+        ("reason", job["reason"]),
+        ("hint", job["hint"]),
+        ("method", job["method"]),
+        ("progress", f"step {progress['step']} of {progress['total_steps']}, epoch {progress['epoch']}"),
+        ("attempt", job["attempt"]),
+        ("created", job["created_at"]),
+        ("finished", job["finished_at"]),
+        ("skipped samples", len(job["skipped"]) or None),
+        ("models", ", ".join(job["models"]) or None),
+    ]
+    for result in job["evaluations"]:
+        values = ", ".join(f"{who} {value['mean']:.3f}" for who, value in result["results"].items())
+        rows.append((result["label"], values))
+    show_table(["field", "value"], [row for row in rows if row[1] is not None])
+
+
+def _print_events(found: list[dict[str, Any]]) -> None:
+    show_table(["time", "event", "message"], [(e["time"][:19], e["kind"], e["message"]) for e in found])
+
+
+def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: AsJson = False) -> None:
+    """Lists jobs, the newest first."""
+    with connected() as client:
+        found = client.jobs(limit=limit)
+    if as_json:
+        show_json(found)
+        return
+    rows = []
+    for j in found:
+        progress = j["progress"]
+        rows.append([j["id"], j["name"], j["method"], j["state"], progress["step"], progress["total_steps"]])
+        rows[-1] += [j["created_at"][:19], j["reason"]]
+    show_table(["id", "name", "method", "state", "step", "of", "created", "reason"], rows)
+
+
+def job(job_id: JobId, as_json: AsJson = False) -> None:
+    """Shows one job."""
+    with connected() as client:
+        found = client.job(job_id)
+        happened = [] if as_json else client.events(job_id)
+    if as_json:
+        show_json(found)
+    else:
+        _print_job(found)
+        _print_events(happened[-LAST_EVENTS:])
+
+
+def logs(job_id: JobId, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> None:
+    """Prints the log of a job."""
+    with connected() as client:
+        try:
+            for line in client.follow_logs(job_id) if follow else client.logs(job_id).splitlines():
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(OK) from None
+
+
+def metrics(job_id: JobId, as_json: AsJson = False) -> None:
+    """Prints the curve of a job."""
+    with connected() as client:
+        points = client.metrics(job_id)
+    if as_json:
+        show_json(points)
+        return
+    columns = list(dict.fromkeys(key for point in points for key in point))
+    show_table(
+        columns, [[f"{p.get(c):.6g}" if isinstance(p.get(c), float) else p.get(c) for c in columns] for p in points]
+    )
+
+
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+    """Asks a job to write a last checkpoint and end."""
+    with connected() as client:
+        _print_state(client.cancel(job_id), as_json)
+
+
+def pause(job_id: JobId, as_json: AsJson = False) -> None:
+    """Asks a job to write a checkpoint and give back its CPUs and GPUs until it is resumed."""
+    with connected() as client:
+        _print_state(client.pause(job_id), as_json)
+
+
+def resume(
+    job_id: JobId,
+    max_duration: Annotated[
+        str | None, typer.Option(help="In place of the job's own: seconds, 30m, 12h; also after it was reached.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queues a paused job again; it goes on from its checkpoint."""
+    with connected() as client:
+        _print_state(client.resume(job_id, max_duration=max_duration), as_json)
+
+
+def events(job_id: JobId, as_json: AsJson = False) -> None:
+    """Prints what happened to a job: states, attempts, workers that came and went."""
+    with connected() as client:
+        found = client.events(job_id)
+    if as_json:
+        show_json(found)
+    else:
+        _print_events(found)
+
+
+def _print_state(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_json(found)
+    else:
+        out.print(f"{found['id']} {found['state']}")
+
+
+COMMANDS = (submit, jobs, job, logs, events, metrics, pause, resume, cancel)

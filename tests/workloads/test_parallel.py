@@ -1,0 +1,94 @@
+"""Blocks are found by shape; what is done to them changes the speed, not the numbers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.toy import difference
+from workloads import agreement, checkpoint
+from workloads.export import export
+from workloads.parallel import Spread, blocks_of
+from workloads.ranks import Ranks
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
+from workloads.spec_training import Engine
+from workloads.train import train
+
+Make = Callable[..., JobSpec]
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+
+def test_blocks_are_repeated_siblings_the_outermost_ones() -> None:
+    inner = nn.ModuleList([block(), block()])
+    outer = nn.ModuleList([nn.ModuleDict({"inner": inner}), nn.ModuleDict({"inner": nn.ModuleList([block()])})])
+    net = nn.ModuleDict({"stem": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "stages": outer})
+    assert blocks_of(net) == list(outer)
+    assert blocks_of(nn.ModuleDict({"a": inner, "head": nn.Linear(4, 2)})) == list(inner)
+    assert blocks_of(nn.Linear(4, 4)) == []
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(run.checkpoints / "step-00000020.pt", weights_only=True)["method"]
+
+
+def test_activation_checkpointing_computes_the_same(
+    toy_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"name": "fine_tune", "drop_path": 0.3}  # whose random numbers must come again in backward
+    runs = [RunFolder(tmp_path / name) for name in ("plain", "again")]
+    for run, on in zip(runs, (False, True), strict=True):
+        assert train(toy_job(method=method, engine={"activation_checkpointing": on}), run, tmp_path)
+    plain, again = map(weights, runs)
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_each_block_is_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    net = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 2)})
+    Spread(net, Engine(compile=True), Ranks())
+    assert compiled == list(net["blocks"])
+
+
+def _rank(rank: int, port: int, spec: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    agreement.POLL_S = 0.0  # ask after each step
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    run, job, polls = RunFolder(Path(folder)), JobSpec.model_validate_json(spec), iter(range(100))
+    try:
+        assert not train(job, run, run.path, Ranks(rank, 2), should_stop=lambda: rank == 1 and next(polls) == 7)
+        assert checkpoint.latest_step(run.checkpoints) == 8
+        assert train(job, run, run.path, Ranks(rank, 2))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_sharded_ranks_stopped_and_resumed_end_as_one_process_does(toy_job: Make, tmp_path: Path) -> None:
+    common = {"micro_batch_size": 4, "optimizer": {"lr": 1e-3, "clip_grad_norm": 0.5}}
+    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    assert train(toy_job(**common), one, tmp_path)
+    spec = toy_job(**common, resources={"workers": 2}, engine={"strategy": "fsdp"})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, spec.model_dump_json(), str(two.path)), nprocs=2)
+    export(toy_job(**common), one, tmp_path, "one")
+    export(spec, two, tmp_path, "two")
+    from safetensors.torch import load_file
+
+    a, b = (load_file(run.artifact / "method.safetensors") for run in (one, two))
+    assert difference(a, b) < 5e-5
+    curves = [{point["step"]: point["loss"] for point in run.read_metrics()} for run in (one, two)]
+    assert set(curves[1]) == {5, 8, 10, 15, 20}  # 8: the stop; 10 is then the mean of two steps
+    assert [curves[1][step] for step in (5, 15, 20)] == pytest.approx(
+        [curves[0][step] for step in (5, 15, 20)], abs=1e-5
+    )

@@ -1,0 +1,85 @@
+"""Which checkpoint a run continues from: the newest that is as it was written."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workloads import checkpoint_folder as files
+from workloads.checkpoint_folder import CheckpointError, Seal, stem
+from workloads.checkpoint_mirror import Mirror
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, or none.
+
+    Attributes:
+        seal: None where there is none.
+        state: None where it is in parts, which each rank reads for itself.
+        notes: what was passed over, and why.
+    """
+
+    seal: Seal | None = None
+    state: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def newest(folder: Path, mirror: Mirror | None = None) -> Found:
+    """The newest whole checkpoint, on the disk or else in the mirror.
+
+    Raises:
+        CheckpointError: there are some and none is whole, or there may be some in a mirror that does not answer.
+    """
+    here, there, problems = files.steps(folder), [], list[str]()
+    if mirror is not None:
+        try:
+            there = mirror.steps()
+        except (OSError, ValueError) as error:
+            problems.append(f"{mirror} cannot be read ({first_line(error)})")
+    for step in sorted({*here, *there}, reverse=True):
+        for at_mirror in (False, True):
+            if step not in (there if at_mirror else here):
+                continue
+            where = f" in {mirror}" if at_mirror else ""
+            try:
+                if at_mirror and mirror is not None:
+                    mirror.fetch(step, folder)
+                seal, state = _open(folder, step)
+            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                problems.append(f"checkpoint of step {step}{where} is damaged ({first_line(error)})")
+            else:
+                return Found(seal, state, [f"{problem}; continued from step {step}{where}" for problem in problems])
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read: {'; '.join(problems)}",
+            f"bring one of them back, or remove {folder} to start anew"
+            if here or there
+            else f"see that {mirror} answers, then submit again",
+        )
+    return Found()
+
+
+def _open(folder: Path, step: int) -> tuple[Seal, dict[str, Any] | None]:
+    """A checkpoint as it was written; its state, unless it is in parts."""
+    seal = files.read_seal(folder, step)
+    if seal is None:
+        raise OSError(f"{stem(step)}.json is missing or damaged")
+    if (problem := files.damage(folder, seal)) is not None:
+        raise OSError(problem)
+    if in_parts(seal):
+        return seal, None
+    return seal, torch.load(folder / seal.name, map_location="cpu", weights_only=True)
+
+
+def in_parts(seal: Seal) -> bool:
+    """Whether it is of a sharded method."""
+    return not seal.name.endswith(".pt")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

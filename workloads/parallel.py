@@ -1,0 +1,155 @@
+"""How a method is spread over the ranks and how its blocks compute: DDP or FSDP2, checkpointed, compiled.
+
+All of it is put on the blocks of the network, which are found by their shape: two or more
+siblings of one class that hold parameters. So a method needs to know nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workloads.ranks import Ranks
+from workloads.spec_training import Engine
+
+logger = logging.getLogger(__name__)
+
+BYTES_OF_STATE = 16  # of a trained parameter: weight, gradient and two moments in fp32
+SHARE_FOR_STATE = 1 / 3  # of a GPU's memory; the rest is for activations
+
+
+class Spread:
+    """A method as a rank calls it.
+
+    Attributes:
+        sharded: whether weights are shared out (FSDP).
+    """
+
+    def __init__(self, method: nn.Module, engine: Engine, ranks: Ranks) -> None:
+        """Changes `method` in place; its optimizer is made afterwards.
+
+        Args:
+            method: on its device.
+            engine: what is wanted.
+            ranks: those of the job.
+        """
+        self.method, self._ranks = method, ranks
+        self.sharded = ranks.world_size > 1 and _shards(method, engine, ranks.device)
+        if engine.channels_last:
+            method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if engine.sync_batchnorm and ranks.world_size > 1:
+            _synchronise(method, ranks.device)
+        blocks = blocks_of(method)
+        if engine.activation_checkpointing:
+            for block in blocks:
+                _recompute(block)
+        if engine.compile:
+            for block in blocks:  # one after the other: alike blocks are compiled once, and the method stays Python
+                block.compile()
+        self._model = self._wrapped(blocks)
+
+    def _wrapped(self, blocks: list[nn.Module]) -> nn.Module:
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in blocks:
+                fully_shard(block)
+            fully_shard(self.method)
+            return self.method
+        if self._ranks.world_size == 1:
+            return self.method
+        from torch.nn.parallel import DistributedDataParallel
+
+        device = self._ranks.device
+        return DistributedDataParallel(self.method, device_ids=[device] if device.type == "cuda" else None)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._model(*args)
+
+    def averaging(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: gradients are averaged over ranks with the last one."""
+        if self._ranks.world_size == 1:
+            return contextlib.nullcontext()
+        if self.sharded:
+            self._model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else self._model.no_sync()  # type: ignore[operator]
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Length of all tensors together, over all ranks."""
+        total = nn.utils.get_total_norm(tensors)
+        return _on_all_ranks(total) if self.sharded else total
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the method's own parameters are there in full, for calls that do not go through its forward."""
+        if self.sharded:
+            self._model.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if self.sharded:
+                self._model.reshard()  # type: ignore[operator]
+
+    def finite(self) -> bool:
+        """Whether every weight is; on every rank what is true of all."""
+        tensors = [_own_part(p) if self.sharded else p for p in self.method.parameters()]
+        return not self._ranks.any(not all(bool(tensor.isfinite().all()) for tensor in tensors))
+
+
+def _on_all_ranks(value: Any) -> Tensor:
+    """A DTensor -> the same value as a tensor of each rank."""
+    whole: Tensor = value.full_tensor()
+    return whole
+
+
+def _own_part(value: Any) -> Tensor:
+    part: Tensor = value.to_local()
+    return part
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network: siblings of one class, the outermost of them, each of several modules."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        alike = [other for other in module.children() if type(other) is type(child)]
+        repeated = isinstance(module, nn.ModuleList | nn.Sequential) and len(alike) > 1
+        if repeated and next(child.children(), None) is not None and next(child.parameters(), None) is not None:
+            found.append(child)
+        else:
+            found += blocks_of(child)
+    return found
+
+
+def _shards(method: nn.Module, engine: Engine, device: torch.device) -> bool:
+    if engine.strategy != "auto":
+        return engine.strategy == "fsdp"
+    if device.type != "cuda":
+        return False
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return trained * BYTES_OF_STATE > SHARE_FOR_STATE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _recompute(block: nn.Module) -> None:
+    """Keeps only what goes into the block; its forward is run again in backward, with the same random numbers."""
+    from torch.utils.checkpoint import checkpoint
+
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _synchronise(method: nn.Module, device: torch.device) -> None:
+    """BatchNorm over all ranks, in place; torch has it for GPUs only."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
+        return
+    if device.type != "cuda":
+        logger.warning("BatchNorm uses the statistics of each worker: torch synchronises them on GPUs only")
+        return
+    for name, child in method.named_children():
+        setattr(method, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
