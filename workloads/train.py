@@ -21,7 +21,7 @@ import torch
 
 from workloads import assemble, checkpoint, provenance
 from workloads.agreement import Agreement
-from workloads.batches import to_device
+from workloads.batches import ahead, to_device
 from workloads.checkpoint import Checkpoints
 from workloads.data.reader import Reader
 from workloads.methods.base import Batch, Progress
@@ -113,22 +113,19 @@ def train(
         )
         monitor = stack.enter_context(Monitor(spec, run, ranks, readers, flops, restored, on_point))
         agreement = Agreement(ranks, should_stop, preempted)
-        pinned = ranks.device.type == "cuda"
-        sources = {
-            name: stack.enter_context(
-                contextlib.closing(
-                    reader.batches(restored.step, total, ranks.rank, ranks.world_size, pin_memory=pinned)
-                )
-            )
-            for name, reader in readers.items()
-        }
+        on_gpu = ranks.device.type == "cuda"
+        sources = {}
+        for name, reader in readers.items():
+            raw = reader.batches(restored.step, total, ranks.rank, ranks.world_size, pin_memory=on_gpu)
+            made = (moved(batch) for batch in raw) if on_gpu else ahead(raw, moved)
+            sources[name] = stack.enter_context(contextlib.closing(made))
         method.train()
         point = {}
         step = restored.step
         while step < total:
             progress = Progress(step=step, epoch=step // steps_per_epoch, total_steps=total)
             fetched = time.perf_counter()
-            streams = {name: moved(next(source)) for name, source in sources.items()}
+            streams = {name: next(source) for name, source in sources.items()}
             wait_s = time.perf_counter() - fetched
             lr = schedules.apply(optimizer, spec, step, total, steps_per_epoch)
             done = stepper(streams, progress)
