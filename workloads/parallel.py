@@ -47,12 +47,11 @@ class Spread:
         if engine.sync_batchnorm and ranks.world_size > 1:
             _synchronise(method, ranks.device)
         blocks = blocks_of(method)
-        if engine.activation_checkpointing:
-            for block in blocks:
+        for block in blocks:  # one after the other: alike blocks are compiled once, and the method stays Python
+            if engine.compile:
+                block.forward = torch.compile(block.forward)
+            if engine.activation_checkpointing:  # around what is compiled: dynamo passes over a block with it inside
                 _recompute(block)
-        if engine.compile:
-            for block in blocks:  # one after the other: alike blocks are compiled once, and the method stays Python
-                block.compile()
         self._model = self._wrapped(blocks)
 
     def _wrapped(self, blocks: list[nn.Module]) -> nn.Module:

@@ -52,12 +52,23 @@ def test_activation_checkpointing_computes_the_same(
     assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_each_block_is_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    net = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 2)})
-    Spread(net, Engine(compile=True), Ranks())
-    assert compiled == list(net["blocks"])
+@pytest.mark.parametrize("again", [False, True])
+def test_each_block_is_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    calls: list[nn.Module] = []
+
+    def counted(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            calls.append(forward.__self__)  # type: ignore[attr-defined]
+            return forward(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", counted)
+    net = nn.Sequential(nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])}), nn.Linear(4, 2))
+    Spread(net, Engine(compile=True, activation_checkpointing=again), Ranks())
+    first, second = net[0]["blocks"]
+    net[1](second(first(torch.ones(2, 4)))).sum().backward()
+    assert calls == ([first, second, second, first] if again else [first, second])
 
 
 def _rank(rank: int, port: int, spec: str, folder: str) -> None:
