@@ -251,10 +251,12 @@ def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
         message = "got `pipe:`, whose command would run on the cluster for anybody who may submit, expected files"
         hint = "write the samples to shards, or run the job by `ray job submit` or `manta run --local`"
         return [preflight.Problem(loc=["data", name, "shards"], message=message, hint=hint) for name in piped]
-    if spec == spec.absolute(Path("/")):
-        return []
-    message = "got a relative shard path, expected absolute ones, as the workers see them"
-    return [preflight.Problem(loc=["data"], message=message, hint="`manta submit` makes those of a file absolute")]
+    absolute = spec.absolute(Path("/"))
+    message = "got a relative path, expected absolute ones, as the workers see them"
+    hint = "`manta submit` makes those of a file absolute"
+    relative = (("init", spec.init != absolute.init), ("data", spec.data != absolute.data))
+    found = [name for name, differs in (*relative, ("evaluate", spec.evaluate != absolute.evaluate)) if differs]
+    return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
 
 
 def _now() -> float:

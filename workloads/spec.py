@@ -86,7 +86,9 @@ class JobSpec(Strict):
     method: Named
     model: Named
     data: dict[str, Stream]
-    init: str | None = None  # name@version, job:<id> or an artifact folder: weights to start from
+    init: str | None = (
+        None  # weights to start from: name@version, job:<id>, timm:<name>, a folder or a .safetensors file
+    )
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=256, ge=1)  # global, whatever the number of workers
@@ -154,8 +156,10 @@ class JobSpec(Strict):
         return next(n for n in range(workers, 0, -1) if self._micro_batches % n == 0)
 
     def absolute(self, base: Path) -> JobSpec:
-        """The spec with relative shard paths, of the data and of evaluations, taken from `base`."""
+        """The spec with relative paths (shards of the data and of evaluations, `init`) taken from `base`."""
         document = self.model_dump()
+        if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
+            document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
         for holder in (document, *document["evaluate"]):
             for stream in holder.get("data", {}).values():
                 stream["shards"] = _absolute(stream["shards"], base)

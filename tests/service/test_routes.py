@@ -90,6 +90,7 @@ def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) 
         ({"model": {"name": "vot"}}, ["model", "name"], "'vit'"),
         ({"data": {"train": {"shards": "/none.tar"}}}, ["data", "train", "shards"], "/none.tar"),
         ({"data": {"train": {"shards": "train-0.tar"}}}, ["data"], "expected absolute ones"),
+        ({"init": "mae.safetensors"}, ["init"], "expected absolute ones"),
         (
             {"data": {"train": {"shards": "pipe:cat /x.tar", "epoch_samples": 80}}},
             ["data", "train", "shards"],

@@ -58,3 +58,21 @@ def test_a_file_that_is_no_spec(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("init", "absolute"),
+    [
+        ("mae.safetensors", "/base/mae.safetensors"),
+        ("runs/a/artifact", "/base/runs/a/artifact"),
+        ("/x/artifact", "/x/artifact"),
+        ("digits-mae@1", "digits-mae@1"),
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("job:abc", "job:abc"),
+        (None, None),
+    ],
+)
+def test_a_file_of_weights_is_a_path_too(
+    toy_job: Callable[..., JobSpec], init: str | None, absolute: str | None
+) -> None:
+    assert toy_job(init=init).absolute(Path("/base")).init == absolute

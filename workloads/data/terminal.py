@@ -70,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
     except DataError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"got {error}; check the disk and the permissions")
+        fail(f"got {error}; check the path or address, the permissions, and the disk or the network")
 
 
 def fail(message: str) -> NoReturn:
