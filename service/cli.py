@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from service import cli_jobs
-from service.progress import job_progress
+from service.progress import bar_on, job_progress, note_of
 from service.terminal import (
     CANCELLED,
+    FAILED,
     OK,
     USAGE,
     AsJson,
-    Spec,
     connected,
+    err,
     fail,
     out,
     read_job,
@@ -113,12 +115,30 @@ def embed(name: str, images: Images) -> None:
 
 @app.command()
 def run(
-    spec: Spec,
-    out_folder: Annotated[Path, typer.Option("--out", help="Run folder; a second call on it continues.")],
+    spec: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="A JobSpec, YAML or JSON; not with --replay.")
+    ] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder; a second call on it continues.")] = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")] = False,
+    replay: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Run folder or job id: make --steps again, is it equal?")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="A:B", help="Of --replay: done steps, from A to B.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --replay: JSON instead of a table.")] = False,
 ) -> None:
-    """Runs a job in this process, without a service and without Ray. Ctrl-C checkpoints."""
+    """Runs a job in this process, without a service and without Ray. Ctrl-C checkpoints.
+
+    With --replay it makes a part of a run again, which it leaves alone: exit code 0 equal, 1 not equal.
+    """
+    if replay is not None:
+        if steps is None or spec is not None or out_folder is not None or fresh:
+            fail("got --replay, expected --steps A:B with it, and no job, --out or --fresh", USAGE)
+        _replay(replay, steps, as_json)
+    if steps is not None or as_json:
+        fail("got --steps or --json, expected --replay JOB with them; leave them out", USAGE)
+    if spec is None or out_folder is None:
+        fail("got no job or no --out, expected `manta run --local JOB.yaml --out FOLDER`", USAGE)
     if not local:
         fail("got no --local: `manta run` is for this machine; `manta submit` sends a job to the service", USAGE)
     document = read_job(spec)
@@ -151,6 +171,37 @@ def run(
     if record is not None and record.reason and code != OK:
         fail(f"{record.state}: {record.reason}" + (f" ({record.hint})" if record.hint else ""), code)
     raise typer.Exit(code)
+
+
+def _replay(job: str, steps: str, as_json: bool) -> NoReturn:
+    """Tells on standard error what it costs and how far it is, then whether the steps are equal."""
+    from service.local_cluster import default_home
+    from workloads.replay import replay
+    from workloads.replay_plan import find, plan, slice_of
+
+    try:
+        todo = plan(find(job, default_home()), *slice_of(steps))
+        err.print(f"trains {todo.cost}", *todo.notes, sep="\n", markup=False, highlight=False)
+        bar = bar_on(err)
+        bar.disable = not err.is_terminal
+        with bar:
+            task = bar.add_task("replaying", total=todo.last - todo.start_step, note="", ends_at=None)
+
+            def on_point(point: dict[str, Any]) -> None:
+                bar.update(task, completed=point["step"] - todo.start_step, note=note_of(point))
+
+            report = replay(todo, default_home(), on_point)
+    except ValueError as error:
+        fail(error, USAGE)
+    except (RuntimeError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing of the replay stays", CANCELLED)
+    if as_json:
+        show_json(asdict(report))
+    else:
+        show_table(["field", "value"], report.rows(), title=f"steps {steps} of {job}")
+    raise typer.Exit(OK if report.equal else FAILED)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -59,7 +61,7 @@ def _follow(client: Any, job_id: str, as_json: bool) -> None:
     raise typer.Exit({"SUCCEEDED": OK, "CANCELLED": CANCELLED}.get(job["state"], FAILED))
 
 
-def _print_job(job: dict[str, Any]) -> None:
+def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> None:
     progress = job["progress"]
     rows = [
         ("id", job["id"]),
@@ -78,7 +80,20 @@ def _print_job(job: dict[str, Any]) -> None:
     for result in job["evaluations"]:
         values = ", ".join(f"{who} {value['mean']:.3f}" for who, value in result["results"].items())
         rows.append((result["label"], values))
+    newest = {result["entry"]: result for result in online}
+    rows += [(r["label"], f"{r['mean']:.3f} at step {r['step']}") for _, r in sorted(newest.items())]
     show_table(["field", "value"], [row for row in rows if row[1] is not None])
+
+
+def _with_online(points: list[dict[str, Any]], online: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curve with a column for each evaluation of checkpoints."""
+    labels = {result["entry"]: result["label"] for result in online}
+    often = Counter(labels.values())
+    columns = {entry: label if often[label] == 1 else f"{label}[{entry}]" for entry, label in labels.items()}
+    found: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for result in online:
+        found[result["step"]][columns[result["entry"]]] = result["mean"]
+    return [point | found[point["step"]] for point in points]
 
 
 def _print_events(found: list[dict[str, Any]]) -> None:
@@ -105,10 +120,11 @@ def job(job_id: JobId, as_json: AsJson = False) -> None:
     with connected() as client:
         found = client.job(job_id)
         happened = [] if as_json else client.events(job_id)
+        online = [] if as_json else client.evaluations(job_id)["online"]
     if as_json:
         show_json(found)
     else:
-        _print_job(found)
+        _print_job(found, online)
         _print_events(happened[-LAST_EVENTS:])
 
 
@@ -124,9 +140,9 @@ def logs(job_id: JobId, follow: Annotated[bool, typer.Option("--follow", "-f")] 
 
 
 def metrics(job_id: JobId, as_json: AsJson = False) -> None:
-    """Prints the curve of a job."""
+    """Prints the curve of a job, and of evaluations of its checkpoints."""
     with connected() as client:
-        points = client.metrics(job_id)
+        points = _with_online(client.metrics(job_id), client.evaluations(job_id)["online"])
     if as_json:
         show_json(points)
         return

@@ -134,6 +134,10 @@ class Client:
         ]
         return points
 
+    def evaluations(self, job_id: str) -> Answer:
+        """`evaluations` of the finished model; `online`, those of checkpoints: `step`, `entry`, `label`, `mean`, ..."""
+        return self._call("GET", f"/v1/jobs/{job_id}/evaluations")
+
     def logs(self, job_id: str) -> str:
         return self._send("GET", f"/v1/jobs/{job_id}/logs").text
 

@@ -9,7 +9,8 @@
         warnings.txt     what the person who submitted the job should know, a line each
         log.txt          the log of the job, all attempts
         events.jsonl     what happened to the run: workers joined and left, preemptions, hangs; one JSON object a line
-        online.jsonl     results of evaluations of checkpoints while training goes on
+        online.jsonl     results of evaluations of checkpoints while training goes on, a line each
+        online/          the checkpoint that is evaluated right now
         provenance.json  what the run was made of: code, packages, device, data
         stop             appears when somebody asks the run to stop; the ranks agree on it and checkpoint
         checkpoints/     `workloads.checkpoint`
@@ -74,6 +75,18 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _append(path: Path, document: dict[str, Any]) -> None:
+    """Appends a line of JSON, in one write; behind half a line of a process that was killed it starts a new one."""
+    line = json.dumps(document).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" * torn + line)
+    finally:
+        os.close(descriptor)
 
 
 class RunFolder:
@@ -142,16 +155,9 @@ class RunFolder:
             kind: worker_joined, worker_left, preempted, checkpoint_damaged, hang, ...
             message: a sentence for a person.
         """
-        line = json.dumps({"time": time.time(), "kind": kind, "message": message}).encode() + b"\n"
         logger.info("%s: %s", kind, message)
         try:
-            descriptor = os.open(self.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                os.write(descriptor, b"\n" * torn + line)
-            finally:
-                os.close(descriptor)
+            _append(self.events, {"time": time.time(), "kind": kind, "message": message})
         except OSError as error:
             logger.warning("an event could not be written: %s", error)
 
@@ -172,6 +178,26 @@ class RunFolder:
             with contextlib.suppress(ValueError):
                 events.append({**json.loads(line), "offset": after})
         return events
+
+    def add_online(self, result: dict[str, Any]) -> None:
+        """Appends a result of `workloads.online`: step, epoch, entry (of `evaluate`), label, metric, mean, std, seeds.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        _append(self.online, result)
+
+    def read_online(self) -> list[dict[str, Any]]:
+        """These results, in the order of their steps; half a line is none."""
+        try:
+            text = self.online.read_bytes()
+        except FileNotFoundError:
+            return []
+        results: list[dict[str, Any]] = []
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
+            with contextlib.suppress(ValueError):
+                results.append(json.loads(line))
+        return results
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         try:

@@ -27,6 +27,8 @@ from workloads.evaluate import evaluate
 from workloads.export import export
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
+from workloads.online import OnlineEvaluations, Start
+from workloads.online_child import ChildProcess
 from workloads.preflight import look
 from workloads.record import RunFolder, write_atomic
 from workloads.spec import JobSpec, read_spec
@@ -109,7 +111,8 @@ def execute(
             if problems := look(spec, home):
                 journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
                 return FAILED
-            with journal.training():
+            online = OnlineEvaluations(spec, run, home, job_id, _start_of(spec, ray))
+            with online, journal.training():
                 trained = _train(spec, run, home, stop, ray, on_point)
             if journal.out_of_time:
                 run.stop.unlink(missing_ok=True)  # what is trained is still exported and evaluated
@@ -140,7 +143,7 @@ def execute(
 
 def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool, on_point: OnPoint) -> bool:
     """True when training is complete. Chooses between this process and Ray Train."""
-    if ray and (spec.resources.max_workers > 1 or spec.resources.gpus):
+    if _in_a_group(spec, ray):
         from workloads.ray_train import train_on_ray
 
         return train_on_ray(spec, run, home, connected=stop.install)
@@ -154,6 +157,20 @@ def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bo
     torch.set_num_threads(spec.resources.cpus)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
     return train(spec, run, home, Ranks(device=device), should_stop=stop, on_point=on_point)
+
+
+def _in_a_group(spec: JobSpec, ray: bool) -> bool:
+    """Whether Ray Train makes a group of workers for it."""
+    return ray and (spec.resources.max_workers > 1 or spec.resources.gpus > 0)
+
+
+def _start_of(spec: JobSpec, ray: bool) -> Start:
+    """Where checkpoints are evaluated while it trains: on the cluster, or beside this process."""
+    if not _in_a_group(spec, ray):
+        return ChildProcess
+    from workloads.ray_online import ClusterTask
+
+    return ClusterTask
 
 
 def _claim(spec: JobSpec, run: RunFolder) -> str | None:

@@ -90,7 +90,9 @@ def metrics(job_id: str, jobs: JobsDep, after_step: int = -1) -> dict[str, Any]:
 
 @router.get("/{job_id}/evaluations")
 def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
-    return {"evaluations": jobs.run_folder(job_id).read_evaluations()}
+    """Results of the finished model, and `online` those of checkpoints while it trained, in the order of steps."""
+    run = jobs.run_folder(job_id)
+    return {"evaluations": run.read_evaluations(), "online": run.read_online()}
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)

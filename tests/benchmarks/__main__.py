@@ -13,10 +13,11 @@ from pathlib import Path
 
 from service.client import Client
 from service.local_cluster import temporary
-from tests.benchmarks import data, loop, service
+from tests.benchmarks import data, engine, gpu, loop, service
+from tests.benchmarks.table import Row, markdown
 from workloads.data.pack import pack_digits
 
-Row = tuple[str, str, str, bool]
+TRAIN = "digits/train-{000000..000001}.tar"
 
 
 def machine() -> str:
@@ -29,7 +30,7 @@ def machine() -> str:
 def rows(folder: Path) -> list[Row]:
     """(what, measured, wanted, reached)."""
     pack_digits(folder / "digits")
-    shards = str(folder / "digits" / "train-{000000..000001}.tar")
+    shards = str(folder / TRAIN)
     with tarfile.open(folder / "digits" / "test-000000.tar") as tar:
         member = next(m for m in tar if m.name.endswith(".png"))
         file = tar.extractfile(member)
@@ -67,9 +68,15 @@ def rows(folder: Path) -> list[Row]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        measured = rows(Path(folder)) + data.rows(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = name
+        folder = Path(name)
+        measured: list[Row] = [
+            *rows(folder),
+            *engine.rows(folder, str(folder / TRAIN)),
+            *data.rows(folder),
+            *gpu.rows(),
+        ]
     lines = ["# Benchmarks", "", "`make bench` writes this page: one run, medians.", "", machine() + ".", ""]
     lines += [
         f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
@@ -77,7 +84,7 @@ def main() -> None:
         "| figure | measured | wanted | |",
         "| --- | --- | --- | --- |",
     ]
-    lines += [f"| {what} | {value} | {wanted} | {'yes' if ok else '**no**'} |" for what, value, wanted, ok in measured]
+    lines += [markdown(row) for row in measured]
     text = "\n".join(lines) + "\n"
     (Path(__file__).parent / "RESULTS.md").write_text(text)
     print(text)

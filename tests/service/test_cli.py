@@ -64,6 +64,10 @@ class FakeClient:
         points = [{"step": 3, "epoch": 0, "loss": 0.5, "lr": 1e-3, "samples_per_s": 10.0}]
         return [point for point in points if point["step"] > after_step]
 
+    def evaluations(self, job_id: str) -> dict[str, Any]:
+        online = [{"step": s, "entry": e, "label": "knn", "mean": 0.1 * s + e} for s in (2, 3) for e in (0, 2)]
+        return {"evaluations": [], "online": [*online, {"step": 3, "entry": 1, "label": "probe", "mean": 0.25}]}
+
     def wait(self, job_id: str, on_update: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         job = JOB | {"state": FakeClient.state, "reason": "because"}
         on_update(job)
@@ -141,6 +145,15 @@ def test_lists_are_tables_in_a_pipe_and_json_on_request(service: type[FakeClient
     assert json.loads(runner.invoke(cli.app, ["metrics", "job-1", "--json"]).stdout)[0]["loss"] == 0.5
 
 
+def test_evaluations_of_checkpoints_are_part_of_the_curve(service: type[FakeClient]) -> None:
+    point = json.loads(runner.invoke(cli.app, ["metrics", "job-1", "--json"]).stdout)[0]
+    assert (point["loss"], point["knn[0]"], point["knn[2]"], point["probe"]) == (0.5, pytest.approx(0.3), 2.3, 0.25)
+    header, row = runner.invoke(cli.app, ["metrics", "job-1"]).stdout.splitlines()
+    assert dict(zip(header.split("\t"), row.split("\t"), strict=True))["probe"] == "0.25"
+    shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
+    assert "knn\t0.300 at step 3\nprobe\t0.250 at step 3\nknn\t2.300 at step 3" in shown  # the newest of each
+
+
 def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert runner.invoke(cli.app, ["pause", "job-1"]).stdout == "job-1 PAUSING\n"
     assert runner.invoke(cli.app, ["resume", "job-1"]).stdout == "job-1 QUEUED\n"
@@ -173,6 +186,52 @@ def test_run_local_trains_and_refuses_another_job(tmp_path: Path, toy_job: Calla
     assert runner.invoke(cli.app, ["run", str(path), "--out", str(tmp_path / "out")]).exit_code == 2
     path.write_text(yaml.safe_dump(toy_job(seed=4).model_dump(mode="json")))
     assert runner.invoke(cli.app, command).exit_code == 1
+
+
+def test_replay_says_whether_steps_are_equal(
+    tmp_path: Path, toy_job: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_HOME", str(tmp_path))
+    path, run = tmp_path / "job.yaml", tmp_path / "runs" / "job-1"
+    path.write_text(yaml.safe_dump(toy_job().model_dump(mode="json")))
+    assert runner.invoke(cli.app, ["run", "--local", str(path), "--out", str(run)]).exit_code == 0
+    command = ["run", "--replay", "job-1", "--steps", "15:20"]
+    equal = runner.invoke(cli.app, [*command, "--json"])
+    report = json.loads(equal.stdout)
+    assert equal.exit_code == 0 and report["equal"] and report["curve"]["points"] == 1
+    assert report["weights"] == {"tensor": None, "difference": 0.0}
+    assert "trains 5 steps from the checkpoint of step 15" in equal.stderr
+
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    points[-1]["loss"] += 0.1
+    (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    other = runner.invoke(cli.app, command)
+    assert other.exit_code == 1 and "result\tNOT equal" in other.stdout
+    assert "differs first at step 20: loss was" in other.stdout
+
+    provenance = run / "provenance.json"
+    provenance.write_text(provenance.read_text().replace('"content_hash": "', '"content_hash": "f'))
+    refused = runner.invoke(cli.app, command)
+    assert refused.exit_code == 1 and "other data" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--replay", "nobody"], "--steps A:B"),
+        (["--replay", "nobody", "--steps", "1:2"], "expected a run folder or the id of a job"),
+        (["--replay", "nobody", "--steps", "1:2", "--out", "there"], "no job, --out or --fresh"),
+        (["--steps", "1:2"], "--replay JOB"),
+        (["--json", "--local"], "--replay JOB"),
+        (["--local"], "got no job or no --out"),
+    ],
+)
+def test_replay_refuses_what_it_cannot_mean(
+    tmp_path: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_HOME", str(tmp_path))
+    result = runner.invoke(cli.app, ["run", *arguments])
+    assert result.exit_code == 2 and words in result.stderr
 
 
 def test_help_is_quick_and_imports_neither_ray_nor_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,7 +20,11 @@ from cluster import embedded
 from cluster.doctor import listening
 from cluster.embedded import Head
 from service.client import ApiError, Client
+from tests.faults.ray_faults import replica_killed
+from tests.faults.table import FAULT
+from tests.faults.trial import final_weights
 from workloads.record import RunFolder
+from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
 
 pytestmark = pytest.mark.ray
@@ -100,6 +105,15 @@ def test_a_killed_driver_and_a_cancel(home: Path, toy_job: Callable[..., JobSpec
         assert (job["state"], client.cancel(job_id)["state"]) == ("CANCELLED", "CANCELLED")
         stopped = run.read_record()
         assert stopped is not None and stopped.state == "STOPPED"
+
+
+def test_a_killed_replica_costs_a_job_nothing(
+    home: Path, toy_job: Callable[..., JobSpec], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    spec = toy_job(epochs=None, steps=400, log_steps=1, checkpoint={"every_steps": 50})
+    assert run_local(spec, tmp_path / "alone") == SUCCEEDED
+    row = replica_killed(head_of(home), spec, random.Random(), final_weights(RunFolder(tmp_path / "alone")))
+    record_property(FAULT, row)
 
 
 def test_everything_comes_back_after_a_restart(

@@ -180,7 +180,9 @@ def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: 
         "".join(json.dumps({"step": s, "epoch": 0, "loss": 1.0}) + "\n" for s in (10, 20))
     )
     (folder / "log.txt").write_text("first\nsecond\n")
+    assert client.get(f"/v1/jobs/{job_id}/evaluations").json() == {"evaluations": [], "online": []}
     (folder / "evaluations.json").write_text('[{"label": "knn"}]')
+    (folder / "online.jsonl").write_text('{"step": 10, "label": "knn"}\n{"step": 20, "la')
     service.parts.reconciler.round()
     assert [p["step"] for p in client.get(f"/v1/jobs/{job_id}/metrics?after_step=10").json()["points"]] == [20]
     assert client.get(f"/v1/jobs/{job_id}/logs").text == "first\nsecond\n"
@@ -188,6 +190,8 @@ def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: 
     assert followed == "id: 6\ndata: first\n\nid: 13\ndata: second\n\nevent: end\ndata: \n\n"
     job = client.get(f"/v1/jobs/{job_id}").json()
     assert job["skipped"] == ["a.tar: x at offset 3: no image"] and job["evaluations"] == [{"label": "knn"}]
+    results = client.get(f"/v1/jobs/{job_id}/evaluations").json()
+    assert results == {"evaluations": [{"label": "knn"}], "online": [{"step": 10, "label": "knn"}]}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.columns import Manifest
@@ -143,7 +144,7 @@ class Reader:
         made = (
             self._in_processes(start, stop, rank, world_size, pin_memory)
             if self.workers
-            else self._in_thread(start, stop, rank, world_size)
+            else self._in_thread(start, stop, rank, world_size, pin_memory)
         )
         try:
             for batch, skipped, busy_s in made:
@@ -153,21 +154,23 @@ class Reader:
         finally:
             made.close()
 
-    def _timed(self, step: int, rank: int, world_size: int) -> tuple[Batch, dict[int, str], float]:
+    def _timed(
+        self, step: int, rank: int, world_size: int, pin_memory: bool = False
+    ) -> tuple[Batch, dict[int, str], float]:
         """A batch, what was skipped in making it, and how long that took."""
         began, known = time.perf_counter(), set(self.skipped)
         batch = self.batch(step, rank, world_size)
         new = {row: why for row, why in self.skipped.items() if row not in known}
-        return batch, new, time.perf_counter() - began
+        return pinned(batch) if pin_memory else batch, new, time.perf_counter() - began
 
     def _in_thread(
-        self, start: int, stop: int, rank: int, world_size: int
+        self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool
     ) -> Generator[tuple[Batch, dict[int, str], float], None, None]:
         pending: deque[Future[tuple[Batch, dict[int, str], float]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
             try:
                 for step in range(start, stop):
-                    pending.append(pool.submit(self._timed, step, rank, world_size))
+                    pending.append(pool.submit(self._timed, step, rank, world_size, pin_memory))
                     if len(pending) > PREFETCH:
                         yield pending.popleft().result()
                 while pending:
@@ -233,6 +236,11 @@ class Reader:
                 f"got {bad} of {n} samples that cannot be decoded, expected at most a share of {self.max_bad_share}; "
                 f"repair them or raise max_bad_share: {some(list(self.skipped.values()), 20)}"
             )
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in memory from which a GPU can copy by itself."""
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _start_worker(_: int) -> None:

@@ -25,7 +25,7 @@ from workloads.data.decode import ImageError
 from workloads.data.keys import sample_keys
 from workloads.data.modalities import Loaded, Views, check, collate, load
 from workloads.data.order import WINDOW, permutation
-from workloads.data.reader import PREFETCH
+from workloads.data.reader import PREFETCH, pinned
 from workloads.data.shards import DataError, some
 from workloads.data.tarscan import member_name
 
@@ -97,7 +97,7 @@ class StreamReader:
         with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
             try:
                 for _ in range(start, stop):
-                    pending.append(pool.submit(next, made))
+                    pending.append(pool.submit(lambda: pinned(next(made)) if pin_memory else next(made)))
                     if len(pending) > PREFETCH:
                         yield pending.popleft().result()
                 while pending:

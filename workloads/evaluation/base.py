@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -34,6 +34,7 @@ class EvaluationConfig(Strict):
     data: TrainTest
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     untrained: bool = True  # also the same encoder without pretraining
+    every_checkpoints: int | None = Field(default=None, ge=1)  # also while it trains, on each n-th checkpoint
 
     @field_validator("seeds")
     @classmethod
@@ -41,6 +42,11 @@ class EvaluationConfig(Strict):
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"got seeds {list(seeds)}, expected distinct ones")
         return seeds
+
+    def without_baselines(self) -> Self:
+        """The same of the pretrained encoder only: what it is compared with does not change while it trains."""
+        baselines = type(self).model_fields.keys() & {"untrained", "raw_pixels"}
+        return self.model_copy(update=dict.fromkeys(baselines, False))
 
 
 @dataclass(frozen=True)

@@ -104,5 +104,5 @@ def nested_spec(config: FineTuneEvaluationConfig, subject: Subject, seed: int, *
         schedule=Schedule(warmup_epochs=config.warmup_epochs),
         precision=subject.spec.precision,
         seed=seed,
-        checkpoint=subject.spec.checkpoint,
+        checkpoint=subject.spec.checkpoint.model_copy(update={"mirror": None}),  # the mirror is of the job itself
     )

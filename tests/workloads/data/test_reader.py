@@ -258,3 +258,15 @@ def test_real_shards(real_data, name, size):
     assert Counter(index.tolist()) == dict.fromkeys(range(len(manifest)), 1) and not reader.skipped
     assert torch.cat([batch["label"] for batch in batches]).bincount().unique().numel() == 1
     assert batches[0]["image"].float().std() > 30
+
+
+def test_a_batch_for_a_gpu_is_pinned_by_the_thread_that_made_it(make_manifest, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self: threads.append(threading.current_thread().name) or self
+    )
+    reader = Reader(make_manifest([6]), VIEWS, batch_size=3)
+    assert len(list(reader.batches(0, 2))) == 2 and not threads
+    batches = list(reader.batches(0, 2, pin_memory=True))
+    tensors = sum(isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
+    assert len(threads) == tensors and all(name.startswith("reader") for name in threads)
