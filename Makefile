@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv dev demo serve check test bench clean
+.PHONY: help venv dev demo serve check test soak bench clean
 
 help:           ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -37,6 +37,9 @@ check: dev      ## lint, format, types, layers
 
 test: dev       ## the whole suite
 	$(BIN)/pytest
+
+soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
+	$(BIN)/pytest -m soak tests/faults
 
 bench: dev      ## ratios of one run, into tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks

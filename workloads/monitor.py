@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Monitor:
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)
         self._divergence = Divergence(spec.guards.divergence, known)
         self._collapse = Collapse(spec.guards.min_feature_std)
-        self._watchdog = Watchdog(spec.guards.hang, run.path / f"stacks-rank{ranks.rank}.txt", rank=ranks.rank)
+        stacks = run.path / f"stacks-rank{ranks.rank}.txt"
+        self._watchdog = Watchdog(spec.guards.hang, stacks, rank=ranks.rank, tell=partial(run.event, "hang"))
         self._features: dict[str, float] = {}
 
     def __enter__(self) -> Monitor:

@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from workloads.guards import CollapseError, DivergenceError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks
 from workloads.ray_scan import on_cluster
-from workloads.record import RunFolder, write_atomic
+from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKER_FAILURES = 5
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-LAST_CALL = "manta/last_call"
+WORKER = "workloads.ray_train:worker"
+RESIZE_S = 60.0  # between two looks whether there is room for more workers: a new group costs half a minute
 FINAL = (DataError, NonFiniteLossError, DivergenceError, CollapseError, checkpoint.CheckpointError, ValueError)
 """Would happen again."""
 
@@ -41,9 +42,9 @@ FINAL = (DataError, NonFiniteLossError, DivergenceError, CollapseError, checkpoi
 class TrainingFailedError(RuntimeError):
     """A failure that a worker reported as final; keeps its hint."""
 
-    def __init__(self, message: str, hint: str | None) -> None:
+    def __init__(self, reason: str, hint: str | None) -> None:
         self.hint = hint
-        super().__init__(message)
+        super().__init__(reason)
 
 
 def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callable[[], None]) -> bool:
@@ -59,58 +60,79 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
         True when the job is done, False when it was stopped.
 
     Raises:
-        TrainingFailedError: a failure that would happen again, with its hint.
-        ray.train.WorkerGroupError: workers died more often than MAX_WORKER_FAILURES.
+        TrainingFailedError: a failure that would happen again, or one too many without progress; with its hint.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from workloads.ray_group import Group, call, fatal, is_at_work
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     connected()
     for name in assemble.method_of(spec)[0].streams:
         assemble.open_stream(spec.data[name], on_cluster)  # where there is no manifest yet, the cluster makes it once
-    (run.path / "fatal.json").unlink(missing_ok=True)
+    fatal(run).unlink(missing_ok=True)
+    if is_at_work(run):
+        run.event("workers_left", "the process that ran the job was gone, and its workers with it")
     resources = spec.resources
-    trainer = DataParallelTrainer(
-        _worker,
-        train_loop_config={"spec": spec.model_dump_json(), "run": str(run.path), "home": str(home)},
-        scaling_config=ScalingConfig(
+    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    group = Group(run, resources.min_workers)
+    trainer = partial(
+        DataParallelTrainer,
+        # no train_loop_config, which Ray's dashboard may show: there are passwords among the variables
+        partial(call, WORKER, (spec.model_dump_json(), run, home, variables)),
+        scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,  # type: ignore[arg-type]  # a pair is elastic
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus else {}),
+            elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=run.path.name,
             storage_path=str(run.path / "ray_train"),
-            failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=2, max_preemption_failures=-1
+            callbacks=[group],  # type: ignore[list-item]  # typed as those of Tune
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1
             ),
         ),
     )
-    trainer.fit()
-    if (run.path / "fatal.json").exists():
-        failure = json.loads((run.path / "fatal.json").read_text())
-        raise TrainingFailedError(failure["reason"], failure["hint"])
-    return checkpoint.latest_step(run.checkpoints) == int(run.total_steps.read_text())
+    group.outlive(lambda: trainer().fit())
+    if fatal(run).exists():
+        raise TrainingFailedError(**json.loads(fatal(run).read_text()))
+    done = run.total_steps.exists() and checkpoint.latest_step(run.checkpoints) == int(run.total_steps.read_text())
+    if is_at_work(run) and not done:
+        run.event("workers_left", "all workers stopped, as they were asked to")
+    return done
 
 
-def _worker(config: dict[str, Any]) -> None:
+def of_a_lost_worker(error: Exception) -> bool:
+    """Whether this may be the echo of another worker's end: parts of a checkpoint are written by collectives.
+
+    Then a RuntimeError is the cause. A full disk can be one too: it comes again until the job is given up.
+    """
+    return isinstance(error.__cause__, RuntimeError)
+
+
+def worker(spec_json: str, run: RunFolder, home: Path, variables: dict[str, str]) -> None:
     """What Ray Train runs on each worker."""
     import ray.train
+    from ray.train.v2._internal.execution.context import get_train_context
 
+    from workloads.ray_group import give_up
     from workloads.train import train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    spec = JobSpec.model_validate_json(config["spec"])
-    run = RunFolder(Path(config["run"]))
-    if (run.path / "fatal.json").exists():  # the group was restarted for a failure that would come again
-        return
+    os.environ.update(variables)  # else there are only those of the node
+    spec = JobSpec.model_validate_json(spec_json)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     world_size = spec.ranks_among(workers)
+    store = _store(rank, world_size) if world_size > 1 else None
+    if rank >= world_size:
+        return  # stands by: the process stays until the group ends, and Ray asks it for nothing more
     device = torch.device("cpu")
     if spec.resources.gpus:
         device = torch.device("cuda", context.get_local_rank() % torch.cuda.device_count())
@@ -118,91 +140,51 @@ def _worker(config: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(spec.resources.cpus_per_worker)
         keep_freed_memory()
-    store = _store(rank, workers) if workers > 1 else None
-    if rank >= world_size:
-        assert store is not None
-        _stand_by(store)
-        return
+    ranks = Ranks(rank, world_size, device)
     if rank == 0:
-        spare = f"; {workers - world_size} stand by, since they do not divide the batch" if workers > world_size else ""
-        run.event("workers_joined", f"{world_size} workers train{spare}")
+        spare = f", of which {workers - world_size} stand by: they would not share the batch evenly"
+        run.event("workers_joined", f"{workers} workers" + spare * (workers > world_size))
+    preemption = get_train_context().preemption_context
+
+    def preempted() -> bool:
+        """`ray.train.get_preemption_info` tells the same by a call to an actor in which all workers must take part."""
+        return ranks.any(preemption.preemption_info is not None)
+
     with run.logging(f"[rank {rank}] "):
-        if store is not None and world_size > 1:
+        if store is not None:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-        preemption = Preemption(run, rank)
         try:
-            train(
-                spec,
-                run,
-                Path(config["home"]),
-                Ranks(rank, world_size, device),
-                should_stop=run.stop.exists,
-                preempted=preemption.noticed,
-            )
-            if store is not None and workers > world_size:
-                preemption.release(store)
+            train(spec, run, home, ranks, should_stop=run.stop.exists, preempted=preempted)
         except FINAL as error:
             logger.exception("rank %d failed", rank)
-            failure = {"reason": f"{type(error).__name__}: {error}", "hint": getattr(error, "hint", None)}
-            write_atomic(run.path / "fatal.json", json.dumps(failure))
+            if not of_a_lost_worker(error):
+                give_up(run, f"{type(error).__name__}: {error}", getattr(error, "hint", None))
             raise
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-class Preemption:
-    """Asks Ray whether a node of the group is about to be taken away: a call that all workers make equally often."""
+def _store(rank: int, world_size: int) -> Any:
+    """Where the ranks of a group find each other; it listens on Ray's own address only.
 
-    def __init__(self, run: RunFolder, rank: int) -> None:
-        self._run, self._rank, self._calls, self._known = run, rank, 0, False
-
-    def noticed(self) -> bool:
-        import ray.train
-
-        info = ray.train.get_preemption_info()
-        self._calls += 1
-        if info is not None and not self._known and self._rank == 0:
-            self._run.event("preempted", f"a node is about to go: {info}; a checkpoint follows each step")
-        self._known = self._known or info is not None
-        return self._known
-
-    def release(self, store: Any) -> None:
-        """Lets the workers go that stand by: they wait in the call, so all make one more."""
-        if self._rank == 0:
-            store.set(LAST_CALL, str(self._calls + 1))
-        if dist.is_initialized():
-            dist.barrier()
-        self.noticed()
-
-
-def _stand_by(store: Any) -> None:
-    """What a worker does that is not needed: takes part in the calls of all until the others are done."""
-    import ray.train
-
-    calls = 0
-    while True:
-        ray.train.get_preemption_info()
-        calls += 1
-        if store.check([LAST_CALL]) and calls >= int(store.get(LAST_CALL)):
-            return
-
-
-def _store(rank: int, workers: int) -> Any:
-    """Where the ranks of a group find each other; it listens on Ray's own address only."""
+    All workers call it, those that stand by too: for them there is no store.
+    """
     import ray.util
     from ray.train.collective import broadcast_from_rank_zero
 
     address = None
     listener = None
     if rank == 0:
-        listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=workers)
+        listener = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=world_size)
         address = listener.getsockname()[:2]
     host, port = broadcast_from_rank_zero(address)
+    if rank >= world_size:
+        return None
     if listener is None:
-        return dist.TCPStore(host, port, workers, is_master=False)  # type: ignore[attr-defined]
+        return dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
     master = os.dup(listener.fileno())
-    store = dist.TCPStore(host, port, workers, is_master=True, master_listen_fd=master)  # type: ignore[attr-defined]
+    store = dist.TCPStore(host, port, world_size, is_master=True, master_listen_fd=master)  # type: ignore[attr-defined]
     listener.close()
     return store

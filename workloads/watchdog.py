@@ -44,6 +44,7 @@ class Watchdog:
         stacks: Path,
         *,
         rank: int = 0,
+        tell: Callable[[str], None] = lambda _: None,
         on_hang: Callable[[], None] = end_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -53,11 +54,12 @@ class Watchdog:
             limit_s: `Guards.hang`; None: nothing is watched.
             stacks: a file of this rank alone; appended to.
             rank: told in the file.
+            tell: gets a sentence for a person once the stacks are written.
             on_hang: ends the process.
             clock: seconds.
         """
         self._limit_s, self._stacks, self._rank = limit_s, stacks, rank
-        self._on_hang, self._clock = on_hang, clock
+        self._tell_person, self._on_hang, self._clock = tell, on_hang, clock
         self._step = 0
         self._pauses = 0
         self._beat_at = self._looked_at = clock()
@@ -106,6 +108,7 @@ class Watchdog:
             file.flush()  # faulthandler writes past Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
             file.write("\n")
+        self._tell_person(f"{what}; its stacks are in {self._stacks.name}")
         logger.error(
             "%s: its stacks are in %s; the process ends in %.0f s and goes on from the last checkpoint when it is "
             "started again; if steps really take so long, raise guards.hang",

@@ -20,6 +20,7 @@ from cluster import embedded
 from cluster.doctor import listening
 from cluster.embedded import Head
 from service.client import ApiError, Client
+from tests.faults.faults import SEED
 from tests.faults.ray_faults import replica_killed
 from tests.faults.table import FAULT
 from tests.faults.trial import final_weights
@@ -112,7 +113,7 @@ def test_a_killed_replica_costs_a_job_nothing(
 ) -> None:
     spec = toy_job(epochs=None, steps=400, log_steps=1, checkpoint={"every_steps": 50})
     assert run_local(spec, tmp_path / "alone") == SUCCEEDED
-    row = replica_killed(head_of(home), spec, random.Random(), final_weights(RunFolder(tmp_path / "alone")))
+    row = replica_killed(head_of(home), spec, random.Random(SEED), final_weights(RunFolder(tmp_path / "alone")))
     record_property(FAULT, row)
 
 
