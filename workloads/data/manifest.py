@@ -97,7 +97,7 @@ def _places(paths: list[str]) -> tuple[str, Path]:
 def _find(paths: list[str]) -> Path | None:
     """The manifest of these shards, checked against them; the newest where there are two.
 
-    One that another version of this program wrote is as good as none.
+    One that another version of this program wrote, or of shards at another place, is as good as none.
     """
     beside, cached = _places(paths)
     if is_remote(beside) and not cached.is_file() and (data := read_file(beside)) is not None:
@@ -111,17 +111,14 @@ def _find(paths: list[str]) -> Path | None:
     if facts is None:
         logger.info("%s was written by another version; the shards are scanned again", place)
         return None
+    if facts["shards"] != tuple(paths):  # shards and manifest were copied together, between a disk and a bucket
+        logger.info("%s is of the same names at another place; the shards are scanned again", place)
+        return None
     _expect_match(place, facts, paths)
     return place
 
 
 def _expect_match(place: Path, facts: dict[str, Any], paths: list[str]) -> None:
-    if facts["shards"] != tuple(paths):
-        got, expected = set(paths) - set(facts["shards"]), set(facts["shards"]) - set(paths)
-        raise DataError(
-            f"got shards that are not those of {place}: got {some(sorted(got)) or 'another order'}, "
-            f"expected {some(sorted(expected)) or 'that of the manifest'}; {REBUILD}"
-        )
     try:
         now = sizes(paths)
     except OSError as error:

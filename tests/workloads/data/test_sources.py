@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from workloads.data import sources
-from workloads.data.manifest import DataError, open_manifest, peek
+from workloads.data.manifest import DataError, Manifest, open_manifest, peek
 from workloads.data.reader import Reader
 from workloads.data.sources import ScanFile, retried
 from workloads.data.views import View
@@ -248,3 +248,20 @@ def test_rows_of_a_remote_shard_are_read_in_their_order(make_manifest, tmp_path,
     rows = np.arange(10)[::-1][:stop]
     local, remote = open_manifest(str(tmp_path / "set-000000.tar")), open_manifest(f"{url}/a.tar")
     assert read_members(remote, "image", rows) == read_members(local, "image", rows)
+
+
+def test_shards_uploaded_with_their_manifest_are_read(
+    bucket: Callable[[Path], str], make_manifest: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    make_manifest([3, 2])
+    for shard in tmp_path.glob("set-*.tar"):
+        shard.rename(folder / shard.name)
+    local = open_manifest(f"{folder}/set-{{000000..000001}}.tar")
+    url = bucket(folder)
+    assert any(file.name.endswith(".manifest.parquet") for file in folder.iterdir())
+    for _ in range(2):  # made anew, then found
+        remote = open_manifest(f"{url}/set-{{000000..000001}}.tar")
+        assert len(remote) == len(local) == 5 and all(shard.startswith("s3://") for shard in remote.shards)
+        assert (remote.label == local.label).all()
