@@ -39,7 +39,7 @@ test: dev       ## the whole suite
 	$(BIN)/pytest
 
 soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
-	$(BIN)/pytest -m soak tests/faults
+	$(BIN)/pytest -m soak
 
 bench: dev      ## ratios of one run, into tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
