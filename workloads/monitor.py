@@ -77,16 +77,15 @@ class Monitor:
         self._features: dict[str, float] = {}
 
     def __enter__(self) -> Monitor:
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._curve.close)
-            stack.callback(self._skipped.write)
-            stack.enter_context(self._watchdog)
-            self._stack = stack.pop_all()
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(self._curve.close)
+        self._stack.callback(self._skipped.write)
+        for tracker in self._trackers:
+            self._stack.callback(tracker.close)
+        self._stack.enter_context(self._watchdog)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self._trackers:
-            self._stack.callback(tracker.close)
         self._stack.close()
 
     def _tell(self, point: dict[str, Any]) -> None:
@@ -120,10 +119,10 @@ class Monitor:
         if self._warnings is not None:
             self._warnings.point()
         self._skipped.write()
-        row, most = point.get("skipped_steps", 0) and int(stepper.worst_row), self._spec.guards.max_skipped_steps
-        if row >= most:
+        most = self._spec.guards.max_skipped_steps
+        if point.get("skipped_steps") and stepper.worst_row >= most:  # read off the device only then
             raise NonFiniteLossError(
-                f"loss or gradient was not finite in {row} steps in a row up to step {step}, "
+                f"loss or gradient was not finite in {int(stepper.worst_row)} steps in a row up to step {step}, "
                 f"expected less than {most}; they were left out"
             )
         self._divergence.look(point)

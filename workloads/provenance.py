@@ -67,7 +67,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def read(run: RunFolder) -> list[dict[str, Any]]:
     """All entries of a run, oldest first; [] where none was kept."""
     try:
-        entries: list[dict[str, Any]] = json.loads(_place(run).read_text())
+        entries: list[dict[str, Any]] = json.loads(run.provenance.read_text())
     except FileNotFoundError:
         return []
     return entries
@@ -78,12 +78,8 @@ def keep(run: RunFolder, facts: dict[str, Any]) -> list[str]:
     entries = read(run)
     if entries and entries[-1] == facts:
         return []
-    write_atomic(_place(run), json.dumps([*entries, facts], indent=1))
+    write_atomic(run.provenance, json.dumps([*entries, facts], indent=1))
     return difference(entries[-1], facts) if entries else []
-
-
-def _place(run: RunFolder) -> Path:
-    return run.path / "provenance.json"
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -89,6 +89,23 @@ def _append(path: Path, document: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def _documents(path: Path, after: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The JSON lines behind byte `after`, each with the byte behind it; half a line is none, nor is a missing file.
+
+    Half a line at the end is being written; within, a full disk or a killed process left it.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(after)
+            text = file.read()
+    except FileNotFoundError:
+        return
+    for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
+        after += len(line)
+        with contextlib.suppress(ValueError):
+            yield json.loads(line), after
+
+
 class RunFolder:
     """Paths and small files of one run; reads tolerate a run that is being written."""
 
@@ -131,19 +148,11 @@ class RunFolder:
         write_atomic(self.record, record.model_copy(update={"updated_at": time.time()}).model_dump_json(indent=1))
 
     def read_metrics(self, *, after_step: int = -1) -> Iterator[dict[str, Any]]:
-        """Points with a step above `after_step`, complete lines only.
+        """Points with a step above `after_step`.
 
         A resumed run repeats the steps after its checkpoint: the later line of a step wins.
         """
-        points: dict[int, dict[str, Any]] = {}
-        try:
-            text = self.metrics.read_text()
-        except FileNotFoundError:
-            return
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):  # else it is being written
-                point = json.loads(line)
-                points[point["step"]] = point
+        points = {point["step"]: point for point, _ in _documents(self.metrics)}
         yield from (points[step] for step in sorted(points) if step > after_step)
 
     def event(self, kind: str, message: str) -> None:
@@ -162,22 +171,8 @@ class RunFolder:
             logger.warning("an event could not be written: %s", error)
 
     def read_events(self, *, after: int = 0) -> list[dict[str, Any]]:
-        """Events behind byte `after`: `time`, `kind`, `message`, and `offset`, the byte behind each of them.
-
-        Half a line, which a full disk or a killed process leaves, is no event.
-        """
-        try:
-            with open(self.events, "rb") as file:
-                file.seek(after)
-                text = file.read()
-        except FileNotFoundError:
-            return []
-        events: list[dict[str, Any]] = []
-        for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
-            after += len(line)
-            with contextlib.suppress(ValueError):
-                events.append({**json.loads(line), "offset": after})
-        return events
+        """Events behind byte `after`: `time`, `kind`, `message`, and `offset`, the byte behind each of them."""
+        return [{**event, "offset": offset} for event, offset in _documents(self.events, after)]
 
     def add_online(self, result: dict[str, Any]) -> None:
         """Appends a result of `workloads.online`: step, epoch, entry (of `evaluate`), label, metric, mean, std, seeds.
@@ -188,16 +183,8 @@ class RunFolder:
         _append(self.online, result)
 
     def read_online(self) -> list[dict[str, Any]]:
-        """These results, in the order of their steps; half a line is none."""
-        try:
-            text = self.online.read_bytes()
-        except FileNotFoundError:
-            return []
-        results: list[dict[str, Any]] = []
-        for line in text[: text.rfind(b"\n") + 1].splitlines():
-            with contextlib.suppress(ValueError):
-                results.append(json.loads(line))
-        return results
+        """These results, in the order of their steps."""
+        return [result for result, _ in _documents(self.online)]
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         try:

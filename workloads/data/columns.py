@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from workloads.data.order import permutation
 from workloads.data.shards import DataError, some
 from workloads.data.sources import is_remote
 
@@ -156,7 +157,7 @@ class Manifest:
             DataError: a class has fewer.
         """
         # Raw Philox words, not a Generator's methods: only the words are promised to stay the same between versions.
-        drawn = np.argsort(np.random.Philox(key=seed).random_raw(len(self)), kind="stable")
+        drawn = permutation(seed, 0, 0, len(self))
         chosen = [drawn[self.label[drawn] == number][:per_class] for number in range(self.num_classes)]
         short = [
             f"{name} has {len(rows)}" for name, rows in zip(self.classes, chosen, strict=True) if len(rows) < per_class

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from workloads.data.decode import decode
-from workloads.data.pack_files import checked, class_member, file_source, find_files, mixed, numbered, order_classes
+from workloads.data.pack_files import (
+    checked,
+    class_member,
+    file_source,
+    find_files,
+    mixed,
+    numbered,
+    order_classes,
+    write_found,
+)
 from workloads.data.shard_writer import Members, OnSample, Packed, ShardLimit, Source, nobody, write_dataset
 from workloads.data.shards import DataError
 from workloads.data.tarscan import IMAGE_SUFFIXES
@@ -76,21 +85,13 @@ def pack_folder(
     Raises:
         DataError: no image, images beside class folders, or an `out` that may not be replaced.
     """
-    found = find_files(root, IMAGE_SUFFIXES)
-    return write_dataset(
-        {
-            split: mixed([image_source(path, root, class_member(label)) for path, label in files])
-            for split, files in found.splits.items()
-        },
-        found.classes,
+    return write_found(
+        "pack folder",
+        root,
+        find_files(root, IMAGE_SUFFIXES),
+        lambda path, label: image_source(path, root, class_member(label)),
         out,
-        limit=ShardLimit(samples=samples_per_shard),
-        arguments={
-            "command": "pack folder",
-            "root": str(root.absolute()),
-            "samples_per_shard": samples_per_shard,
-            "files": fingerprint(found.paths),
-        },
+        samples_per_shard=samples_per_shard,
         force=force,
         on_sample=on_sample,
     )

@@ -7,10 +7,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from workloads.data.shard_writer import Members, SampleError, Source, Split
+from workloads.data.order import permutation
+from workloads.data.shard_writer import (
+    Members,
+    OnSample,
+    Packed,
+    SampleError,
+    ShardLimit,
+    Source,
+    Split,
+    write_dataset,
+)
 from workloads.data.shards import DataError
+from workloads.data.unfinished import fingerprint
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -193,4 +202,49 @@ def file_source(
 
 def mixed(sources: Sequence[Source]) -> Split:
     """In an order drawn by a fixed seed, since files come sorted by class."""
-    return Split.of([sources[i] for i in np.argsort(np.random.Philox(key=0).random_raw(len(sources)), kind="stable")])
+    return Split.of([sources[i] for i in permutation(0, 0, 0, len(sources))])
+
+
+def write_found(
+    command: str,
+    root: Path,
+    found: Found,
+    source: Callable[[Path, int | None], Source | None],
+    out: Path,
+    *,
+    samples_per_shard: int,
+    force: bool,
+    on_sample: OnSample,
+) -> Packed:
+    """Writes the files of a folder as shards.
+
+    Args:
+        command: the one that asks for it; another one does not go on with its work.
+        root: the folder.
+        found: its files.
+        source: a file and its class as a sample; None where it belongs to another one.
+        out: the new folder.
+        samples_per_shard: at most.
+        force: replace `out`, if it holds nothing but packed shards.
+        on_sample: told the name of each file when it is done.
+
+    Raises:
+        DataError: no file, or an `out` that may not be replaced.
+    """
+    return write_dataset(
+        {
+            split: mixed([sample for path, label in files if (sample := source(path, label)) is not None])
+            for split, files in found.splits.items()
+        },
+        found.classes,
+        out,
+        limit=ShardLimit(samples=samples_per_shard),
+        arguments={
+            "command": command,
+            "root": str(root.absolute()),
+            "samples_per_shard": samples_per_shard,
+            "files": fingerprint(found.paths),
+        },
+        force=force,
+        on_sample=on_sample,
+    )

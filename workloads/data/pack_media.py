@@ -8,19 +8,9 @@ from pathlib import Path
 
 from workloads.data.member_checks import check_of
 from workloads.data.pack import SAMPLES_PER_SHARD
-from workloads.data.pack_files import checked, class_member, file_source, find_files, mixed, stem_and_suffix
-from workloads.data.shard_writer import (
-    Members,
-    OnSample,
-    Packed,
-    SampleError,
-    ShardLimit,
-    Source,
-    nobody,
-    write_dataset,
-)
+from workloads.data.pack_files import checked, class_member, file_source, find_files, stem_and_suffix, write_found
+from workloads.data.shard_writer import Members, OnSample, Packed, SampleError, Source, nobody
 from workloads.data.tarscan import VIDEO_SUFFIXES
-from workloads.data.unfinished import fingerprint
 
 VOLUME_SUFFIXES = ("nii.gz", "npy")
 
@@ -45,15 +35,16 @@ def pack_videos(
     def source(path: Path, label: int | None) -> Source:
         return file_source(path, root, VIDEO_SUFFIXES, checked(check, class_member(label)))
 
-    splits = {split: mixed([source(path, label) for path, label in files]) for split, files in found.splits.items()}
-    arguments = {
-        "command": "pack videos",
-        "root": str(root.absolute()),
-        "samples_per_shard": samples_per_shard,
-        "files": fingerprint(found.paths),
-    }
-    limit = ShardLimit(samples=samples_per_shard)
-    return write_dataset(splits, found.classes, out, limit=limit, arguments=arguments, force=force, on_sample=on_sample)
+    return write_found(
+        "pack videos",
+        root,
+        found,
+        source,
+        out,
+        samples_per_shard=samples_per_shard,
+        force=force,
+        on_sample=on_sample,
+    )
 
 
 def pack_volumes(
@@ -76,22 +67,22 @@ def pack_volumes(
     check_of("nii.gz")  # its library is there
     found = find_files(root, VOLUME_SUFFIXES, lambda name: bool(re.match("images|labels", name)))
 
-    def source(path: Path, label: int | None) -> Source:
+    def source(path: Path, label: int | None) -> Source | None:
+        if _is_mask(path):
+            return None
         beside = partial(_with_mask, find_mask(path), class_member(label))
         return file_source(path, root, VOLUME_SUFFIXES, beside)
 
-    splits = {
-        split: mixed([source(path, label) for path, label in files if not _is_mask(path)])
-        for split, files in found.splits.items()
-    }
-    arguments = {
-        "command": "pack volumes",
-        "root": str(root.absolute()),
-        "samples_per_shard": samples_per_shard,
-        "files": fingerprint(found.paths),
-    }
-    limit = ShardLimit(samples=samples_per_shard)
-    return write_dataset(splits, found.classes, out, limit=limit, arguments=arguments, force=force, on_sample=on_sample)
+    return write_found(
+        "pack volumes",
+        root,
+        found,
+        source,
+        out,
+        samples_per_shard=samples_per_shard,
+        force=force,
+        on_sample=on_sample,
+    )
 
 
 def find_mask(path: Path) -> Path | None:

@@ -7,14 +7,13 @@ start at another step, and the union over ranks is the same for every world size
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workloads.data.ahead import ahead
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.columns import Manifest
 from workloads.data.decode import ImageError
@@ -144,7 +143,7 @@ class Reader:
         made = (
             self._in_processes(start, stop, rank, world_size, pin_memory)
             if self.workers
-            else self._in_thread(start, stop, rank, world_size, pin_memory)
+            else ahead((self._timed(step, rank, world_size, pin_memory) for step in range(start, stop)), PREFETCH)
         )
         try:
             for batch, skipped, busy_s in made:
@@ -162,22 +161,6 @@ class Reader:
         batch = self.batch(step, rank, world_size)
         new = {row: why for row, why in self.skipped.items() if row not in known}
         return pinned(batch) if pin_memory else batch, new, time.perf_counter() - began
-
-    def _in_thread(
-        self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool
-    ) -> Generator[tuple[Batch, dict[int, str], float], None, None]:
-        pending: deque[Future[tuple[Batch, dict[int, str], float]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-            try:
-                for step in range(start, stop):
-                    pending.append(pool.submit(self._timed, step, rank, world_size, pin_memory))
-                    if len(pending) > PREFETCH:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
 
     def _in_processes(
         self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool

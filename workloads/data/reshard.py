@@ -11,6 +11,7 @@ import simplejpeg
 from PIL import Image
 
 from workloads.data.decode import decode
+from workloads.data.order import permutation
 from workloads.data.sample_index import index_samples
 from workloads.data.shard_writer import Members, OnSample, Packed, ShardLimit, Source, Split, nobody, write_dataset
 from workloads.data.shards import DataError
@@ -56,7 +57,7 @@ def reshard(
     index = index_samples(shards, prefix_keys=prefix_keys)
     order = np.arange(len(index))
     if shuffle is not None:
-        order = np.argsort(np.random.Philox(key=shuffle).random_raw(len(index)), kind="stable")
+        order = permutation(shuffle, 0, 0, len(index))
 
     def source(row: int) -> Source:
         whole = index.source(row)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from workloads.data.indexing import here
 from workloads.data.shard_writer import SampleError, Source
 from workloads.data.shards import DataError, expand, read_classes, some
-from workloads.data.sources import Shard, is_remote, open_shard, sizes
+from workloads.data.sources import open_shard, sizes
 from workloads.data.tarscan import BLOCK, TornError, members, scan, split_name
 from workloads.data.unfinished import Arguments, fingerprint
 
@@ -153,13 +154,5 @@ def _name(path: str) -> str:
 
 
 def _read(path: str, start: int, end: int) -> bytes:
-    if is_remote(path):
-        return _remote(path).read_at(start, end - start)
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(end - start)
-
-
-@lru_cache(maxsize=64)  # opening asks the store once more
-def _remote(path: str) -> Shard:
-    return open_shard(path)
+    with closing(open_shard(path)) as shard:
+        return shard.read_at(start, end - start)

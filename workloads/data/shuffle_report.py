@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from workloads.data.columns import Manifest
-from workloads.data.order import WINDOW, Rows, Uniform
+from workloads.data.order import WINDOW, Rows, Uniform, permutation
 
 MAX_BATCHES = 2000
 
@@ -46,7 +46,7 @@ def mixing(manifest: Manifest, *, batch_size: int = 256, window: int = WINDOW, s
     n = len(manifest)
     batch_size = min(batch_size, n)
     order = Uniform(n, batch_size, seed=seed, window=window).rows(0, 0, n)
-    uniform = np.argsort(np.random.Philox(key=seed).random_raw(n), kind="stable")
+    uniform = permutation(seed, 0, 0, n)
     measured: dict[str, Any] = _figures(order, manifest.label, batch_size)
     return Mixing(window=window, uniform=_figures(uniform, manifest.label, batch_size), **measured)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from workloads.data.order import permutation
 from workloads.data.pack import SAMPLES_PER_SHARD
 from workloads.data.sample_index import SampleIndex, index_samples
 from workloads.data.shard_writer import OnSample, Packed, ShardLimit, Split, nobody, write_dataset
@@ -148,7 +149,7 @@ def class_counts(sizes: Sequence[int], shares: Sequence[Fraction]) -> NDArray[np
 
 def assign(labels: NDArray[np.int64], shares: Sequence[Fraction], seed: int) -> NDArray[np.int64]:
     """The split of each sample, int64 [N], by labels int64 [N]: samples of a class are dealt out in a drawn order."""
-    drawn = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
+    drawn = permutation(seed, 0, 0, len(labels))
     by_class = drawn[np.argsort(labels[drawn], kind="stable")]
     counts = class_counts(np.unique(labels, return_counts=True)[1].tolist(), shares)
     part = np.empty(len(labels), np.int64)
@@ -159,7 +160,7 @@ def assign(labels: NDArray[np.int64], shares: Sequence[Fraction], seed: int) -> 
 def assign_groups(groups: NDArray[np.int64], shares: Sequence[Fraction], seed: int) -> NDArray[np.int64]:
     """The split of each sample, int64 [N], by the number of its group, int64 [N] in [0, G)."""
     sizes = np.bincount(groups)
-    drawn = np.argsort(np.random.Philox(key=seed).random_raw(len(sizes)), kind="stable")
+    drawn = permutation(seed, 0, 0, len(sizes))
     lacks = largest_remainder(len(groups), shares)
     part = np.empty(len(sizes), np.int64)
     for number in drawn[np.argsort(-sizes[drawn], kind="stable")]:

@@ -11,15 +11,14 @@ import contextlib
 import hashlib
 import tarfile
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 
+from workloads.data.ahead import ahead
 from workloads.data.columns import Keys, Manifest, Places
 from workloads.data.decode import ImageError
 from workloads.data.keys import sample_keys
@@ -92,22 +91,11 @@ class StreamReader:
         self, start: int, stop: int, rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
     ) -> Generator[dict[str, Any], None, None]:
         """The batches of steps start..stop-1 of this rank, made ahead by a thread; the stream itself starts anew."""
-        made = self._made(start, stop, rank, world_size)
-        pending: deque[Future[dict[str, Any]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-            try:
-                for _ in range(start, stop):
-                    pending.append(pool.submit(lambda: pinned(next(made)) if pin_memory else next(made)))
-                    if len(pending) > PREFETCH:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
-        made.close()
+        return ahead(self._made(start, stop, rank, world_size, pin_memory), PREFETCH)
 
-    def _made(self, start: int, stop: int, rank: int, world_size: int) -> Generator[dict[str, Any], None, None]:
+    def _made(
+        self, start: int, stop: int, rank: int, world_size: int, pin_memory: bool
+    ) -> Generator[dict[str, Any], None, None]:
         size = self.batch_size * (rank + 1) // world_size - self.batch_size * rank // world_size
         with contextlib.closing(self._samples(start, rank, world_size)) as source:
             samples = self._shuffled(source, start)
@@ -115,7 +103,7 @@ class StreamReader:
                 began = time.perf_counter()
                 batch = self._batch(samples, size, step // self.steps_per_epoch)
                 self.busy_s += time.perf_counter() - began
-                yield batch
+                yield pinned(batch) if pin_memory else batch
 
     def _batch(self, samples: Iterator[tuple[int, dict[str, Any]]], size: int, epoch: int) -> dict[str, Any]:
         numbers: list[int] = []
