@@ -7,6 +7,7 @@ process group is made here, on the address that Ray itself uses.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -160,10 +161,12 @@ def worker(spec_json: str, run: RunFolder, home: Path, variables: dict[str, str]
             logger.exception("rank %d failed", rank)
             if not of_a_lost_worker(error):
                 give_up(run, f"{type(error).__name__}: {error}", getattr(error, "hint", None))
-            raise
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            raise  # an exchange that failed ends with this process, which Ray ends
+        if dist.is_initialized():
+            # If DDP held the last reference to gloo, it would join gloo's thread with Python's lock in its hands, for
+            # which that thread may be waiting (torch 2.13): so DDP goes first.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def _store(rank: int, world_size: int) -> Any:

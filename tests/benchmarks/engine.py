@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.benchmarks import apart, growth, loop, synthetic, workers
 from tests.benchmarks.table import Row
-from workloads.methods.base import Batch, Method
+from workloads.methods.base import Batch, Method, Output, Progress
 from workloads.methods.mae import MAE
 from workloads.parts.masking import Mask
 from workloads.record import RunFolder
@@ -58,11 +58,12 @@ class AllTokens(MAE):
         tokens = torch.where(mask.mask[:, :, None] > 0, self.hidden, self.encoder.patch_embed(images))
         return self.encoder.encode(tokens + self.encoder.pos_embed[:, 1:])  # [B, 1 + L, D]
 
-    def decode(self, latent: Tensor, mask: Mask) -> Tensor:
-        x = self.decoder_embed(latent) + self.get_buffer("decoder_pos_embed")
-        for block in self.decoder_blocks:
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        images, mask = batch["image"], self.mask(batch["key"])
+        x = self.decoder.embed(self.encode(images, mask)) + self.decoder.get_buffer("pos_embed")
+        for block in self.decoder.blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return Output(self.loss(images, self.decoder.pred(self.decoder.norm(x))[:, 1:], mask.mask))
 
 
 def masked_and_plain(document: dict[str, Any]) -> dict[str, Method]:

@@ -40,7 +40,6 @@ def step_times(document: dict[str, Any], images: int, steps: int, rounds: int) -
         rounds: turns, and one to warm up.
     """
     import torch
-    import torch.distributed as dist
 
     from tests.benchmarks import synthetic
     from workloads.parallel import Spread
@@ -67,8 +66,8 @@ def step_times(document: dict[str, Any], images: int, steps: int, rounds: int) -
             for _ in range(steps):
                 stepper({"train": batch}, synthetic.START)
             seconds[name].append(ranks.mean(torch.tensor((time.perf_counter() - began) / steps)).item())
-    if ranks.world_size > 1:
-        dist.destroy_process_group()
+    del own, model, stepper, steppers
+    synthetic.leave()
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 

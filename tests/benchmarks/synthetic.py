@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def own_rank() -> Ranks:
     if ranks.world_size > 1:
         dist.init_process_group("gloo")
     return ranks
+
+
+def leave() -> None:
+    """Ends the exchange of tensors; nobody may hold a model of DDP any more.
+
+    If DDP held the last reference to gloo, it would join gloo's thread with Python's lock in its hands, for which that
+    thread may be waiting (torch 2.13).
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build(document: dict[str, Any]) -> tuple[JobSpec, Method]:

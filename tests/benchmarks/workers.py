@@ -64,7 +64,8 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
         dist.barrier()
         if ranks.rank == 0:
             (Path(turns) / f"bare-{i}").touch()
-    dist.destroy_process_group()
+    del model
+    synthetic.leave()
     return rates
 
 
