@@ -61,7 +61,7 @@ def test_all_tokens_are_encoded_by_the_plain_implementation() -> None:
     loss = plain(batch, synthetic.START).loss
     assert loss is not None
     loss.backward()
-    assert {n for n, p in plain.named_parameters() if p.requires_grad and p.grad is None} == {"mask_token"}
+    assert {n for n, p in plain.named_parameters() if p.requires_grad and p.grad is None} == {"decoder.mask_token"}
 
 
 def test_what_a_checkpoint_costs_the_loop(toy_shards: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +66,23 @@ TOY_MODEL = {"name": "vit", "image_size": 16, "patch_size": 4, "dim": 16, "depth
 TOY_MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 
+def make_job(toy_shards: dict[str, str], **changes: Any) -> JobSpec:
+    """A JobSpec of 2 epochs of 10 steps; keywords replace its fields."""
+    document: dict[str, Any] = {
+        "name": "toy",
+        "method": TOY_MAE,
+        "model": TOY_MODEL,
+        "data": {"train": {"shards": toy_shards["train"]}},
+        "epochs": 2,
+        "batch_size": 8,
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"warmup_epochs": 0.5},
+        "checkpoint": {"every_steps": 5},
+    }
+    return JobSpec.model_validate(document | changes)
+
+
 @pytest.fixture
 def toy_job(toy_shards: dict[str, str]) -> Callable[..., JobSpec]:
-    """A JobSpec of 2 epochs of 10 steps; keywords replace its fields."""
-
-    def make(**changes: Any) -> JobSpec:
-        document: dict[str, Any] = {
-            "name": "toy",
-            "method": TOY_MAE,
-            "model": TOY_MODEL,
-            "data": {"train": {"shards": toy_shards["train"]}},
-            "epochs": 2,
-            "batch_size": 8,
-            "optimizer": {"lr": 1e-3},
-            "schedule": {"warmup_epochs": 0.5},
-            "checkpoint": {"every_steps": 5},
-        }
-        return JobSpec.model_validate(document | changes)
-
-    return make
+    """`make_job` over the toy shards."""
+    return partial(make_job, toy_shards)

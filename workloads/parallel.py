@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workloads.parts import batch_norm
 from workloads.ranks import Ranks
 from workloads.spec_training import Engine
 
@@ -144,11 +145,8 @@ def _recompute(block: nn.Module) -> None:
 
 
 def _synchronise(method: nn.Module, device: torch.device) -> None:
-    """BatchNorm over all ranks, in place; torch has it for GPUs only."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in method.modules()):
-        return
-    if device.type != "cuda":
-        logger.warning("BatchNorm uses the statistics of each worker: torch synchronises them on GPUs only")
-        return
-    for name, child in method.named_children():
-        setattr(method, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    """BatchNorm over all ranks, in place; torch has it for GPUs, we for CPUs."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    else:
+        batch_norm.convert(method)

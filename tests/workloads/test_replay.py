@@ -133,14 +133,14 @@ def test_a_curve_that_was_tampered_with_is_told_at_its_step(run: RunFolder) -> N
 def test_weights_that_were_tampered_with_are_told_by_name(run: RunFolder) -> None:
     path = run.checkpoints / "step-00000020.pt"
     state = torch.load(path, weights_only=True)
-    state["method"]["mask_token"].view(-1)[3] += 0.5
+    state["method"]["decoder.mask_token"].view(-1)[3] += 0.5
     seal = checkpoint_folder.read_seal(run.checkpoints, 20)
     assert seal is not None
     sealed = seal.model_copy(update={"files": {path.name: checkpoint_state.write(path, state)}})
     checkpoint_folder.complete(run.checkpoints, sealed)
     report = again(run, 15, 20)
     assert not report.equal and report.curve.first_difference is None
-    assert report.weights == Weights("mask_token", pytest.approx(0.5))
+    assert report.weights == Weights("decoder.mask_token", pytest.approx(0.5))
 
 
 def test_a_damaged_checkpoint_is_passed_over(run: RunFolder) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from workloads.data.modalities import Views
 from workloads.data.samplers import SamplerConfig
 from workloads.data.views import View
+from workloads.parts.frozen import Frozen
 
 Batch: TypeAlias = dict[str, Any]
 """One collated batch. That of an image stream holds:
@@ -58,21 +59,8 @@ class Progress:
     total_steps: int
 
 
-class Frozen(nn.Module):
-    """A teacher: eval mode for ever, no gradients, outside parameters and checkpoint of whoever holds it.
-
-    Holders keep it out of their module tree by `object.__setattr__` or inside a tuple.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Frozen:
-        return super().train(False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+def _nothing(reference: str) -> Frozen:
+    raise ValueError(f"got {reference!r}, expected a method that is given its whole teacher")
 
 
 @dataclass(frozen=True)
@@ -81,8 +69,9 @@ class Inputs:
 
     encoder: nn.Module
     data: DataInfo
-    load: Callable[[str], Frozen]  # "name@version", "job:<id>" or a folder -> module in eval mode
+    load: Callable[[str], Frozen]  # "name@version", "job:<id>", a folder or "timm:<name>" -> what it exported
     build: Callable[[dict[str, Any]], Method]  # {"name": ..., **config} -> another method on the same inputs
+    restore: Callable[[str], Frozen] = _nothing  # an artifact that reconstructs -> its whole trained method
 
 
 @dataclass(frozen=True)

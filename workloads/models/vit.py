@@ -10,6 +10,7 @@ Shapes: B images, L = (H/p)(W/p) patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -163,6 +164,7 @@ class ViT(nn.Module):
     The mean runs over patch tokens without CLS in both.
     """
 
+    num_prefix_tokens: ClassVar[int] = 1  # CLS, by timm's name
     architecture: ClassVar[str] = "vit_base_patch16_224"  # any plain ViT of timm: `timm_args` sets every size
 
     def __init__(self, config: ViTConfig, *, num_classes: int = 0, drop_path: float = 0.0) -> None:
@@ -187,13 +189,22 @@ class ViT(nn.Module):
         """[B, 3, H, W] -> patch tokens with positions, [B, L, D]."""
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Any subset of embedded patch tokens [B, S, D] -> CLS and tokens after the last norm, [B, 1 + S, D]."""
+    def layers(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Any subset of embedded patch tokens [B, S, D] -> CLS and tokens after each block, [B, 1 + S, D].
+
+        Before the last norm. A block is run when its output is asked for: who takes the first k pays for no deeper one.
+        """
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat([cls, tokens], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+            yield x
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Any subset of embedded patch tokens [B, S, D] -> CLS and tokens after the last norm, [B, 1 + S, D]."""
+        for x in self.layers(tokens):
+            last = x
+        return self.norm(last)
 
     def forward_features(self, images: Tensor) -> Tensor:
         return self.encode(self.embed(images))
@@ -222,6 +233,20 @@ class ViT(nn.Module):
             "global_pool": "avg",
             "fc_norm": bool(self.num_classes),
         }
+
+
+def plain_vit(encoder: nn.Module, why: str) -> ViT:
+    """The encoder, if a method can take it apart.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    if not isinstance(encoder, ViT):
+        raise ValueError(
+            f"got model {type(encoder).__name__}, expected a ViT: {why}; "
+            "use model: {name: vit, ...} or a plain ViT of timm such as vit_base_patch16_224"
+        )
+    return encoder
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

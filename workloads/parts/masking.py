@@ -30,6 +30,15 @@ def random_masking(noise: Tensor, ratio: float) -> Mask:
     return Mask(ids_shuffle[:, :keep], ids_restore, mask.gather(1, ids_restore))
 
 
+def expect_visible(L: int, ratio: float) -> None:
+    """Raises ValueError where `random_masking` would keep none of L patches."""
+    if int(L * (1 - ratio)) < 1:
+        raise ValueError(
+            f"got mask_ratio={ratio} for {L} patches, expected one visible patch at least; "
+            f"use at most {1 - 1 / L:.3f}, or smaller patches"
+        )
+
+
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Gathers tokens [B, L, D] by ids [B, K] -> [B, K, D]."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))

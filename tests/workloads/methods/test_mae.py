@@ -128,12 +128,12 @@ def test_positions_are_fixed_and_tokens_decay() -> None:
     decay, no_decay = method.parameter_groups()
     named = {id(p): name for name, p in method.named_parameters()}
     decayed = {named[id(p)] for p in decay["params"]}
-    assert {"mask_token", "encoder.cls_token"} <= decayed
+    assert {"decoder.mask_token", "encoder.cls_token"} <= decayed
     assert all(named[id(p)].endswith("bias") or "norm" in named[id(p)] for p in no_decay["params"])
     assert no_decay["weight_decay"] == 0
     trained = decayed | {named[id(p)] for p in no_decay["params"]}
     assert "encoder.pos_embed" not in trained
-    assert "decoder_pos_embed" not in named.values()
+    assert "decoder.pos_embed" not in named.values()
 
 
 def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
