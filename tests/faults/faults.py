@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.s3 import S3
 from tests.faults.table import Row
 from tests.faults.trial import Trial, Weights, final_weights, same, until
+from tests.s3 import S3
 from workloads.run import FAILED
 
 SEED = os.environ.get("FAULTS_SEED") or str(time.time_ns() % 100_000)

@@ -22,9 +22,9 @@ from cluster import embedded
 from cluster.embedded import Head
 from tests.faults.faults import FAULTS, SEED, s3_gone
 from tests.faults.ray_faults import NODE_CPUS, node_killed, replica_killed, uninterrupted_ranks, worker_killed
-from tests.faults.s3 import on_s3, s3_server
 from tests.faults.table import Row
 from tests.faults.trial import Weights, final_weights, trial_of
+from tests.s3 import S3, on_s3
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
@@ -59,17 +59,17 @@ def soak(name: str, share: float, turn: Callable[[int, random.Random, Path], Row
     assert not failures, "\n".join(failures)
 
 
-def test_soak_of_one_process(job: JobSpec, uninterrupted: Weights, record_row: Record, tmp_path: Path) -> None:
-    with s3_server() as s3:
+def test_soak_of_one_process(
+    job: JobSpec, uninterrupted: Weights, record_row: Record, s3_server: S3, tmp_path: Path
+) -> None:
+    def turn(n: int, rng: random.Random, folder: Path) -> Row:
+        if n % (len(FAULTS) + 1) < len(FAULTS):
+            with trial_of(job, folder) as trial:
+                return FAULTS[n % (len(FAULTS) + 1)].happens_to(trial, rng, uninterrupted)
+        with trial_of(on_s3(job, s3_server), folder, s3_server.environment) as trial:
+            return s3_gone(s3_server, outage_s=rng.uniform(1, 20)).happens_to(trial, rng, uninterrupted)
 
-        def turn(n: int, rng: random.Random, folder: Path) -> Row:
-            if n % (len(FAULTS) + 1) < len(FAULTS):
-                with trial_of(job, folder) as trial:
-                    return FAULTS[n % (len(FAULTS) + 1)].happens_to(trial, rng, uninterrupted)
-            with trial_of(on_s3(job, s3), folder, s3.environment) as trial:
-                return s3_gone(s3, outage_s=rng.uniform(1, 20)).happens_to(trial, rng, uninterrupted)
-
-        soak("one process", 0.4, turn, record_row, tmp_path)
+    soak("one process", 0.4, turn, record_row, tmp_path)
 
 
 @contextlib.contextmanager

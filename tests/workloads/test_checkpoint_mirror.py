@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from tests.s3 import S3
 from workloads import checkpoint
 from workloads import checkpoint_folder as files
 from workloads.checkpoint import CheckpointError, Checkpoints
@@ -27,100 +22,21 @@ from workloads.ranks import Ranks
 from workloads.spec_training import CheckpointPolicy
 
 
-class Wire:
-    """A connection to the S3 server that can be cut."""
-
-    def __init__(self, port: int) -> None:
-        self.cut, self.refused = False, 0
-        self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.cut:
-                self.refused += 1
-                near.close()
-                continue
-            far = socket.create_connection(("127.0.0.1", self._port))
-            self._open += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with source, contextlib.suppress(OSError):  # which is what a cut looks like
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def disconnect(self) -> None:
-        self.cut = True
-        for end in self._open:
-            with contextlib.suppress(OSError):  # it is closed already
-                end.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
-
-    def close(self) -> None:
-        self._listener.close()
-        self.disconnect()
-
-
-@pytest.fixture(scope="module")
-def wire() -> Iterator[Wire]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the S3 server did not start"
-                time.sleep(0.1)
-        wire = Wire(port)
-        yield wire
-        wire.close()
-    finally:
-        server.terminate()
-        server.wait()
-
-
 @pytest.fixture
-def bucket(wire: Wire, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    from pyarrow import fs
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": wire.url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+def bucket(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    wire.cut = False
-    name = f"b{abs(hash(request.node.name))}"
-    store = fs.S3FileSystem(endpoint_override=wire.url, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    store.create_dir(name)
-    return f"s3://{name}"
+    yield f"s3://{s3_server.bucket()}"
+    s3_server.come_back()
 
 
 @pytest.fixture
-def frail(bucket: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> str:
+def frail(bucket: str, s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same bucket by a client that gives up at once: pyarrow's own asks for six seconds each time."""
     from pyarrow import fs
 
     once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
-    store = fs.S3FileSystem(endpoint_override=wire.url, scheme="http", region="us-east-1", retry_strategy=once)
+    store = s3_server.store(retry_strategy=once)
     monkeypatch.setattr(Mirror, "_store", fs.SubTreeFileSystem(bucket.removeprefix("s3://"), store))
     return bucket
 
@@ -200,35 +116,37 @@ def test_folders_of_parts_go_there_and_back(mirror: str, tmp_path: Path) -> None
     assert files.latest_step(there) == 2
 
 
-def test_a_store_that_is_away_is_asked_again(frail: str, wire: Wire, tmp_path: Path) -> None:
+def test_a_store_that_is_away_is_asked_again(frail: str, s3_server: S3, tmp_path: Path) -> None:
     pauses: list[float] = []
+    refused = s3_server.refused
 
     def wait(delay_s: float) -> bool:
         pauses.append(delay_s)
-        wire.cut = len(pauses) < 2
+        if len(pauses) == 2:
+            s3_server.come_back()
         return False
 
     with Checkpoints(tmp_path, CheckpointPolicy(), Ranks()) as writer:
         save(writer, 3)
-    wire.disconnect()
+    s3_server.leave()
     assert Mirror(frail, CheckpointPolicy(), wait=wait, delays_s=(1, 2, 4)).update(tmp_path)
-    assert pauses == [1, 2] and wire.refused >= 2
+    assert pauses == [1, 2] and s3_server.refused >= refused + 2
     assert listed(frail) == both(3)
 
 
 def test_a_store_that_stays_away_costs_no_checkpoint_and_is_brought_up_to_date(
-    frail: str, wire: Wire, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    frail: str, s3_server: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with checkpoints(tmp_path / "a", frail, delays_s=(0.01,)) as writer:
         save(writer, 1)
         writer.wait()
-        wire.disconnect()
+        s3_server.leave()
         save(writer, 2)
         writer.wait()
         assert checkpoint.latest_step(tmp_path / "a") == 2
         (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert "step 2 is on the disk of the run but not yet in" in warning.getMessage()
-        wire.cut = False
+        s3_server.come_back()
         assert listed(frail) == both(1)
         save(writer, 3)
     assert listed(frail) == both(2, 3)
@@ -252,8 +170,8 @@ def test_training_does_not_wait_for_a_store_that_is_away(tmp_path: Path, monkeyp
     writer.close()
 
 
-def test_a_mirror_that_cannot_be_read_is_no_fresh_start(frail: str, wire: Wire, tmp_path: Path) -> None:
-    wire.disconnect()
+def test_a_mirror_that_cannot_be_read_is_no_fresh_start(frail: str, s3_server: S3, tmp_path: Path) -> None:
+    s3_server.leave()
     with pytest.raises(CheckpointError, match=f"{frail} cannot be read") as caught:
         checkpoints(tmp_path / "a", frail).restore(*made())
     assert "see that s3://" in caught.value.hint

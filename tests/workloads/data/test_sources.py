@@ -1,11 +1,6 @@
 import http.server
 import os
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.s3 import S3
 from workloads.data import sources
 from workloads.data.manifest import DataError, Manifest, open_manifest, peek
 from workloads.data.reader import Reader
@@ -22,54 +18,15 @@ from workloads.data.views import View
 VIEWS = {"image": View(size=4)}
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A real S3 server on loopback: its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(url, timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the S3 server did not start"
-                time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
-
-
 @pytest.fixture
-def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+def bucket(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
     """`bucket(folder)` uploads the files of a folder into a bucket of its own and returns its URL."""
-    from pyarrow import fs
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     sources._arrow_store.cache_clear()
 
     def upload(folder: Path) -> str:
-        name = f"b{abs(hash(str(tmp_path)))}"
-        store = fs.S3FileSystem(endpoint_override=s3, scheme="http", allow_bucket_creation=True, region="us-east-1")
-        store.create_dir(name)
-        for file in folder.iterdir():
-            with store.open_output_stream(f"{name}/{file.name}") as stream:
-                stream.write(file.read_bytes())
-        return f"s3://{name}"
+        return f"s3://{s3_server.bucket(folder.iterdir())}"
 
     yield upload
     sources._arrow_store.cache_clear()

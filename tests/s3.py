@@ -10,9 +10,11 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from workloads.spec import JobSpec
 
@@ -20,9 +22,14 @@ START_TIMEOUT_S = 30.0
 
 
 class S3:
-    """The way to a server, which `away` closes: connections break, and new ones are refused."""
+    """The way to a server, which can be closed: connections break, and new ones are refused.
+
+    Attributes:
+        refused: connections, while it was closed.
+    """
 
     def __init__(self, server_port: int) -> None:
+        self.refused = 0
         self._server_port, self._ends, self._away = server_port, list[socket.socket](), False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -34,7 +41,8 @@ class S3:
         own = {"AWS_ENDPOINT_URL": self.url, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
         return own | {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
-    def store(self) -> Any:
+    def store(self, **options: Any) -> Any:
+        """A client; `options` are those of `pyarrow.fs.S3FileSystem`."""
         from pyarrow import fs
 
         return fs.S3FileSystem(
@@ -44,17 +52,33 @@ class S3:
             access_key="test",
             secret_key="test",
             allow_bucket_creation=True,
+            **options,
         )
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def bucket(self, files: Iterable[Path] = ()) -> str:
+        """The name of a new bucket that holds these files."""
+        name, store = f"bucket-{uuid.uuid4().hex}", self.store()
+        store.create_dir(name)
+        for file in files:
+            with store.open_output_stream(f"{name}/{file.name}") as stream:
+                stream.write(file.read_bytes())
+        return name
+
+    def leave(self) -> None:
         self._away = True
         for end in self._ends:
             with contextlib.suppress(OSError):  # the other side has closed it
                 end.shutdown(socket.SHUT_RDWR)
         self._ends.clear()
-        yield
+
+    def come_back(self) -> None:
         self._away = False
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        self.leave()
+        yield
+        self.come_back()
 
     def _accept(self) -> None:
         while True:
@@ -63,6 +87,7 @@ class S3:
             except OSError:
                 return
             if self._away:
+                self.refused += 1
                 near.close()
                 continue
             far = socket.create_connection(("127.0.0.1", self._server_port))
@@ -78,13 +103,12 @@ class S3:
 
     def close(self) -> None:
         self._listener.close()
-        with self.away():
-            pass
+        self.leave()
 
 
-@contextlib.contextmanager
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3]:
-    """Starts moto's server, about 2 s."""
+    """Moto's server, which takes 2 s to start; who closes the way to it opens it again."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
@@ -107,14 +131,10 @@ def s3_server() -> Iterator[S3]:
 
 def on_s3(spec: JobSpec, s3: S3) -> JobSpec:
     """The job with its shards and a mirror of its checkpoints in a new bucket."""
-    bucket, store = f"bucket-{uuid.uuid4().hex}", s3.store()
-    store.create_dir(bucket)
     pattern = spec.data["train"].shards
     assert isinstance(pattern, str)
     folder = Path(pattern).parent
-    for file in [*folder.glob("train-*.tar"), folder / "classes.txt"]:
-        with store.open_output_stream(f"{bucket}/{file.name}") as stream:
-            stream.write(file.read_bytes())
+    bucket = s3.bucket([*folder.glob("train-*.tar"), folder / "classes.txt"])
     return JobSpec.model_validate(
         spec.model_dump()
         | {"data": {"train": {"shards": f"s3://{bucket}/{Path(pattern).name}"}}}
