@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from service import cli_jobs
+from service import cli_estimate, cli_jobs
 from service.progress import bar_on, job_progress, note_of
 from service.terminal import (
     CANCELLED,
@@ -22,6 +22,7 @@ from service.terminal import (
     OK,
     USAGE,
     AsJson,
+    Base,
     connected,
     err,
     fail,
@@ -35,7 +36,7 @@ app = typer.Typer(
     help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1), no_args_is_help=True, pretty_exceptions_enable=False
 )
 
-for command in cli_jobs.COMMANDS:
+for command in (*cli_jobs.COMMANDS, cli_estimate.estimate):
     app.command()(command)
 
 Images = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)]
@@ -119,6 +120,7 @@ def run(
         Path | None, typer.Argument(exists=True, dir_okay=False, help="A JobSpec, YAML or JSON; not with --replay.")
     ] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder; a second call on it continues.")] = None,
+    base: Base = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")] = False,
     replay: Annotated[
@@ -141,7 +143,7 @@ def run(
         fail("got no job or no --out, expected `manta run --local JOB.yaml --out FOLDER`", USAGE)
     if not local:
         fail("got no --local: `manta run` is for this machine; `manta submit` sends a job to the service", USAGE)
-    document = read_job(spec)
+    document = read_job(spec, base)
     import logging
 
     from workloads.record import RunFolder

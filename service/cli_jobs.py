@@ -15,6 +15,7 @@ from service.terminal import (
     FAILED,
     OK,
     AsJson,
+    Base,
     Spec,
     connected,
     fail,
@@ -30,11 +31,12 @@ LAST_EVENTS = 5  # that `manta job` shows
 
 def submit(
     spec: Spec,
+    base: Base = None,
     stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submits a job. Relative shard paths are taken from the folder of the file."""
-    document = read_job(spec).model_dump(mode="json")
+    """Submits a job."""
+    document = read_job(spec, base).model_dump(mode="json")
     with connected() as client:
         job = client.submit(document)
         if as_json and not stay:

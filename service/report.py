@@ -64,7 +64,8 @@ def _version(name: str) -> str:
 
 def _row(result: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     results = result["results"]
-    best = max(value["mean"] for value in results.values())
+    first = min if result["metric"] == "distance" else max
+    best = first(value["mean"] for value in results.values())
     cells = [
         {
             "text": f"{r['mean']:.3f} ± {r['std']:.3f}" if (r := results.get(who)) else "–",

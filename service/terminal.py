@@ -18,6 +18,9 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Base = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Where relative paths start [the folder of the file].")
+]
 Spec = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JobSpec, YAML or JSON.")]
 
 OK, FAILED, USAGE, CANCELLED, UNREACHABLE = 0, 1, 2, 3, 4
@@ -46,12 +49,12 @@ def connected() -> Iterator[Any]:
         fail(error, UNREACHABLE if error.status in (0, 503) else FAILED)
 
 
-def read_job(path: Path) -> Any:
-    """The JobSpec of a file, its relative shard paths taken from there; a wrong one ends the command."""
+def read_job(path: Path, base: Path | None = None) -> Any:
+    """The JobSpec of a file, its relative paths taken from `base` or its own folder; a wrong one ends the command."""
     from workloads.spec import read_spec
 
     try:
-        return read_spec(path).absolute(path.absolute().parent)
+        return read_spec(path).absolute((base or path.parent).absolute())
     except ValueError as error:
         fail(_readable(error), USAGE)
 

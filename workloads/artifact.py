@@ -158,6 +158,15 @@ def _write_words(folder: Path, card: Card) -> None:
     write_atomic(folder / "README.md", "\n".join(lines))
 
 
+def fresh_model(folder: Path) -> nn.Module:
+    """The exported network, its weights not read."""
+    from workloads.models.encoders import exported
+
+    card = read_card(folder)
+    num_classes = len(card.classes) if card.kind == "classifier" else 0
+    return exported(card.spec.model, num_classes, json.loads((folder / "config.json").read_text())["model_args"])
+
+
 def load_model(folder: Path) -> nn.Module:
     """The exported network with its weights, in eval mode.
 
@@ -166,13 +175,9 @@ def load_model(folder: Path) -> nn.Module:
     """
     from safetensors.torch import load_model as load_safetensors
 
-    from workloads.models.encoders import build_encoder, classifier_of
-
     card = read_card(folder)
     if sha256(folder / "model.safetensors") != card.sha256:
         raise ArtifactError(f"{folder / 'model.safetensors'} is not the file that its card describes; copy it again")
-    model = build_encoder(card.spec.model)
-    if card.kind == "classifier":
-        model = classifier_of(model, len(card.classes), drop_path=0.0)
+    model = fresh_model(folder)
     load_safetensors(model, str(folder / "model.safetensors"))
     return model.eval()

@@ -13,22 +13,35 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 METHODS = {
+    "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
+    "i_mae": "workloads.methods.i_mae:IMAE",
+    "linear_probe": "workloads.methods.linear_probe:LinearProbe",
     "mae": "workloads.methods.mae:MAE",
+    "maskdistill": "workloads.methods.maskdistill:MaskDistill",
+    "maskfeat": "workloads.methods.maskfeat:MaskFeat",
+    "mimco": "workloads.methods.mimco:MimCo",
+    "moco_v3": "workloads.methods.moco_v3:MoCoV3",
+    "rtk": "workloads.methods.rtk:RTK",
 }
 MODELS = {
+    "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",
     "vit_small": "workloads.models.vit:ViTSmall",
     "vit_base": "workloads.models.vit:ViTBase",
     "vit_large": "workloads.models.vit:ViTLarge",
     "vit_huge": "workloads.models.vit:ViTHuge",
+    "wide_resnet": "workloads.models.wide_resnet:WideResNetConfig",
 }
 EVALUATIONS = {
     "accuracy": "workloads.evaluation.accuracy:Accuracy",
     "fine_tune": "workloads.evaluation.fine_tune:FineTuneEvaluation",
     "knn": "workloads.evaluation.knn:KNN",
     "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
+    "linear_probe_augmented": "workloads.evaluation.linear_probe_augmented:LinearProbeAugmented",
+    "separability": "workloads.evaluation.separability:Separability",
+    "sweep": "workloads.evaluation.sweep:Sweep",
 }
 KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS}
 

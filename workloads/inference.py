@@ -25,7 +25,6 @@ from workloads.data.decode import ImageError, decode
 from workloads.data.transforms.image import execute, normalise
 from workloads.data.views import View
 from workloads.methods.base import Method
-from workloads.models.vit import ViT
 
 __all__ = ["ImageError", "Model"]
 
@@ -145,10 +144,7 @@ class Model:
         network: Any = self._network
         if self.card.kind == "encoder":
             return network(images)
-        tokens = network.forward_features(images)
-        if isinstance(network, ViT):
-            return network.fc_norm(tokens[:, 1:].mean(dim=1))
-        return network.forward_head(tokens, pre_logits=True)
+        return network.forward_head(network.forward_features(images), pre_logits=True)
 
     @cached_property
     def _method(self) -> Method:

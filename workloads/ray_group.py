@@ -19,6 +19,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train import PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -26,6 +27,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from workloads.checkpoint_folder import latest_step
 from workloads.record import RunFolder, write_atomic
@@ -70,6 +72,13 @@ def call(function: str, args: tuple[Any, ...]) -> None:
     """
     module, _, name = function.partition(":")
     getattr(importlib.import_module(module), name)(*args)
+
+
+class Trainer(DataParallelTrainer):
+    """Leaves Ctrl-C to the run, which asks the workers for a checkpoint; Ray's own handler would end them at once."""
+
+    def _register_sigint_handler(self, controller: ActorHandle[Any]) -> None:
+        return
 
 
 class Group(ControllerCallback, WorkerGroupCallback):

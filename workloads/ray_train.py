@@ -65,9 +65,8 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     """
     import ray
     import ray.train
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from workloads.ray_group import Group, call, fatal, is_at_work
+    from workloads.ray_group import Group, Trainer, call, fatal, is_at_work
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -81,7 +80,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     group = Group(run, resources.min_workers)
     trainer = partial(
-        DataParallelTrainer,
+        Trainer,
         # no train_loop_config, which Ray's dashboard may show: there are passwords among the variables
         partial(call, WORKER, (spec.model_dump_json(), run, home, variables)),
         scaling_config=ray.train.ScalingConfig(

@@ -15,7 +15,6 @@ from torch import nn
 
 from workloads import artifact
 from workloads.data.views import View
-from workloads.models.encoders import build_encoder, classifier_of
 from workloads.parts.frozen import Frozen
 from workloads.weights import locate
 
@@ -39,15 +38,13 @@ def load_teacher(reference: str, home: Path) -> Frozen:
             "folder or timm:<name>; give one of these"
         )
     card = artifact.read_card(where.parent)
-    if _on_meta():
-        model = build_encoder(card.spec.model)
-        model = classifier_of(model, len(card.classes), drop_path=0.0) if card.kind == "classifier" else model
-    else:
-        model = artifact.load_model(where.parent)
+    model = artifact.fresh_model(where.parent) if _on_meta() else artifact.load_model(where.parent)
     return Frozen(model, View(size=card.image_size, mean=card.mean, std=card.std))
 
 
 def _from_timm(name: str) -> Frozen:
+    import httpx
+
     from workloads.models.timm_import import timm
 
     options = {"pretrained": not _on_meta(), "num_classes": 0}
@@ -56,7 +53,7 @@ def _from_timm(name: str) -> Frozen:
             model: nn.Module = timm.create_model(name, **options, dynamic_img_size=True)  # a ViT: any grid of patches
         except TypeError:
             model = timm.create_model(name, **options)
-    except OSError as error:  # no network, and not in the cache
+    except (OSError, httpx.HTTPError) as error:  # no network, and not in the cache
         raise artifact.ArtifactError(
             f"got timm:{name}, whose weights could not be fetched ({error}); fetch them once where there is a network "
             "and give HF_HOME, or name an artifact"

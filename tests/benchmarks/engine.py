@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.benchmarks import apart, growth, loop, synthetic, workers
+from tests.benchmarks import apart, growth, loop, masked, synthetic, workers
 from tests.benchmarks.table import Row
 from workloads.methods.base import Batch, Method, Output, Progress
 from workloads.methods.mae import MAE
@@ -83,28 +82,8 @@ def masking(document: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]
     methods = masked_and_plain(document)
     flops = {name: count(method, batch, synthetic.START) for name, method in methods.items()}
     assert flops["mae"] is not None and flops["all"] is not None
-    calls = {name: _steps_of(method, batch, steps) for name, method in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append((time.perf_counter() - began) / steps)
-    return {name: values[1:] for name, values in seconds.items()} | {"predicted": flops["all"] / flops["mae"]}
-
-
-def _steps_of(method: Method, batch: Batch, steps: int) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, fused=True)
-
-    def call() -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss = method(batch, synthetic.START).loss
-            assert loss is not None
-            loss.backward()
-            optimizer.step()
-
-    return call
+    seconds = masked.in_turn(methods, batch, steps, rounds)
+    return {**seconds, "predicted": flops["all"] / flops["mae"]}
 
 
 def stall(document: dict[str, Any], interval: int, checkpoints: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from tests.faults.faults import SEED
 from tests.faults.ray_faults import replica_killed
 from tests.faults.table import FAULT
 from tests.faults.trial import final_weights
+from tests.toy import TOY_MAE
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
@@ -106,6 +107,26 @@ def test_a_killed_driver_and_a_cancel(home: Path, toy_job: Callable[..., JobSpec
         assert (job["state"], client.cancel(job_id)["state"]) == ("CANCELLED", "CANCELLED")
         stopped = run.read_record()
         assert stopped is not None and stopped.state == "STOPPED"
+
+
+def test_a_student_learns_from_a_job_and_from_a_registered_model(home: Path, toy_job: Callable[..., JobSpec]) -> None:
+    """Two steps: a teacher, then students that name it, and one whose teacher is not there."""
+    short = {"epochs": None, "steps": 4}
+    with Client(head_of(home).url) as client:
+
+        def student(teacher: str) -> str:
+            method = {**TOY_MAE, "name": "dmae", "teacher": teacher, "student_blocks": [0], "teacher_blocks": [1]}
+            job_id: str = client.submit(toy_job(method=method, **short).model_dump(mode="json"))["id"]
+            return job_id
+
+        teacher = client.submit(toy_job(**short, register="toy-teacher").model_dump(mode="json"))["id"]
+        assert client.wait(teacher)["models"] == ["toy-teacher@1"]
+        students = [client.wait(student(name)) for name in (f"job:{teacher}", "toy-teacher@1")]
+        assert [(job["state"], job["reason"]) for job in students] == [("SUCCEEDED", None)] * 2
+        curves = [[point["loss"] for point in client.metrics(job["id"])] for job in students]
+        assert curves[0] == curves[1] != []
+        with pytest.raises(ApiError, match="no-such-teacher"):
+            student("no-such-teacher@1")
 
 
 def test_a_killed_replica_costs_a_job_nothing(

@@ -14,7 +14,7 @@ from workloads.spec import JobSpec
 @pytest.mark.parametrize(
     ("change", "loc", "message"),
     [
-        ({"method": {"name": "mea"}}, ["method", "name"], "did you mean 'mae'?"),
+        ({"method": {"name": "mea"}}, ["method", "name"], "did you mean 'mae'"),
         ({"method": {"name": "mae", "mask_ration": 0.5}}, ["method", "mask_ration"], "did you mean 'mask_ratio'"),
         ({"method": {"name": "mae", "view": {"flipp": 0}}}, ["method", "view", "flipp"], "did you mean 'flip'"),
         ({"method": {"name": "mae", "mask_ratio": 1.5}}, ["method", "mask_ratio"], "less than 1"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.embedded import Head
+from tests.faults.trial import until
+from workloads.checkpoint_folder import latest_step
 from workloads.record import RunFolder
-from workloads.run import FAILED, execute
+from workloads.run import FAILED, STOPPED, execute
 from workloads.spec import JobSpec
 
 pytestmark = pytest.mark.ray
@@ -24,6 +28,22 @@ def test_a_failure_that_would_come_again_is_not_tried_again(
     record = run.read_record()
     assert record is not None and record.reason is not None and record.hint is not None
     assert "not finite in" in record.reason and "lower optimizer.lr" in record.hint
+
+
+def test_ctrl_c_asks_the_workers_for_a_checkpoint(
+    cluster: Head, toy_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    spec = toy_job(resources={"workers": 2}, epochs=None, steps=10**6, log_steps=1, checkpoint={"every_steps": 10**6})
+
+    def press() -> None:
+        until(lambda: run.metrics.exists() and run.metrics.read_text().count("\n") >= 2, "it trains")
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    assert execute(spec, run, tmp_path, job_id="interrupted", ray=True) == STOPPED
+    record, step = run.read_record(), latest_step(run.checkpoints)
+    assert record is not None and record.state == "STOPPED" and step is not None and 2 <= step < 10**6
 
 
 def test_the_cluster_makes_the_manifest_that_one_process_makes(cluster: Head, tmp_path: Path) -> None:

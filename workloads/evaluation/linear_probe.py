@@ -2,7 +2,8 @@
 
 MAE's probe (BatchNorm without affine, weights N(0, 0.01), no weight decay, cosine rate)
 on features that are computed once, so without its crops and flips, and by SGD with
-momentum rather than LARS, which exists for batches of 16,384.
+momentum rather than LARS, which exists for batches of 16,384 (`linear_probe_augmented` has
+both).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ on one and on two ranks agree; the order of visible tokens is theirs.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,18 +20,17 @@ from workloads.data.keys import uniform
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import plain_vit
+from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.mae_decoder import DecoderConfig, MAEDecoder
 from workloads.parts.masking import Mask, expect_visible, random_masking, take
 from workloads.parts.reconstruction import filled_in, hide, masked_mse, pixel_target
 
 
-class Augmentation(MethodConfig):
+class Augmentation(RandomResizedCrop):
     """RandomResizedCrop and flip (appendix A.1); no colour jitter."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    rotate_deg: float = 0.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # code: bicubic, which costs small images more
 
 
 class MAEConfig(DecoderConfig, MethodConfig):

@@ -11,7 +11,7 @@ Shapes: B images, L = (H/p)(W/p) patches, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,25 +159,32 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class ViT(nn.Module):
-    """Encoder (`num_classes=0`): tokens are normalised, then averaged. Classifier: averaged, `fc_norm`, `head`.
+    """Encoder (`num_classes=0`): tokens are normalised, then pooled. Classifier: pooled, `fc_norm`, `head`.
 
-    The mean runs over patch tokens without CLS in both.
+    A classifier without `fc_norm` is an encoder with a head: what a linear probe makes.
+
+    Attributes:
+        pool: in the words of timm, the mean of the patch tokens without CLS ("avg"), or CLS ("token").
     """
 
     num_prefix_tokens: ClassVar[int] = 1  # CLS, by timm's name
     architecture: ClassVar[str] = "vit_base_patch16_224"  # any plain ViT of timm: `timm_args` sets every size
 
-    def __init__(self, config: ViTConfig, *, num_classes: int = 0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: ViTConfig, *, num_classes: int = 0, drop_path: float = 0.0, fc_norm: bool | None = None
+    ) -> None:
         super().__init__()
+        fc_norm = num_classes > 0 if fc_norm is None else fc_norm
         self.config, self.num_classes = config, num_classes
+        self.pool: Literal["avg", "token"] = "avg"
         self.num_features = dim = config.dim
         self.patch_embed = PatchEmbed(config.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid)[None])  # [1, 1 + L, D]
         rates = torch.linspace(0, drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio, rate) for rate in rates)
-        self.norm = nn.Identity() if num_classes else nn.LayerNorm(dim, eps=1e-6)
-        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if num_classes else nn.Identity()
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if fc_norm else nn.Identity()
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         init_transformer(self)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -209,16 +216,28 @@ class ViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         return self.encode(self.embed(images))
 
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` returns -> what `forward` does, or what its head sees."""
+        pooled = tokens[:, 0] if self.pool == "token" else tokens[:, 1:].mean(dim=1)
+        features = self.fc_norm(pooled)
+        return features if pre_logits else self.head(features)
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> pooled features [B, D], or logits [B, num_classes]."""
-        return self.head(self.fc_norm(self.forward_features(images)[:, 1:].mean(dim=1)))
+        return self.forward_head(self.forward_features(images))
 
-    def as_classifier(self, num_classes: int, drop_path: float = 0.0) -> ViT:
-        """The same weights under a fresh `fc_norm` (which replaces `norm`) and a fresh head, positions learnable."""
-        classifier = ViT(self.config, num_classes=num_classes, drop_path=drop_path)
-        weights = {name: value for name, value in self.state_dict().items() if not name.startswith("norm.")}
-        missing, unexpected = classifier.load_state_dict(weights, strict=False)
-        assert not unexpected and all(name.startswith(("fc_norm.", "head.")) for name in missing)
+    def get_classifier(self) -> nn.Module:
+        """The head, by timm's name."""
+        return self.head
+
+    def as_classifier(self, num_classes: int, drop_path: float = 0.0, *, fc_norm: bool = True) -> ViT:
+        """The same weights and pooling under a fresh head, positions learnable; a fresh `fc_norm` replaces `norm`."""
+        classifier = ViT(self.config, num_classes=num_classes, drop_path=drop_path, fc_norm=fc_norm)
+        classifier.pool = self.pool
+        own = classifier.state_dict()
+        weights = {name: value for name, value in self.state_dict().items() if name in own}
+        missing, _ = classifier.load_state_dict(weights, strict=False)
+        assert all(name.startswith(("fc_norm.", "head.")) for name in missing)
         return classifier
 
     def timm_args(self) -> dict[str, Any]:
@@ -230,8 +249,8 @@ class ViT(nn.Module):
             "depth": self.config.depth,
             "num_heads": self.config.heads,
             "mlp_ratio": self.config.mlp_ratio,
-            "global_pool": "avg",
-            "fc_norm": bool(self.num_classes),
+            "global_pool": self.pool,
+            "fc_norm": isinstance(self.fc_norm, nn.LayerNorm),
         }
 
 

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum over all ranks; what flows back into each addend is the sum of the gradients of all ranks."""
+    total: Tensor = _OverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return total
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -24,10 +47,10 @@ class GlobalBatchNorm(_BatchNorm):
         axes = [axis for axis in range(input.ndim) if axis != 1]
         shape = [1, -1, *[1] * (input.ndim - 2)]
         x = input.float()
-        n = all_reduce(torch.tensor(float(x.numel() // x.shape[1])))
-        mean = all_reduce(x.sum(axes)) / n
+        n = over_ranks(torch.tensor(float(x.numel() // x.shape[1])))
+        mean = over_ranks(x.sum(axes)) / n
         centred = x - mean.view(shape)
-        var = all_reduce(centred.square().sum(axes)) / n
+        var = over_ranks(centred.square().sum(axes)) / n
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             with torch.no_grad():

@@ -49,10 +49,10 @@ def patch_tokens(encoder: nn.Module, images: Tensor, *, norm: bool = True) -> Te
         return tokens[:, 1:]
     model: Any = encoder
     if not norm:
-        last: list[Tensor] = model.forward_intermediates(
-            images, indices=1, norm=False, output_fmt="NLC", intermediates_only=True
+        last: list[Tensor] = model.forward_intermediates(  # NCHW: all that Swin offers
+            images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        return last[0]
+        return last[0].flatten(2).transpose(1, 2)
     x = model.forward_features(images)
     return x.flatten(1, 2) if x.ndim == 4 else x[:, model.num_prefix_tokens :]  # Swin: [B, h, w, D]
 

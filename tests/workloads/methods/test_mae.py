@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from workloads.data.keys import sample_keys
+from tests.learning import RealImages, encoder_of, losses, pretrained, untrained
+from workloads.data.keys import sample_keys, uniform
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.mae import MAE, MAEConfig
 from workloads.models.vit import ViTConfig, sincos_2d
-from workloads.parts.masking import random_masking
+from workloads.parts.masking import Mask, random_masking
 from workloads.parts.patches import normalise_patches, patchify, unpatchify
 from workloads.parts.schedules import warmup_cosine
 
@@ -163,3 +166,58 @@ def test_a_network_without_tokens_is_refused() -> None:
 def test_a_ratio_that_hides_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="one visible patch at least"):
         mae(mask_ratio=0.99)
+
+
+def test_positions_belong_to_patches_wherever_they_stand() -> None:
+    """They are added before tokens are dropped: visible tokens in another order are the same tokens in that order."""
+    method, data = mae().eval(), batch(2)
+    mask = method.mask(data["key"])
+    order = torch.tensor([2, 0, 3, 1])
+    there = method.encode(data["image"], mask)
+    here = method.encode(data["image"], mask._replace(ids_keep=mask.ids_keep[:, order]))
+    assert torch.allclose(there[:, 0], here[:, 0], atol=1e-5)
+    assert torch.allclose(there[:, 1:][:, order], here[:, 1:], atol=1e-5)
+    everything = torch.arange(16).expand(2, -1)
+    whole = method.encode(data["image"], Mask(everything, everything, torch.zeros(2, 16)))
+    assert torch.allclose(whole, method.encoder.forward_features(data["image"]), atol=1e-5)
+
+
+def test_masks_are_drawn_in_full_precision() -> None:
+    """Noise of half precision has ties among 4,096 patches."""
+    keys = sample_keys(0, 0, torch.arange(8))
+    method = mae(256, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = method.mask(keys)
+    assert torch.equal(inside.mask, method.mask(keys).mask)
+    assert inside.mask.sum(dim=1).tolist() == [4096 * 0.75] * 8
+    noise = uniform(keys, 4096, salt="mae.mask")
+    assert noise.dtype == torch.float64 and all(len(row.unique()) == 4096 for row in noise)
+
+
+def test_defaults_are_the_papers() -> None:
+    config = MAEConfig()
+    assert config.mask_ratio == 0.75 and config.norm_pix
+    view = MAE.views(config, 224)["image"]
+    assert (view.crop_scale, view.flip, view.photometry) == ((0.2, 1.0), 0.5, None)
+
+
+def test_the_encoder_stays_and_the_decoder_goes() -> None:
+    method = mae()
+    exported = method.export()
+    assert exported is method.encoder
+    assert not any("decoder" in name or "mask_token" in name for name in exported.state_dict())
+
+
+@pytest.mark.slow
+def test_it_learns_on_real_images(real_images: RealImages, tmp_path: Path) -> None:
+    """The masked error of normalised pixels falls below 0.8 (a prediction of 0 has 47/48), and the probe gains."""
+    spec = real_images.job(
+        {"name": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4},
+        epochs=6,
+        batch_size=32,
+        optimizer={"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]},
+    )
+    encoder = encoder_of(pretrained(spec, tmp_path, "mae"))
+    curve = losses(tmp_path, "mae")
+    assert curve[0] > 0.95 and curve[-1] < 0.8
+    assert real_images.probe(encoder) > real_images.probe(untrained(spec)) + 0.015

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from workloads import catalog
-from workloads.models.encoders import build_encoder, layer_ids, model_config, timm_folder_config
+from workloads.models.encoders import build_encoder, exported, layer_ids, model_config, timm_folder_config
 from workloads.models.timm_import import _nms, timm
 from workloads.models.vit import ViT, ViTConfig, resize_positions
 from workloads.spec import Named
@@ -102,3 +104,21 @@ def test_nms_fallback_keeps_the_best_of_overlapping_boxes() -> None:
     boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]], dtype=torch.float)
     assert _nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]
     assert _nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.95).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_a_probe_is_an_encoder_with_a_head_and_timm_reads_it(pool: Literal["avg", "token"]) -> None:
+    torch.manual_seed(0)
+    encoder = ViT(SMALL).eval()
+    encoder.pool = pool
+    probe = encoder.as_classifier(5, fc_norm=False).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(probe.forward_head(probe.forward_features(images), pre_logits=True), encoder(images))
+    config = timm_folder_config(probe)
+    theirs = timm.create_model(config["architecture"], num_classes=5, **config["model_args"]).eval()
+    theirs.load_state_dict(probe.state_dict())
+    assert torch.allclose(probe(images), theirs(images), atol=1e-6)
+    named = Named(name="vit", **SMALL.model_dump())
+    again = exported(named, 5, config["model_args"]).eval()
+    again.load_state_dict(probe.state_dict())
+    assert torch.equal(again(images), probe(images))

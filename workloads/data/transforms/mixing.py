@@ -51,7 +51,7 @@ def apply(
         images: float [B, ..., H, W], normalised or not, on any device; they are not changed in place.
         labels: int64 [B] in [0, num_classes).
         num_classes: C.
-        keys: int64 [B], the randomness of each sample; best kept on the CPU, then nothing waits for the device.
+        keys: int64 [B], the randomness of each sample, on any device; numbers are drawn there.
         salt: makes two mixtures of one sample independent.
 
     Returns:
@@ -59,7 +59,7 @@ def apply(
     """
     assert images.is_floating_point(), f"bytes cannot be mixed without rounding: got {images.dtype}"
     H, W = images.shape[-2:]
-    own, box = (drawn.to(images.device) for drawn in draw(mixing, keys.cpu(), (H, W), salt))
+    own, box = (drawn.to(images.device) for drawn in draw(mixing, keys, (H, W), salt))
     share = own.float()
     pasted = (box[:, 2] > 0)[:, None, None]
     weight = torch.where(pasted, (~_inside(box, H, W)).float(), share[:, None, None])

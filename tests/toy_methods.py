@@ -1,0 +1,61 @@
+"""A toy job of each method, and the teachers that some of them need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.learning import pretrained
+from tests.toy import make_job
+from workloads.spec import JobSpec
+
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
+    "fine_tune": {
+        "drop_path": 0.2,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "view": {"randaugment": {"magnitude": 9, "magnitude_std": 0.5, "increasing": True}, "erasing": {}},
+    },
+    "i_mae": DECODER | {"teacher": "job:toy-mae"},
+    "linear_probe": {},
+    "mae": DECODER,
+    "maskdistill": {"teacher": "job:toy-mae", "min_block": 1},
+    "maskfeat": {"cell": 4},
+    "mimco": {"teacher": "job:toy-mae", "head_dim": 16},
+    "moco_v3": {"dim": 8, "mlp_dim": 16},
+    "rtk": {"teacher": "job:toy-classifier", "d": 8},
+}
+"""A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
+TOY_JOBS: dict[str, dict[str, Any]] = {
+    "linear_probe": {"micro_batch_size": None},
+    "mimco": {"micro_batch_size": None},
+    "moco_v3": {"micro_batch_size": None},
+    "rtk": {
+        "micro_batch_size": None,
+        "model": {"name": "resnet_cifar", "image_size": 16, "depth": 8},
+        "optimizer": {"lr": 1e-4},  # where rounding opens a ReLU on one side only, a small step keeps the trouble small
+    },
+}
+"""Fields of the job of a method where they differ: methods that compare samples of a batch have no micro-batches."""
+
+
+@pytest.fixture(scope="session")
+def toy_home(tmp_path_factory: pytest.TempPathFactory, toy_shards: dict[str, str]) -> Path:
+    """An installation with teachers: `job:toy-mae`, and `job:toy-classifier`, a network of convolutions."""
+    folder = tmp_path_factory.mktemp("home")
+    pretrained(make_job(toy_shards, epochs=None, steps=2), folder, "toy-mae")
+    scratch = {"name": "fine_tune", "layer_decay": 1.0, "drop_path": 0}
+    wide = {"name": "wide_resnet", "image_size": 16, "depth": 16, "widen_factor": 1}
+    pretrained(make_job(toy_shards, method=scratch, model=wide, epochs=None, steps=2), folder, "toy-classifier")
+    return folder
+
+
+def toy_method_job(toy_shards: dict[str, str], name: str, **fields: Any) -> JobSpec:
+    """A job of a method over the toy shards; `fields` replace those of the spec."""
+    assert name in TOY_CONFIGS, f"add a toy config of {name} to TOY_CONFIGS"
+    own = {"micro_batch_size": 4, "method": {"name": name} | TOY_CONFIGS[name]} | TOY_JOBS.get(name, {})
+    return make_job(toy_shards, **(own | fields))

@@ -1,0 +1,153 @@
+"""Residual networks for images of 32 x 32 pixels (He et al. 2016, arXiv 1512.03385, section 4.2): ResNet-20, -56, ...
+
+A 3 x 3 convolution and three stages of widths 16, 32, 64; no early pooling, so a stage of 32 px works on 32, 16 and 8.
+Shortcuts have no parameters where the resolution is halved (option A); the ResNets of many distillation
+repositories have a convolution there.
+
+Importing this module makes the architecture known to timm: after `import workloads.models.resnet_cifar` an exported
+folder loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from workloads.models.timm_import import timm
+
+
+class ResNetCifarConfig(BaseModel):
+    """`{name: resnet_cifar, depth: 20}`; `image_size` only says what is fed in: the network takes any."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(default=32, ge=1)
+    depth: int = Field(default=20, ge=8)  # 6n + 2: 20, 32, 44, 56, 110 in table 6
+
+    @field_validator("depth")
+    @classmethod
+    def _of_three_stages(cls, depth: int) -> int:
+        return expect_depth(depth, 2)
+
+    def build(self) -> ResNetCifar:
+        return ResNetCifar(self.depth)
+
+
+def expect_depth(depth: int, rest: int) -> int:
+    """Three stages of n blocks of two layers each, and `rest` layers: 6n + rest."""
+    if depth % 6 != rest:
+        below = depth - (depth - rest) % 6
+        raise ValueError(f"got depth={depth}, expected 6n + {rest}; use {below} or {below + 6}")
+    return depth
+
+
+def conv3x3(width_in: int, width: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class Block(nn.Module):
+    """relu(f(x) + x): where f halves the resolution, x is every second pixel and its new channels are 0."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv3x3(width_in, width, stride), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = conv3x3(width, width), nn.BatchNorm2d(width)
+        self.stride, self.new_channels = stride, width - width_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(residual + shortcut)
+
+
+class StagedCNN(nn.Module):
+    """A stem, stages `layer1` to `layer3` of residual blocks, the mean over all places, and the classifier `fc`.
+
+    What timm's ResNets offer beside that is offered here by the same names, so whoever uses those can use these.
+
+    Attributes:
+        num_features: width of the last stage.
+        num_classes: 0: an encoder, which returns the mean.
+        default_cfg: the name of the architecture in timm.
+        manta_args: arguments with which timm builds the same network.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Sequential],
+        num_features: int,
+        num_classes: int,
+        *,
+        architecture: str,
+        args: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.default_cfg, self.manta_args = {"architecture": architecture}, args
+        self.num_features = num_features
+        self.stem = stem
+        self.layer1, self.layer2, self.layer3 = stages
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # He et al. 2015, by the number of outputs
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh classifier of so many classes; 0 takes it away."""
+        self.num_classes = num_classes
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of the names of parameters by depth, for layer-wise decay: stem, blocks or stages, the rest."""
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 4, W / 4]."""
+        return self.layer3(self.layer2(self.layer1(self.stem(images))))
+
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = maps.mean(dim=(2, 3))
+        return pooled if pre_logits else self.fc(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> features [B, num_features], or logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(images))
+
+
+def three_stages(block: Callable[[int, int, int], nn.Module], n: int, widths: Sequence[int]) -> list[nn.Sequential]:
+    """Stages of n blocks; the second and the third begin by halving the resolution.
+
+    Args:
+        block: of (channels in, channels out, stride).
+        n: blocks of a stage.
+        widths: of the stem and of each stage.
+    """
+    return [
+        nn.Sequential(*(block(width if i else width_in, width, 2 if stage and not i else 1) for i in range(n)))
+        for stage, (width_in, width) in enumerate(pairwise(widths))
+    ]
+
+
+class ResNetCifar(StagedCNN):
+    """ResNet-`depth`; each block's output is behind its last ReLU."""
+
+    def __init__(self, depth: int, num_classes: int = 0) -> None:
+        stem = nn.Sequential(conv3x3(3, 16), nn.BatchNorm2d(16), nn.ReLU())
+        stages = three_stages(Block, (depth - 2) // 6, (16, 16, 32, 64))
+        super().__init__(stem, stages, 64, num_classes, architecture="resnet_cifar", args={"depth": depth})
+
+
+def resnet_cifar(pretrained: bool = False, **options: Any) -> nn.Module:
+    """By this name in an exported `config.json` timm finds the network."""
+    network: nn.Module = timm.models.build_model_with_cfg(
+        ResNetCifar, "resnet_cifar", pretrained, kwargs_filter=("in_chans", "global_pool"), **options
+    )
+    return network
+
+
+timm.models.register_model(resnet_cifar)
