@@ -185,7 +185,9 @@ def test_two_clusters_do_not_meet_and_one_ends_alone(cluster: Head, tmp_path: Pa
 
 @pytest.mark.ray
 def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
-    script = f"from cluster.embedded import start; from pathlib import Path; start(Path({str(tmp_path)!r}))"
+    # who runs the tests in the background ignores Ctrl-C, and so would this
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += f"from cluster.embedded import start; from pathlib import Path; start(Path({str(tmp_path)!r}))"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "head.json").exists() and time.monotonic() < deadline:
@@ -193,5 +195,8 @@ def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
     head = Head.model_validate_json((tmp_path / "head.json").read_text())
     time.sleep(1.0)  # somewhere in the middle
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(20) != 0
-    assert not psutil.pid_exists(head.pid) and not (tmp_path / "head.json").exists()
+    try:
+        assert process.wait(20) != 0
+        assert not psutil.pid_exists(head.pid) and not (tmp_path / "head.json").exists()
+    finally:
+        embedded.stop(head)
