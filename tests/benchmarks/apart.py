@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 
 
 def _command(function: Callable[..., Any], arguments: dict[str, Any], ranks: int | None) -> list[str]:

@@ -40,12 +40,6 @@ MASKING = {  # wide enough for matrix products to be most of the work
 }
 
 
-def alone(shards: str, steps: int, rounds: int) -> dict[str, list[float]]:
-    """`loop.measure` without Ray: steps/s of each round, `bare` and `ours`."""
-    loop.STEPS, loop.ROUNDS = steps, rounds
-    return loop.measure(shards)
-
-
 class AllTokens(MAE):
     """Hidden patches become a learned token in front of the encoder, as in SimMIM; the rest is MAE's."""
 
@@ -126,9 +120,9 @@ def stall(document: dict[str, Any], interval: int, checkpoints: int) -> dict[str
 
 def rows(folder: Path, shards: str) -> list[Row]:
     """(what, measured, wanted, reached)."""
-    one = apart.run(alone, shards=shards, steps=40, rounds=4)
-    two_document = loop.spec_of(shards, 40) | {"resources": {"workers": 2}}
-    two = apart.run(workers.rates_on_own_cluster, document=two_document, folder=str(folder / "two"), rounds=3)
+    one = apart.run(loop.measure, shards=shards)
+    two_document = loop.spec_of(shards, 30) | {"resources": {"workers": 2}}
+    two = apart.run(workers.rates_on_own_cluster, document=two_document, folder=str(folder / "two"), rounds=6)
     tokens = apart.run(masking, document=MASKING, steps=2, rounds=5)
     held = apart.run(stall, document=STALL | {"data": {"train": {"shards": shards}}}, interval=12, checkpoints=4)
     of_one, of_two = apart.ratio(one["ours"], one["bare"]), apart.ratio(two["ours"], two["bare"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _NEVER = 2**31 - 1
+_MORE_THAN_A_HEAP = 128 << 20  # those of threads other than the first have 64 MiB
 
 
 def keep_freed_memory() -> None:
@@ -21,3 +22,4 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+        libc.mallopt(_M_TOP_PAD, _MORE_THAN_A_HEAP)  # else the heaps of a thread are unmapped when they are empty
