@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import BadRequest, ServiceError, TooLarge
 from service.parts import Parts, build_parts
@@ -52,7 +54,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         app.include_router(module.router)
     _docs(app)
     _errors(app)
-    app.middleware("http")(_body_limit(settings.max_body_bytes))
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     return app
 
 
@@ -116,18 +118,26 @@ def _errors(app: FastAPI) -> None:
         )
 
 
-def _body_limit(limit: int) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if "transfer-encoding" in request.headers:  # a body that does not say its length cannot be held to a limit
-            return _problem(BadRequest("got a body of unknown length", "send a Content-Length header").problem())
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit:
-            return _problem(
-                TooLarge(f"got a body of {length} bytes, expected at most {limit}", "send less at a time").problem()
-            )
-        return await call_next(request)
+class BodyLimit:
+    """Refuses a body that is too long, or does not say its length, before it is read.
 
-    return check
+    Plain ASGI: `@app.middleware("http")` would put a task and a stream between each request and its route, 1 ms.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (self._app if refusal is None else _problem(refusal.problem()))(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> ServiceError | None:
+        if "transfer-encoding" in headers:  # a body that does not say its length cannot be held to a limit
+            return BadRequest("got a body of unknown length", "send a Content-Length header")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self._limit:
+            return TooLarge(f"got a body of {length} bytes, expected at most {self._limit}", "send less at a time")
+        return None
 
 
 class Ingress:

@@ -6,6 +6,7 @@ Runs are seeded and small, by the loop itself: what a test compares is what a us
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,18 @@ from workloads.evaluation.knn import knn_accuracy
 from workloads.evaluation.linear_probe import probe_accuracy
 from workloads.export import export
 from workloads.models.encoders import build_encoder
+from workloads.place import Here
 from workloads.record import RunFolder
 from workloads.spec import JobSpec, Stream
+from workloads.spec_training import Resources
 from workloads.train import train
 
 SMALL_VIT = {"name": "vit", "image_size": 32, "patch_size": 4, "dim": 64, "depth": 4, "heads": 4}
+
+
+def here(home: Path, should_stop: Callable[[], bool] = lambda: False) -> Here:
+    """Evaluations of a test train in its own process, on one core."""
+    return Here(Resources(), home, should_stop)
 
 
 @dataclass(frozen=True)

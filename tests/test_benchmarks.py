@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.embedded import Head
-from tests.benchmarks import apart, engine, gpu, growth, loop, synthetic, table, workers
+from tests.benchmarks import apart, engine, gpu, growth, loop, masked, synthetic, table, workers
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.methods.mae import MAE
 from workloads.spec import JobSpec
@@ -61,6 +61,22 @@ def test_all_tokens_are_encoded_by_the_plain_implementation() -> None:
     assert loss is not None
     loss.backward()
     assert {n for n, p in plain.named_parameters() if p.requires_grad and p.grad is None} == {"decoder.mask_token"}
+
+
+def test_masked_methods_beside_mae_and_the_plainest_implementation() -> None:
+    small = masked.JOB | {"model": masked.JOB["model"] | {"image_size": 32, "dim": 48, "depth": 4}, "batch_size": 2}
+    found = masked.step_times(small, masked.METHODS, steps=1, rounds=2)
+    assert found["seconds"].keys() == {*masked.METHODS, "plain"} and found["flops"].keys() == masked.METHODS.keys()
+    assert all(len(values) == 2 and min(values) > 0 for values in found["seconds"].values())
+    flops = found["flops"]
+    assert flops["mae"] < flops["dmae"] < 1.5 * flops["mae"] < flops["maskfeat"]  # tokens that are seen: a quarter, all
+
+
+def test_masked_rows_judge_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"mae": [1.0], "plain": [0.98], "dmae": [1.2], "maskfeat": [4.0], "maskdistill": [3.0]}
+    flops = {"mae": 1.0, "dmae": 1.2, "maskfeat": 3.2, "maskdistill": 4.0}
+    monkeypatch.setattr(apart, "run", lambda *_, **__: {"seconds": seconds, "flops": flops})
+    assert [row[3] for row in masked.rows()] == [False, True, False, True]
 
 
 def test_what_a_checkpoint_costs_the_loop(toy_shards: dict[str, str]) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from workloads import artifact, catalog
 from workloads.evaluation.base import Evaluation, Subject
+from workloads.place import Place
 from workloads.record import RunFolder, write_atomic
 from workloads.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(spec: JobSpec, run: RunFolder, home: Path, job_id: str, should_stop: Callable[[], bool]) -> bool:
+def evaluate(
+    spec: JobSpec, run: RunFolder, home: Path, job_id: str, should_stop: Callable[[], bool], place: Place
+) -> bool:
     """Runs what `evaluate` lists and has no result yet; False when it was stopped in between."""
     results = run.read_evaluations()
     for i, named in enumerate(spec.evaluate):
@@ -26,7 +29,7 @@ def evaluate(spec: JobSpec, run: RunFolder, home: Path, job_id: str, should_stop
         evaluation: Evaluation = catalog.load("evaluation", named.name)()
         config = evaluation.Config.model_validate(named.config)
         folder = run.path / "evaluations" / f"{i}-{named.name}"
-        result = evaluation.run(config, Subject(spec, run.artifact, home, folder, job_id, should_stop))
+        result = evaluation.run(config, Subject(spec, run.artifact, home, folder, job_id, should_stop, place))
         if result is None:
             return False
         if "artifact" in result:

@@ -21,6 +21,7 @@ from workloads import catalog
 from workloads.online import config_of, left, pinned
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
+from workloads.spec_training import Resources
 
 logger = logging.getLogger("workloads.online")  # in the process it would be __main__
 
@@ -39,8 +40,10 @@ def evaluate_checkpoint(run: RunFolder, step: int, home: Path, job_id: str) -> N
     """
     from workloads.evaluation.base import Evaluation, Subject
     from workloads.export import export
+    from workloads.place import Here
 
     spec = JobSpec.model_validate_json(run.spec.read_text())
+    here = Here(Resources(), home, run.stop.exists)  # one core: the rest is for the training
     at = pinned(run, step)
     with run.logging("[online] "), _told(run, f"the checkpoint of step {step}"):
         export(spec, at, home, job_id)
@@ -50,7 +53,7 @@ def evaluate_checkpoint(run: RunFolder, step: int, home: Path, job_id: str) -> N
             with _told(run, f"{named.name} of the checkpoint of step {step}"):
                 evaluation: Evaluation = catalog.load("evaluation", named.name)()
                 folder = at.path / "evaluations" / f"{entry}-{named.name}"
-                subject = Subject(spec, at.artifact, home, folder, job_id, run.stop.exists)
+                subject = Subject(spec, at.artifact, home, folder, job_id, run.stop.exists, here)
                 result = evaluation.run(config_of(named).without_baselines(), subject)
                 if result is None:
                     return

@@ -27,8 +27,8 @@ from workloads.evaluate import evaluate
 from workloads.export import export
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
-from workloads.online import OnlineEvaluations, Start
-from workloads.online_child import ChildProcess
+from workloads.online import OnlineEvaluations
+from workloads.place import Here, Place
 from workloads.preflight import look
 from workloads.record import RunFolder, write_atomic
 from workloads.spec import JobSpec, read_spec
@@ -111,9 +111,9 @@ def execute(
             if problems := look(spec, home):
                 journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
                 return FAILED
-            online = OnlineEvaluations(spec, run, home, job_id, _start_of(spec, ray))
-            with online, journal.training():
-                trained = _train(spec, run, home, stop, ray, on_point)
+            place = _place(spec, run, home, stop, ray)
+            with OnlineEvaluations(spec, run, home, job_id, place.online), journal.training():
+                trained = place.train(spec, run, on_point)
             if journal.out_of_time:
                 run.stop.unlink(missing_ok=True)  # what is trained is still exported and evaluated
                 if not trained:
@@ -126,7 +126,7 @@ def execute(
                 return STOPPED
             if not run.artifact.exists():
                 export(spec, run, home, job_id)
-            if not evaluate(spec, run, home, job_id, stop):
+            if not evaluate(spec, run, home, job_id, stop, place):
                 journal.finish("STOPPED", "stopped on request between evaluations")
                 return STOPPED
         except Exception as error:
@@ -141,36 +141,14 @@ def execute(
         return SUCCEEDED
 
 
-def _train(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool, on_point: OnPoint) -> bool:
-    """True when training is complete. Chooses between this process and Ray Train."""
-    if _in_a_group(spec, ray):
-        from workloads.ray_train import train_on_ray
+def _place(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool) -> Place:
+    """The process itself, or workers of Ray Train."""
+    if ray:
+        from workloads.ray_place import Workers, needs_a_group
 
-        return train_on_ray(spec, run, home, connected=stop.install)
-    import torch
-
-    from workloads.data.allocator import keep_freed_memory
-    from workloads.ranks import Ranks
-    from workloads.train import train
-
-    keep_freed_memory()
-    torch.set_num_threads(spec.resources.cpus)
-    device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
-    return train(spec, run, home, Ranks(device=device), should_stop=stop, on_point=on_point)
-
-
-def _in_a_group(spec: JobSpec, ray: bool) -> bool:
-    """Whether Ray Train makes a group of workers for it."""
-    return ray and (spec.resources.max_workers > 1 or spec.resources.gpus > 0)
-
-
-def _start_of(spec: JobSpec, ray: bool) -> Start:
-    """Where checkpoints are evaluated while it trains: on the cluster, or beside this process."""
-    if not _in_a_group(spec, ray):
-        return ChildProcess
-    from workloads.ray_online import ClusterTask
-
-    return ClusterTask
+        if needs_a_group(spec):
+            return Workers(spec, run, home, stop, connected=stop.install)
+    return Here(spec.resources, home, stop)
 
 
 def _claim(spec: JobSpec, run: RunFolder) -> str | None:

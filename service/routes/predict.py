@@ -19,6 +19,7 @@ from service.predictor import ask
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 WAIT_S = 120.0  # of `deploy?wait=true`
+SMALL_BODY = 64 * 1024  # bytes that are parsed sooner than a thread would begin with them
 SHAPE = 'send {"images": ["<base64 of an encoded image>", ...]}, or files as multipart/form-data'
 
 
@@ -50,7 +51,8 @@ async def _images(request: Request, parts: PartsDep) -> list[bytes]:
         async with request.form(max_files=limit) as form:
             images = [await file.read() for _, file in form.multi_items() if isinstance(file, UploadFile)]
     else:
-        images = await run_in_threadpool(parse, await request.body(), limit)
+        body = await request.body()
+        images = parse(body, limit) if len(body) < SMALL_BODY else await run_in_threadpool(parse, body, limit)
     if not images:
         raise BadRequest("got no image, expected one at least", SHAPE)
     return images

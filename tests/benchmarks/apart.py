@@ -73,6 +73,24 @@ def run(function: Callable[..., Any], *, ranks: int | None = None, **arguments: 
         return result()
 
 
+@contextlib.contextmanager
+def own_cluster(home: Path) -> Iterator[None]:
+    """A cluster of two CPUs that is there for nothing else, to which this process is connected."""
+    import ray
+
+    from cluster import embedded
+    from service.local_cluster import signals_raise
+
+    with signals_raise():  # also when this process is ended, the cluster is
+        head = embedded.start(home, num_cpus=2)
+        try:
+            embedded.connect(head.home)
+            yield
+        finally:
+            ray.shutdown()
+            embedded.stop(head)
+
+
 def ratio(above: list[float], below: list[float]) -> float:
     """Median over the rounds: what lay side by side in time is compared."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))

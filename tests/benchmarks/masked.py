@@ -40,7 +40,7 @@ class PlainMAE(nn.Module):
     """MAE out of timm's blocks, as one would write it down from the paper: no job, no keys of samples."""
 
     def __init__(self, spec: JobSpec) -> None:
-        from timm.models.vision_transformer import Block
+        from workloads.models.timm_import import timm
 
         super().__init__()
         model, method = spec.model.config, spec.method.config
@@ -51,10 +51,12 @@ class PlainMAE(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", sincos_2d(dim, grid)[None])
         self.register_buffer("decoder_positions", sincos_2d(width, grid)[None])
-        self.blocks = nn.Sequential(*[Block(dim, model["heads"], qkv_bias=True) for _ in range(model["depth"])])
+        self.blocks = nn.Sequential(
+            *[timm.models.vision_transformer.Block(dim, model["heads"], qkv_bias=True) for _ in range(model["depth"])]
+        )
         heads, depth = method["decoder_heads"], method["decoder_depth"]
         self.decoder = nn.Sequential(
-            *[Block(width, heads, qkv_bias=True) for _ in range(depth)],
+            *[timm.models.vision_transformer.Block(width, heads, qkv_bias=True) for _ in range(depth)],
             nn.LayerNorm(width),
             nn.Linear(width, self.p**2 * 3),
         )

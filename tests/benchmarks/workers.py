@@ -97,16 +97,5 @@ def rates(document: dict[str, Any], folder: str, rounds: int) -> dict[str, list[
 
 def rates_on_own_cluster(document: dict[str, Any], folder: str, rounds: int) -> dict[str, list[float]]:
     """`rates` on a cluster that is there for nothing else."""
-    from cluster import embedded
-    from service.local_cluster import signals_raise
-
-    with signals_raise():  # also when this process is ended, the cluster is
-        head = embedded.start(Path(f"{folder}-home"), num_cpus=2)
-        try:
-            embedded.connect(head.home)
-            return rates(document, folder, rounds)
-        finally:
-            import ray
-
-            ray.shutdown()
-            embedded.stop(head)
+    with apart.own_cluster(Path(f"{folder}-home")):
+        return rates(document, folder, rounds)

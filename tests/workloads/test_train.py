@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.learning import here
 from tests.toy import difference
 from workloads import artifact, checkpoint
 from workloads.evaluate import evaluate
@@ -111,11 +112,11 @@ def test_every_evaluation_also_with_all_labels(toy_job: Make, toy_shards: dict[s
     run = RunFolder(tmp_path / "run")
     assert train(spec, run, tmp_path)
     export(spec, run, tmp_path, "j")
-    assert evaluate(spec, run, tmp_path, "j", lambda: False)
+    assert evaluate(spec, run, tmp_path, "j", lambda: False, here(tmp_path))
     first = run.read_evaluations()
     assert [result["label"] for result in first] == ["fine_tune", "probe", "knn"]
     assert all({"pretrained", "untrained"} <= result["results"].keys() for result in first)
     shutil.rmtree(run.path / "evaluations")
     run.evaluations.unlink()
-    assert evaluate(spec, run, tmp_path, "j", lambda: False)
+    assert evaluate(spec, run, tmp_path, "j", lambda: False, here(tmp_path))
     assert [r["results"] for r in run.read_evaluations()] == [r["results"] for r in first]  # the seeds decide

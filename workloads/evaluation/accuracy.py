@@ -11,7 +11,7 @@ from workloads import artifact
 from workloads.data.manifest import Manifest
 from workloads.data.views import View
 from workloads.evaluation.base import EvaluationConfig, Subject, summary
-from workloads.evaluation.features import batches, labelled, plain_view
+from workloads.evaluation.features import batches, device_of, labelled, plain_view
 
 
 class AccuracyConfig(EvaluationConfig):
@@ -21,8 +21,10 @@ class AccuracyConfig(EvaluationConfig):
 
 @torch.inference_mode()
 def accuracy(classifier: nn.Module, test: Manifest, view: View) -> float:
-    right = sum(int((classifier(images).argmax(dim=1) == y).sum()) for images, y in batches(test, view))
-    return right / len(test)
+    """Where the classifier is."""
+    device = device_of(classifier)
+    answers = ((classifier(images.to(device)).argmax(dim=1).cpu(), y) for images, y in batches(test, view))
+    return sum(int((answer == y).sum()) for answer, y in answers) / len(test)
 
 
 class Accuracy:
@@ -36,5 +38,5 @@ class Accuracy:
                 "evaluate encoders by knn, linear_probe or fine_tune"
             )
         _, test = labelled(config)
-        value = accuracy(artifact.load_model(subject.artifact), test, plain_view(subject))
+        value = subject.place.scan(accuracy, artifact.load_model(subject.artifact), test, plain_view(subject))
         return {"label": "accuracy", "metric": "accuracy", "results": {"pretrained": summary([value])}}

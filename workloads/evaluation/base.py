@@ -19,6 +19,7 @@ from torch import nn
 from workloads import artifact
 from workloads.models.encoders import build_encoder
 from workloads.models.vit import ViT
+from workloads.place import Place
 from workloads.spec import JobSpec, Stream
 from workloads.spec_training import Strict
 
@@ -51,7 +52,7 @@ class EvaluationConfig(Strict):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and where results may be left."""
+    """What is evaluated, where results may be left, and where it trains and computes."""
 
     spec: JobSpec
     artifact: Path
@@ -59,6 +60,7 @@ class Subject:
     folder: Path
     job_id: str
     should_stop: Callable[[], bool]
+    place: Place
 
     def encoders(self, *, untrained: bool) -> dict[str, nn.Module]:
         """`pretrained` and, if asked, `untrained`: feature extractors [B, 3, H, W] -> [B, D] in eval mode."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,9 +36,15 @@ def batches(manifest: Manifest, view: View) -> Iterator[tuple[Tensor, Tensor]]:
             yield normalise(batch["image"], view), batch["label"]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @torch.inference_mode()
 def extract(model: nn.Module, manifest: Manifest, view: View) -> Features:
-    pairs = [(model(images).float(), label) for images, label in batches(manifest, view)]
+    """Where the model is; the features are on the CPU."""
+    device = device_of(model)
+    pairs = [(model(images.to(device)).float().cpu(), label) for images, label in batches(manifest, view)]
     return Features(torch.cat([x for x, _ in pairs]).clone(), torch.cat([y for _, y in pairs]).clone())
 
 
@@ -73,4 +80,5 @@ def feature_sets(
     models = subject.encoders(untrained=untrained)
     if raw_pixels:
         models["raw_pixels"] = nn.Flatten()
-    return {who: (extract(model, train, view), extract(model, test, view)) for who, model in models.items()}
+    scan = partial(subject.place.scan, extract)
+    return {who: (scan(model, train, view), scan(model, test, view)) for who, model in models.items()}

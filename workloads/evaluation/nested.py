@@ -1,16 +1,18 @@
 """Evaluations that train a classifier: a job of its own for each seed, by the same loop as any other.
 
 With `labels_per_class` it is the few-label protocol: train on that many labels of each
-class, drawn by the seed, test on everything. The same is done from fresh weights. The
+class, drawn by the seed, test on everything: by one worker; else by as many as the job has and
+the batch allows. The same is done from fresh weights. The
 classifier of the first seed stays as an artifact, which `register` puts into the registry.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workloads import artifact
 from workloads.evaluation.accuracy import accuracy
@@ -19,8 +21,7 @@ from workloads.evaluation.features import labelled, plain_view
 from workloads.export import export
 from workloads.record import RunFolder
 from workloads.spec import JobName, JobSpec, Named
-from workloads.spec_training import Optimizer, Schedule
-from workloads.train import train
+from workloads.spec_training import Optimizer, Resources, Schedule
 
 
 class NestedConfig(EvaluationConfig):
@@ -32,6 +33,15 @@ class NestedConfig(EvaluationConfig):
     min_lr: float = Field(default=0.0, ge=0)  # where the cosine ends
     warmup_epochs: float = Field(default=5, ge=0)
     register_as: JobName | None = Field(default=None, alias="register")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"got micro_batch_size={self.micro_batch_size} for batch_size={self.batch_size}, expected a divisor; "
+                f"use {math.gcd(self.micro_batch_size, self.batch_size)}"
+            )
+        return self
 
 
 def train_and_test(
@@ -58,10 +68,10 @@ def train_and_test(
             spec = nested_spec(config, subject, method, optimizer, seed, pretrained=who == "pretrained")
             run = RunFolder(subject.folder / f"{who}-{seed}")
             if not run.artifact.exists():
-                if not train(spec, run, subject.home, should_stop=subject.should_stop):
+                if not subject.place.train(spec, run):
                     return None
                 export(spec, run, subject.home, subject.job_id)
-            values.append(accuracy(artifact.load_model(run.artifact), test, view))
+            values.append(subject.place.scan(accuracy, artifact.load_model(run.artifact), test, view))
         results[who] = summary(values)
     kept = subject.folder / "artifact"
     shutil.copytree(subject.folder / f"pretrained-{config.seeds[0]}" / "artifact", kept, dirs_exist_ok=True)
@@ -70,6 +80,15 @@ def train_and_test(
     for folder in subject.folder.iterdir():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result | ({"register": config.register_as} if config.register_as else {})
+
+
+def resources_of(config: NestedConfig, job: Resources) -> Resources:
+    """Those of the job, with as many of its workers as share the micro-batches evenly; one where labels are few."""
+    parts = config.batch_size // (config.micro_batch_size or 1)
+    most = next(n for n in range(job.max_workers, 0, -1) if parts % n == 0)
+    if config.labels_per_class is not None:
+        most = 1
+    return job.model_copy(update={"workers": most if most <= job.min_workers else (job.min_workers, most)})
 
 
 def nested_spec(
@@ -89,6 +108,8 @@ def nested_spec(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         optimizer=optimizer.model_copy(update={"lr": config.lr}),
+        resources=resources_of(config, subject.spec.resources),
+        engine=subject.spec.engine,
         schedule=Schedule(warmup_epochs=config.warmup_epochs, min_lr=config.min_lr),
         precision=subject.spec.precision,
         seed=seed,

@@ -6,8 +6,7 @@ a linear probe asks its encoder. So i-MAE measures the degree of semantics (Zhan
 mixture are of one class. `sweep.html`, beside the result, draws it.
 
 `pretrained` is the subject itself, comparable only where it was trained as long. The runs
-go one after the other, where the evaluation runs: for data that need a cluster submit a
-job for each value instead, each with a linear_probe.
+go one after the other, each on the job's resources.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from workloads.export import export
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 from workloads.spec_training import Strict
-from workloads.train import train
 
 
 class Probe(Strict):
@@ -67,7 +65,7 @@ class Sweep:
                 if not _trained(spec, run, subject):
                     return None
                 encoder = without_head(artifact.load_model(run.artifact))
-                train_set, test_set = (extract(encoder, manifest, view) for manifest in manifests)
+                train_set, test_set = (subject.place.scan(extract, encoder, m, view) for m in manifests)
                 accuracies.append(_accuracy(config, (train_set, test_set), spec.seed))
             curve.append((value, summary(accuracies)))
         curves = {"trained": curve}
@@ -88,7 +86,7 @@ def _accuracy(config: SweepConfig, features: tuple[Features, Features], seed: in
 def _trained(spec: JobSpec, run: RunFolder, subject: Subject) -> bool:
     """Goes on with what an interrupted evaluation began; False when it is stopped again."""
     if not run.artifact.exists():
-        if not train(spec, run, subject.home, should_stop=subject.should_stop):
+        if not subject.place.train(spec, run):
             return False
         export(spec, run, subject.home, subject.job_id)
         shutil.rmtree(run.checkpoints)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.learning import pretrained
+from tests.learning import here, pretrained
 from workloads import artifact, catalog
-from workloads.evaluation import nested
 from workloads.evaluation.base import Subject
 from workloads.evaluation.fine_tune import FineTuneEvaluation
 from workloads.evaluation.linear_probe_augmented import LinearProbeAugmented
+from workloads.evaluation.nested import NestedConfig, resources_of
+from workloads.place import Here
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
+from workloads.spec_training import Resources
 
 Make = Callable[..., JobSpec]
 Evaluation = FineTuneEvaluation | LinearProbeAugmented
@@ -27,7 +29,7 @@ def subject(toy_job: Make, tmp_path: Path) -> Subject:
     """A toy MAE encoder."""
     spec = toy_job(epochs=None, steps=2)
     folder = pretrained(spec, tmp_path, "toy")
-    return Subject(spec, folder, tmp_path, tmp_path / "evaluation", "toy", lambda: False)
+    return Subject(spec, folder, tmp_path, tmp_path / "evaluation", "toy", lambda: False, here(tmp_path))
 
 
 def config_of(evaluation: Evaluation, shards: dict[str, str], **fields: Any) -> Any:
@@ -41,11 +43,12 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[JobSpec]:
     """What is trained, in order."""
     seen: list[JobSpec] = []
 
-    def train(spec: JobSpec, *args: Any, _train: Any = nested.train, **options: Any) -> bool:
+    def train(self: Here, spec: JobSpec, *args: Any, _train: Any = Here.train) -> bool:
         seen.append(spec)
-        return _train(spec, *args, **options)
+        trained: bool = _train(self, spec, *args)
+        return trained
 
-    monkeypatch.setattr(nested, "train", train)
+    monkeypatch.setattr(Here, "train", train)
     return seen
 
 
@@ -75,7 +78,8 @@ def test_a_stop_leaves_what_was_done(
     evaluation: Evaluation, subject: Subject, toy_shards: dict[str, str], specs: list[JobSpec]
 ) -> None:
     config = config_of(evaluation, toy_shards, untrained=False)
-    stopped = Subject(subject.spec, subject.artifact, subject.home, subject.folder, "toy", lambda: bool(specs))
+    place = here(subject.home, lambda: bool(specs))
+    stopped = Subject(subject.spec, subject.artifact, subject.home, subject.folder, "toy", lambda: bool(specs), place)
     assert evaluation.run(config, stopped) is None
     assert RunFolder(subject.folder / "pretrained-0").checkpoints.is_dir()
     assert evaluation.run(config, subject) is not None
@@ -140,3 +144,30 @@ def test_the_probe_learns_by_the_published_rule(subject: Subject, toy_shards: di
     config = config_of(LinearProbeAugmented(), toy_shards, epochs=15, untrained=False)
     result = LinearProbeAugmented().run(config, subject)
     assert result is not None and result["results"]["pretrained"]["mean"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("job", "fields", "workers"),
+    [
+        (8, {"batch_size": 1024}, 8),
+        (8, {"batch_size": 1020}, 6),
+        (8, {"batch_size": 1024, "labels_per_class": 10}, 1),
+        (8, {"batch_size": 64, "micro_batch_size": 16}, 4),
+        ((2, 8), {"batch_size": 1024}, (2, 8)),
+        ((2, 8), {"batch_size": 4}, (2, 4)),
+        ((2, 8), {"batch_size": 7}, (2, 7)),
+        ((4, 8), {"batch_size": 3}, 3),
+    ],
+)
+def test_it_trains_on_as_many_workers_as_share_the_batch(
+    job: int | tuple[int, int], fields: dict[str, int], workers: Any, toy_shards: dict[str, str]
+) -> None:
+    data = {name: {"shards": toy_shards[name]} for name in ("train", "test")}
+    got = resources_of(NestedConfig.model_validate({"data": data} | fields), Resources(workers=job, gpus_per_worker=1))
+    assert got == Resources(workers=workers, gpus_per_worker=1)
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused_early(toy_shards: dict[str, str]) -> None:
+    data = {name: {"shards": toy_shards[name]} for name in ("train", "test")}
+    with pytest.raises(ValidationError, match="micro_batch_size=24 for batch_size=32, expected a divisor; use 8"):
+        NestedConfig.model_validate({"data": data, "batch_size": 32, "micro_batch_size": 24})

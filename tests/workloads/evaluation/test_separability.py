@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.learning import pretrained
+from tests.learning import here, pretrained
 from workloads.evaluation.base import Subject
 from workloads.evaluation.separability import LinearMap, Separability, SeparabilityConfig, distance, distances
 from workloads.parts.masking import Mask, random_masking
@@ -84,7 +84,7 @@ def measure(
         data = {name: {"shards": toy_shards[name]} for name in ("train", "test")}
         config = SeparabilityConfig.model_validate({"reference": reference, "data": data, "seeds": [0, 1]} | fields)
         artifact = home / "runs" / job / "artifact"
-        subject = Subject(toy_job(), artifact, home, tmp_path, "job-1", lambda: stop)
+        subject = Subject(toy_job(), artifact, home, tmp_path, "job-1", lambda: stop, here(home))
         return Separability().run(config, subject)
 
     return run

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.learning import pretrained
-from workloads.evaluation import sweep
+from tests.learning import here, pretrained
 from workloads.evaluation.base import Subject
 from workloads.evaluation.sweep import Sweep, SweepConfig, nested_spec
+from workloads.place import Here
 from workloads.spec import JobSpec
 
 Make = Callable[..., JobSpec]
@@ -29,7 +29,7 @@ def test_encoders_of_each_value_are_trained_once_probed_and_drawn(
 ) -> None:
     spec = toy_job(evaluate=[{"name": "knn"}], register="toy")
     folder = tmp_path / "sweep"
-    subject = Subject(spec, pretrained(spec, tmp_path, "toy"), tmp_path, folder, "job-1", lambda: False)
+    subject = Subject(spec, pretrained(spec, tmp_path, "toy"), tmp_path, folder, "job-1", lambda: False, here(tmp_path))
     found = Sweep().run(config(toy_shards), subject)
     assert found is not None and found["label"] == "sweep_mask_ratio"
     assert list(found["results"]) == ["pretrained", "untrained", "mask_ratio=0.25", "mask_ratio=0.75"]
@@ -40,13 +40,21 @@ def test_encoders_of_each_value_are_trained_once_probed_and_drawn(
     page = (folder / found["picture"]).read_text()
     assert "mask_ratio" in page and "untrained" in page
     assert not list(folder.glob("*/checkpoints"))
-    monkeypatch.delattr(sweep, "train")  # what is trained stays: an evaluation that was interrupted goes on
+    monkeypatch.delattr(Here, "train")  # what is trained stays: an evaluation that was interrupted goes on
     assert Sweep().run(config(toy_shards), subject) == found
 
 
 def test_it_stops_when_asked(toy_shards: dict[str, str], toy_job: Make, tmp_path: Path) -> None:
     spec = toy_job()
-    subject = Subject(spec, pretrained(spec, tmp_path, "toy"), tmp_path, tmp_path / "sweep", "job-1", lambda: True)
+    subject = Subject(
+        spec,
+        pretrained(spec, tmp_path, "toy"),
+        tmp_path,
+        tmp_path / "sweep",
+        "job-1",
+        lambda: True,
+        here(tmp_path, lambda: True),
+    )
     assert Sweep().run(config(toy_shards), subject) is None
 
 
