@@ -64,12 +64,12 @@ def test_all_tokens_are_encoded_by_the_plain_implementation() -> None:
 
 
 def test_masked_methods_beside_mae_and_the_plainest_implementation() -> None:
-    small = masked.JOB | {"model": masked.JOB["model"] | {"image_size": 32, "dim": 48, "depth": 4}, "batch_size": 2}
+    small = masked.JOB | {"model": masked.JOB["model"] | {"dim": 48}, "batch_size": 2}
     found = masked.step_times(small, masked.METHODS, steps=1, rounds=2)
     assert found["seconds"].keys() == {*masked.METHODS, "plain"} and found["flops"].keys() == masked.METHODS.keys()
     assert all(len(values) == 2 and min(values) > 0 for values in found["seconds"].values())
     flops = found["flops"]
-    assert flops["mae"] < flops["dmae"] < 1.5 * flops["mae"] < flops["maskfeat"]  # tokens that are seen: a quarter, all
+    assert flops["mae"] < flops["dmae"] and flops["maskfeat"] < flops["maskdistill"]  # a teacher comes on top
 
 
 def test_masked_rows_judge_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
