@@ -129,7 +129,7 @@ def in_turn(models: Mapping[str, nn.Module], batch: Batch, steps: int, rounds: i
 
 def rows() -> list[Row]:
     """(what, measured, wanted, reached)."""
-    found = apart.run(step_times, document=JOB, methods=METHODS, steps=2, rounds=5)
+    found = apart.run(step_times, document=JOB, methods=METHODS, steps=1, rounds=16)
     seconds, flops = found["seconds"], found["flops"]
     plain = apart.ratio(seconds["mae"], seconds["plain"])
     made: list[Row] = [
