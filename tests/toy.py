@@ -14,6 +14,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from workloads.data.keys import sample_keys
 from workloads.spec import JobSpec
 
 
@@ -60,6 +61,22 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
             delta = torch.cat([q, v])
         worst = max(worst, delta.max().item())
     return worst
+
+
+def random_images(n: int = 4, size: int = 16) -> dict[str, torch.Tensor]:
+    """A batch as the loop gives it to a method: float32 [n, 3, size, size], and labels of two classes in turn."""
+    index = torch.arange(n)
+    return {
+        "image": torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1)),
+        "index": index,
+        "key": sample_keys(0, 0, index),
+        "label": index % 2,
+    }
+
+
+def no_load(name: str) -> Any:
+    """For a method that needs nobody else's weights."""
+    raise AssertionError(name)
 
 
 TOY_MODEL = {"name": "vit", "image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.toy import random_images
 from tests.workloads.methods.test_fine_tune import fine_tune
-from tests.workloads.methods.test_mae import START, batch, mae
+from tests.workloads.methods.test_mae import START, mae
 from workloads.flops import count, mfu, peak, peak_of
 from workloads.methods.base import Batch, Method, MethodConfig, Output, Progress
 
@@ -30,17 +31,17 @@ def test_mae_by_formula() -> None:
     patch_embed = 2 * B * L * 3 * P * P * 32
     heads = 2 * B * (1 + L // 4) * 32 * 16 + 2 * B * (1 + L) * 16 * 3 * P * P
     forward = blocks(2, 1 + L // 4, 32) + blocks(1, 1 + L, 16) + heads
-    assert count(mae(), batch(), START) == 3 * forward + 2 * patch_embed  # images get no gradient
+    assert count(mae(), random_images(), START) == 3 * forward + 2 * patch_embed  # images get no gradient
 
 
 def test_fine_tune_by_formula() -> None:
     patch_embed = 2 * B * L * 3 * P * P * 16
     forward = blocks(2, 1 + L, 16) + 2 * B * 16 * 3
-    assert count(fine_tune(2, drop_path=0.5), batch(), START) == 3 * forward + 2 * patch_embed
+    assert count(fine_tune(2, drop_path=0.5), random_images(), START) == 3 * forward + 2 * patch_embed
 
 
 def test_counts_grow_with_the_batch() -> None:
-    one, four = count(mae(), batch(1), START), count(mae(), batch(4), START)
+    one, four = count(mae(), random_images(1), START), count(mae(), random_images(4), START)
     assert one is not None and four == 4 * one
 
 

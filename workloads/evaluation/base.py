@@ -6,6 +6,7 @@ protocol and seeds, so that a number says what pretraining was worth.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from workloads import artifact
+from workloads.export import export
 from workloads.models.encoders import build_encoder
 from workloads.models.vit import ViT
 from workloads.place import Place
+from workloads.record import RunFolder
 from workloads.spec import JobSpec, Stream
 from workloads.spec_training import Strict
 
@@ -69,6 +72,15 @@ class Subject:
             torch.manual_seed(self.spec.seed)
             encoders["untrained"] = build_encoder(self.spec.model).eval()
         return encoders
+
+    def trained(self, spec: JobSpec, run: RunFolder) -> bool:
+        """Trains and exports a job of the evaluation, unless an earlier call has; False when it was stopped."""
+        if not run.artifact.exists():
+            if not self.place.train(spec, run):
+                return False
+            export(spec, run, self.home, self.job_id)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # also those of a call that was killed here
+        return True
 
 
 class Evaluation(Protocol):

@@ -18,7 +18,6 @@ from workloads import artifact
 from workloads.evaluation.accuracy import accuracy
 from workloads.evaluation.base import EvaluationConfig, Subject, summary
 from workloads.evaluation.features import labelled, plain_view
-from workloads.export import export
 from workloads.record import RunFolder
 from workloads.spec import JobName, JobSpec, Named
 from workloads.spec_training import Optimizer, Resources, Schedule
@@ -67,18 +66,14 @@ def train_and_test(
         for seed in config.seeds:
             spec = nested_spec(config, subject, method, optimizer, seed, pretrained=who == "pretrained")
             run = RunFolder(subject.folder / f"{who}-{seed}")
-            if not run.artifact.exists():
-                if not subject.place.train(spec, run):
-                    return None
-                export(spec, run, subject.home, subject.job_id)
+            if not subject.trained(spec, run):
+                return None
             values.append(subject.place.scan(accuracy, artifact.load_model(run.artifact), test, view))
         results[who] = summary(values)
     kept = subject.folder / "artifact"
     shutil.copytree(subject.folder / f"pretrained-{config.seeds[0]}" / "artifact", kept, dirs_exist_ok=True)
     result = {"label": label, "metric": "accuracy", "results": results, "artifact": str(kept)}
     artifact.write_evaluations(kept, [result | {"artifact": "."}])
-    for folder in subject.folder.iterdir():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result | ({"register": config.register_as} if config.register_as else {})
 
 

@@ -11,7 +11,6 @@ go one after the other, each on the job's resources.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -21,7 +20,6 @@ from workloads.evaluation.base import EvaluationConfig, Subject, summary, withou
 from workloads.evaluation.chart import write_chart
 from workloads.evaluation.features import Features, extract, feature_sets, labelled, plain_view
 from workloads.evaluation.linear_probe import probe_accuracy
-from workloads.export import export
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 from workloads.spec_training import Strict
@@ -62,7 +60,7 @@ class Sweep:
             accuracies = []
             for spec in nested:
                 run = RunFolder(subject.folder / f"{config.field}={value:g}-{spec.seed}")
-                if not _trained(spec, run, subject):
+                if not subject.trained(spec, run):
                     return None
                 encoder = without_head(artifact.load_model(run.artifact))
                 train_set, test_set = (subject.place.scan(extract, encoder, m, view) for m in manifests)
@@ -81,16 +79,6 @@ class Sweep:
 
 def _accuracy(config: SweepConfig, features: tuple[Features, Features], seed: int) -> float:
     return probe_accuracy(*features, **config.probe.model_dump(), seed=seed)
-
-
-def _trained(spec: JobSpec, run: RunFolder, subject: Subject) -> bool:
-    """Goes on with what an interrupted evaluation began; False when it is stopped again."""
-    if not run.artifact.exists():
-        if not subject.place.train(spec, run):
-            return False
-        export(spec, run, subject.home, subject.job_id)
-        shutil.rmtree(run.checkpoints)
-    return True
 
 
 def nested_spec(config: SweepConfig, spec: JobSpec, value: float, seed: int) -> JobSpec:

@@ -33,7 +33,7 @@ from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.frozen import Teacher
 from workloads.parts.mae_decoder import DecoderConfig, MAEDecoder
 from workloads.parts.masking import Mask, expect_visible, random_masking, take
-from workloads.parts.reconstruction import filled_in, hide, masked_mse, pixel_target
+from workloads.parts.reconstruction import masked_mse, pictures, pixel_target
 
 Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
@@ -162,15 +162,9 @@ class DMAE(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """`original`, `masked` (hidden patches grey), `reconstruction` (predicted where hidden, given where kept)."""
-        images, p = batch["image"], self.encoder.config.patch_size
-        mask = self.mask(batch["key"])
+        images, mask = batch["image"], self.mask(batch["key"])
         pred = self.decode(self.encode(images, mask), mask)
-        return {
-            "original": images,
-            "masked": hide(images, mask.mask, p),
-            "reconstruction": filled_in(images, pred, mask.mask, p, norm_pix=self.config.norm_pix),
-        }
+        return pictures(images, pred, mask.mask, self.encoder.config.patch_size, norm_pix=self.config.norm_pix)
 
     def export(self) -> nn.Module:
         return self.encoder

@@ -40,3 +40,12 @@ def filled_in(images: Tensor, pred: Tensor, mask: Tensor, p: int, *, norm_pix: b
         pred = pred * (var + 1e-6).sqrt() + mean
     hidden = mask[:, :, None]
     return unpatchify(patches * (1 - hidden) + pred * hidden, p)
+
+
+def pictures(images: Tensor, pred: Tensor, mask: Tensor, p: int, *, norm_pix: bool) -> dict[str, Tensor]:
+    """`original`, `masked` (hidden patches grey), `reconstruction` (predicted where hidden, given where kept)."""
+    return {
+        "original": images,
+        "masked": hide(images, mask, p),
+        "reconstruction": filled_in(images, pred, mask, p, norm_pix=norm_pix),
+    }

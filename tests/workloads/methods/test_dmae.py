@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from tests.learning import RealImages, encoder_of, pretrained
+from tests.toy import random_images
 from workloads.data.keys import sample_keys
 from workloads.data.views import View
 from workloads.methods.base import DataInfo, Inputs, Progress
@@ -39,17 +40,6 @@ def dmae(student: nn.Module | None = None, teacher: nn.Module | None = None, siz
     student = vit() if student is None else student
     defaults: dict[str, object] = {"teacher": "large", "student_blocks": [1], "teacher_blocks": [3]}
     return DMAE(DMAEConfig.model_validate(DECODER | defaults | config), inputs(student, teacher, size))
-
-
-def batch(n: int = 4, size: int = 16) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    index = torch.arange(n)
-    return {
-        "image": torch.randn(n, 3, size, size, generator=generator),
-        "index": index,
-        "key": sample_keys(0, 0, index),
-        "label": index % 2,
-    }
 
 
 def tokens_of(blocks: nn.Module) -> list[int]:
@@ -85,18 +75,21 @@ def test_the_teacher_stops_at_its_block_and_has_no_gradient() -> None:
     method = dmae(teacher=teacher)
     seen = tokens_of(teacher.blocks)
     teacher.norm.register_forward_hook(lambda *_: pytest.fail("the teacher's last norm was run"))
-    method(batch(), START).loss.backward()
+    method(random_images(), START).loss.backward()
     assert len(seen) == 3 + 1
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not teacher.training and not method.train().teacher.module.training
-    assert all(target.grad_fn is None for target in method.targets(batch()["image"], method.mask(batch()["key"])))
+    assert all(
+        target.grad_fn is None
+        for target in method.targets(random_images()["image"], method.mask(random_images()["key"]))
+    )
     assert not any("teacher" in name for name in method.state_dict())
 
 
 def test_the_teacher_is_asked_once_for_blocks_in_any_order() -> None:
     teacher = vit(dim=48, depth=6)
     method = dmae(teacher=teacher, student_blocks=[0, 1, 2], teacher_blocks=[4, 1, 4])
-    seen, data = tokens_of(teacher.blocks), batch()
+    seen, data = tokens_of(teacher.blocks), random_images()
     a, b, c = method.targets(data["image"], method.mask(data["key"]))
     assert len(seen) == 5
     assert torch.equal(a, c) and not torch.equal(a, b)
@@ -106,7 +99,7 @@ def test_the_teacher_is_asked_once_for_blocks_in_any_order() -> None:
 def test_a_student_that_is_its_teacher_is_left_with_the_loss_of_mae(head: str) -> None:
     student, teacher = vit(), vit()
     teacher.load_state_dict(student.state_dict())
-    method, data = dmae(student, teacher, head=head, teacher_blocks=[1]), batch()
+    method, data = dmae(student, teacher, head=head, teacher_blocks=[1]), random_images()
     if head == "linear":
         method.heads[0].load_state_dict({"weight": torch.eye(32), "bias": torch.zeros(32)})
     mae = MAE(MAEConfig.model_validate(DECODER | {"norm_pix": False}), inputs(teacher, teacher))
@@ -123,12 +116,12 @@ def test_both_encoders_see_only_the_visible_tokens(ratio: float, tokens: int) ->
     student, teacher = vit(224, 16), vit(224, 16, dim=48, depth=6)
     method = dmae(student, teacher, 224, mask_ratio=ratio)
     of_student, of_teacher = tokens_of(student.blocks), tokens_of(teacher.blocks)
-    method(batch(1, 224), START)
+    method(random_images(1, 224), START)
     assert (of_student, of_teacher) == ([tokens] * 3, [tokens] * 4)
 
 
 def test_alignment_reaches_the_blocks_up_to_its_own_and_no_further() -> None:
-    method, data = dmae(), batch()
+    method, data = dmae(), random_images()
     mask = method.mask(data["key"])
     method.align(method.encode(data["image"], mask), method.targets(data["image"], mask)).backward()
     reached = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -138,7 +131,7 @@ def test_alignment_reaches_the_blocks_up_to_its_own_and_no_further() -> None:
 
 
 def test_alignment_sums_the_pairs_in_their_order() -> None:
-    method, data = dmae(student_blocks=[0, 2], teacher_blocks=[1, 5]), batch()
+    method, data = dmae(student_blocks=[0, 2], teacher_blocks=[1, 5]), random_images()
     mask = method.mask(data["key"])
     states, targets = method.encode(data["image"], mask), method.targets(data["image"], mask)
     expected = torch.zeros(())
@@ -149,7 +142,7 @@ def test_alignment_sums_the_pairs_in_their_order() -> None:
 
 
 def test_the_last_block_is_recorded_before_the_last_norm() -> None:
-    method, data = dmae(student_blocks=[2]), batch()
+    method, data = dmae(student_blocks=[2]), random_images()
     states = method.encode(data["image"], method.mask(data["key"]))
     assert len(states) == 3
     kept: list[torch.Tensor] = []
@@ -159,7 +152,7 @@ def test_the_last_block_is_recorded_before_the_last_norm() -> None:
 
 
 def test_targets_are_full_precision_and_losses_are_too() -> None:
-    method, data = dmae(), batch()
+    method, data = dmae(), random_images()
     with torch.autocast("cpu", torch.bfloat16):
         assert method.targets(data["image"], method.mask(data["key"]))[0].dtype == torch.float32
         assert method(data, START).loss.dtype == torch.float32
@@ -180,14 +173,14 @@ def test_it_is_built_without_memory_for_a_preflight() -> None:
 
 
 def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
-    method, data = dmae(), batch(8)
+    method, data = dmae(), random_images(8)
     whole = method.mask(data["key"]).mask
     assert torch.equal(whole, torch.cat([method.mask(keys).mask for keys in data["key"].split(2)]))
     assert not torch.equal(whole, method.mask(sample_keys(0, 1, data["index"])).mask)
 
 
 def test_pictures_keep_the_visible_patches() -> None:
-    method, data = dmae().eval(), batch(2)
+    method, data = dmae().eval(), random_images(2)
     pictures = method.pictures(data)
     hidden = pictures["masked"] == 0
     assert torch.equal(pictures["masked"], data["image"] * ~hidden)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.learning import SMALL_VIT, RealImages, pretrained
+from tests.toy import random_images
 from workloads import assemble
 from workloads.data.keys import sample_keys
 from workloads.data.reader import Reader
@@ -53,16 +54,9 @@ def i_mae(*, teacher: nn.Module | None = None, num_classes: int = 2, **config: A
     return IMAE(IMAEConfig.model_validate(known), inputs(vit(), teacher, num_classes))
 
 
-def batch(n: int = 4) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    index = torch.arange(n)
-    images = torch.randn(n, 3, 16, 16, generator=generator)
-    return {"image": images, "index": index, "key": sample_keys(0, 0, index), "label": index % 2}
-
-
 def pair(method: IMAE, n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Mask]:
     """Images, partners, weights and masks."""
-    data = batch(n)
+    data = random_images(n)
     one, keys = data["image"], data["key"]
     return one, one[partners(keys)], method.weight(keys), method.mask(keys)
 
@@ -96,7 +90,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say_of_equal_images() -> N
 @pytest.mark.parametrize("target", ["subordinate", "dominant", "both"])
 def test_the_loss_is_that_of_the_clean_images_that_are_asked_for(target: str) -> None:
     method = i_mae(teacher=mae(), target=target, distillation=2.0)
-    data = batch()
+    data = random_images()
     one, two, a, mask = pair(method)
     latent = method.encode(mixture(one, two, a), mask)
     images = {"subordinate": one, "dominant": two}
@@ -121,7 +115,7 @@ def test_gradients_stay_in_their_branch_and_out_of_the_teacher() -> None:
     first = masked_mse(method.decoder.decode(z["subordinate"], mask), patchify(one, 4), mask.mask)
     (of_second,) = torch.autograd.grad(first, [method.second.weight], allow_unused=True)
     assert of_second is None
-    loss = method(batch(), START).loss
+    loss = method(random_images(), START).loss
     assert loss is not None
     loss.backward()
     assert method.second.weight.grad is not None
@@ -155,7 +149,7 @@ def test_cost_one_student_pass_for_a_mixture_and_half_of_a_teacher_for_each_bran
         tokens = seen.setdefault(name, [])
         for block in part.blocks:
             block.register_forward_pre_hook(lambda _, args, tokens=tokens: tokens.append(args[0].shape[1]))
-    method(batch(), START)
+    method(random_images(), START)
     assert seen == {"student": [9, 9], "decoder": [17, 17], "teacher": [9, 9, 9, 9], "its decoder": []}
 
 
@@ -222,9 +216,9 @@ def test_weights_are_fixed_or_drawn_below_a_half() -> None:
 
 
 def test_share_of_pairs_of_one_class_is_told() -> None:
-    assert "same_class" not in i_mae()(batch(8), START).metrics
-    assert i_mae(s=1.0)(batch(8), START).metrics["same_class"] == 1
-    assert i_mae(s=0.0)(batch(8), START).metrics["same_class"] == 0
+    assert "same_class" not in i_mae()(random_images(8), START).metrics
+    assert i_mae(s=1.0)(random_images(8), START).metrics["same_class"] == 1
+    assert i_mae(s=0.0)(random_images(8), START).metrics["same_class"] == 0
 
 
 def test_teacher_is_no_part_of_the_method() -> None:
@@ -235,7 +229,7 @@ def test_teacher_is_no_part_of_the_method() -> None:
 
 def test_pictures_show_the_pair_and_keep_the_visible_patches_of_the_mixture() -> None:
     method = i_mae(target="both").eval()
-    data = batch()
+    data = random_images()
     pictures = method.pictures({name: data[name] for name in ("image", "key")})  # as it is served: no labels
     assert list(pictures)[4:] == ["subordinate_reconstruction", "dominant_reconstruction"]
     kept = 1 - method.mask(data["key"]).mask[:, :, None]

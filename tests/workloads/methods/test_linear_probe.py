@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.workloads.methods.test_mae import START, batch
+from tests.toy import random_images
+from tests.workloads.methods.test_mae import START
 from workloads.methods.base import DataInfo, Inputs
 from workloads.methods.linear_probe import LinearProbe, LinearProbeConfig
 from workloads.models.timm_import import timm
@@ -40,7 +41,7 @@ def test_only_the_layer_is_trained_and_the_encoder_stays_in_eval_mode() -> None:
     assert method.norm.training and not any(module.training for module in method.encoder.modules())
     seen: list[bool] = []
     method.encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    loss = method(batch(), START).loss
+    loss = method(random_images(), START).loss
     assert seen == [False] and loss is not None
     loss.backward()
     assert all(p.grad is None for p in method.encoder.parameters())
@@ -62,7 +63,7 @@ def test_it_starts_as_the_paper_says() -> None:
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_features_are_normalised_by_the_batch(pool: str) -> None:
-    method, data = probe(pool=pool), batch()
+    method, data = probe(pool=pool), random_images()
     vit = method.encoder.module
     assert isinstance(vit, ViT)
     tokens = vit.forward_features(data["image"])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.learning import RealImages, encoder_of, losses, pretrained, untrained
+from tests.toy import no_load, random_images
 from workloads.data.keys import sample_keys, uniform
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.mae import MAE, MAEConfig
@@ -20,27 +21,12 @@ from workloads.parts.schedules import warmup_cosine
 START = Progress(step=0, epoch=0, total_steps=10)
 
 
-def no_load(name: str) -> None:
-    raise AssertionError(name)
-
-
 def mae(image_size: int = 16, patch_size: int = 4, **config: object) -> MAE:
     torch.manual_seed(0)
     encoder = ViTConfig(image_size=image_size, patch_size=patch_size, dim=32, depth=2, heads=4).build()
     info = DataInfo(num_instances=8, num_classes=2, shape=(3, image_size, image_size))
     defaults = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     return MAE(MAEConfig.model_validate(defaults | config), Inputs(encoder, info, no_load, no_load))  # type: ignore[arg-type]
-
-
-def batch(n: int = 4, size: int = 16) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    index = torch.arange(n)
-    return {
-        "image": torch.randn(n, 3, size, size, generator=generator),
-        "index": index,
-        "key": sample_keys(0, 0, index),
-        "label": index % 2,
-    }
 
 
 @pytest.fixture
@@ -87,12 +73,12 @@ def test_encoder_sees_only_visible_tokens(image_size: int, patch_size: int, rati
     seen: list[int] = []
     for block in method.encoder.blocks:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    method(batch(1, image_size), START)
+    method(random_images(1, image_size), START)
     assert seen == [tokens, tokens]
 
 
 def test_no_gradient_to_predictions_of_kept_patches() -> None:
-    method, data = mae(), batch()
+    method, data = mae(), random_images()
     mask = method.mask(data["key"])
     pred = torch.randn(4, 16, 48, requires_grad=True)
     method.loss(data["image"], pred, mask.mask).backward()
@@ -102,7 +88,7 @@ def test_no_gradient_to_predictions_of_kept_patches() -> None:
 
 
 def test_removed_pixels_do_not_reach_the_encoder_and_kept_ones_not_the_target() -> None:
-    method, data = mae(norm_pix=False), batch(1)
+    method, data = mae(norm_pix=False), random_images(1)
     mask = method.mask(data["key"])
     patches = patchify(data["image"], 4)
     noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(2))
@@ -140,7 +126,7 @@ def test_positions_are_fixed_and_tokens_decay() -> None:
 
 
 def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
-    method, data = mae(), batch(8)
+    method, data = mae(), random_images(8)
     whole = method.mask(data["key"])
     parts = [method.mask(keys) for keys in data["key"].split(2)]
     assert torch.equal(whole.mask, torch.cat([part.mask for part in parts]))
@@ -149,7 +135,7 @@ def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
 
 
 def test_pictures_keep_the_visible_patches() -> None:
-    method, data = mae().eval(), batch(2)
+    method, data = mae().eval(), random_images(2)
     pictures = method.pictures(data)
     mask = method.mask(data["key"]).mask[:, :, None]
     kept = patchify(pictures["reconstruction"], 4) * (1 - mask)
@@ -170,7 +156,7 @@ def test_a_ratio_that_hides_everything_is_refused() -> None:
 
 def test_positions_belong_to_patches_wherever_they_stand() -> None:
     """They are added before tokens are dropped: visible tokens in another order are the same tokens in that order."""
-    method, data = mae().eval(), batch(2)
+    method, data = mae().eval(), random_images(2)
     mask = method.mask(data["key"])
     order = torch.tensor([2, 0, 3, 1])
     there = method.encode(data["image"], mask)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.learning import SMALL_VIT, RealImages, encoder_of, losses, pretrained
+from tests.toy import random_images
 from workloads.data.keys import sample_keys
 from workloads.data.views import View
 from workloads.methods.base import DataInfo, Inputs, Progress
@@ -50,12 +51,6 @@ def maskdistill(encoder: nn.Module | None = None, teacher: nn.Module | None = No
     return MaskDistill(MaskDistillConfig.model_validate(document), inputs)
 
 
-def batch(n: int = 4, size: int = 16) -> dict[str, Tensor]:
-    index = torch.arange(n)
-    images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return {"image": images, "index": index, "key": sample_keys(0, 0, index)}
-
-
 def test_target_is_normalised_by_the_biased_variance_of_a_token() -> None:
     target = normalise(torch.tensor([1.0, 2, 3, 4]))
     assert target.tolist() == pytest.approx([-1.341635, -0.447212, 0.447212, 1.341635], abs=1e-6)
@@ -91,7 +86,7 @@ def test_beta_is_where_the_loss_turns_linear() -> None:
 
 
 def test_scale_and_offset_of_the_teacher_do_not_matter() -> None:
-    method, data = maskdistill(), batch()
+    method, data = maskdistill(), random_images()
     target, loss = method.target(data["image"]), method(data, START).loss
     method.teacher.module.blocks[-1].register_forward_hook(lambda _, __, out: 3 * out + 2)  # type: ignore[union-attr, index]
     assert torch.allclose(method.target(data["image"]), target, atol=1e-3)
@@ -99,7 +94,7 @@ def test_scale_and_offset_of_the_teacher_do_not_matter() -> None:
 
 
 def test_no_gradient_to_predictions_of_visible_patches_nor_to_the_teacher() -> None:
-    method, data = maskdistill(), batch()
+    method, data = maskdistill(), random_images()
     mask = method.mask(data["key"])
     o = torch.randn(4, 16, 24, requires_grad=True)
     method.loss(o, method.target(data["image"]), mask).backward()
@@ -125,7 +120,7 @@ def pooled_by_attention() -> nn.Module:
 
 @pytest.mark.parametrize("encoder", [vit, beit, pooled_by_attention])
 def test_hidden_pixels_reach_the_teacher_but_not_the_student(encoder: Any) -> None:
-    method, data = maskdistill(encoder()).eval(), batch(2)
+    method, data = maskdistill(encoder()).eval(), random_images(2)
     images, mask = data["image"], method.mask(data["key"])
     other = unpatchify(patchify(images, 4) + mask[:, :, None], 4)
     assert torch.equal(method.predict(images, mask), method.predict(other, mask))
@@ -148,7 +143,7 @@ def test_block_masks_of_the_paper() -> None:
 
 
 def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
-    method, data = maskdistill(), batch(8)
+    method, data = maskdistill(), random_images(8)
     whole = method.mask(data["key"])
     assert torch.equal(whole, torch.cat([method.mask(keys) for keys in data["key"].split(2)]))
     assert not torch.equal(whole, method.mask(sample_keys(0, 1, data["index"])))
@@ -156,7 +151,7 @@ def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
 
 def test_cost_of_a_step_is_one_pass_of_each() -> None:
     """The student reads mask tokens with the others (no shorter sequence); the teacher stops before its norm."""
-    method, data = maskdistill(), batch()
+    method, data = maskdistill(), random_images()
     seen: dict[str, list[tuple[int, ...]]] = {"student": [], "teacher": []}
     teacher: Any = method.teacher.module
     for name, network in (("student", method.encoder), ("teacher", teacher)):
@@ -195,7 +190,7 @@ def test_target_is_of_the_image_as_the_teacher_knows_it() -> None:
 def test_all_that_is_trained_gets_a_gradient(encoder: Any) -> None:
     """Other students than ours; what pools tokens is not trained, since the loss does not reach it."""
     method = maskdistill(encoder()).train()
-    method(batch(), START).loss.backward()
+    method(random_images(), START).loss.backward()
     idle = {name for name, p in method.named_parameters() if p.grad is None}
     assert idle == {name for name, p in method.named_parameters() if not p.requires_grad}
     assert all(name.startswith("encoder.attn_pool.") for name in idle)
@@ -221,7 +216,7 @@ def test_a_norm_behind_the_pooling_is_not_trained() -> None:
 
 
 def test_pictures() -> None:
-    method, data = maskdistill().eval(), batch(2)
+    method, data = maskdistill().eval(), random_images(2)
     pictures = method.pictures(data)
     assert list(pictures) == ["original", "masked", "target", "prediction"]
     assert all(picture.shape == data["image"].shape for picture in pictures.values())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.learning import SMALL_VIT, RealImages, encoder_of, losses, pretrained, untrained
+from tests.toy import no_load, random_images
 from workloads import assemble
 from workloads.data.keys import sample_keys
 from workloads.data.reader import Reader
@@ -23,26 +24,11 @@ from workloads.parts.patches import patchify, unpatchify
 START = Progress(step=0, epoch=0, total_steps=10)
 
 
-def no_load(name: str) -> None:
-    raise AssertionError(name)
-
-
 def maskfeat(image_size: int = 32, patch_size: int = 8, **config: object) -> MaskFeat:
     torch.manual_seed(0)
     encoder = ViTConfig(image_size=image_size, patch_size=patch_size, dim=32, depth=2, heads=4).build()
     info = DataInfo(num_instances=8, num_classes=2, shape=(3, image_size, image_size))
     return MaskFeat(MaskFeatConfig.model_validate(config), Inputs(encoder, info, no_load, no_load))  # type: ignore[arg-type]
-
-
-def batch(n: int = 4, size: int = 32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    index = torch.arange(n)
-    return {
-        "image": torch.randn(n, 3, size, size, generator=generator),
-        "index": index,
-        "key": sample_keys(0, 0, index),
-        "label": index % 2,
-    }
 
 
 def test_an_image_of_the_paper_loses_78_patches_at_most() -> None:
@@ -58,14 +44,14 @@ def test_an_image_of_the_paper_loses_78_patches_at_most() -> None:
 )
 def test_width_of_the_prediction(patch_size: int, config: dict[str, object], width: int) -> None:
     method = maskfeat(32, patch_size, **config)
-    target = method.target(batch()["image"])
+    target = method.target(random_images(size=32)["image"])
     assert target.shape == (4, (32 // patch_size) ** 2, width)
     assert method.head[1].out_features == width
 
 
 def test_a_step_costs_what_supervised_training_does() -> None:
     """All tokens go through each block once, and the patches through a norm and a linear layer."""
-    method, data = maskfeat(224, 16), batch(2, 224)
+    method, data = maskfeat(224, 16), random_images(2, 224)
     seen: list[tuple[int, ...]] = []
     for module in (*method.encoder.blocks, *method.head):
         module.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:-1])))
@@ -74,12 +60,12 @@ def test_a_step_costs_what_supervised_training_does() -> None:
 
 
 def test_its_arithmetic_can_be_counted() -> None:
-    method, data = maskfeat(), batch()
+    method, data = maskfeat(), random_images(size=32)
     assert count(method, data, START)
 
 
 def test_the_loss_is_the_mean_over_hidden_tokens_and_their_values() -> None:
-    method, data = maskfeat(), batch()
+    method, data = maskfeat(), random_images(size=32)
     mask = method.mask(data["key"])
     pred = method.head(method.encode(data["image"], mask))
     error = (pred - hog_tokens(data["image"], 8)).square() * mask[:, :, None]
@@ -89,7 +75,7 @@ def test_the_loss_is_the_mean_over_hidden_tokens_and_their_values() -> None:
 
 
 def test_no_gradient_to_visible_tokens() -> None:
-    method, data = maskfeat(), batch()
+    method, data = maskfeat(), random_images(size=32)
     outputs: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: object, tokens: torch.Tensor) -> None:
@@ -109,7 +95,7 @@ def test_no_gradient_to_visible_tokens() -> None:
 
 @pytest.mark.parametrize("target", ["hog", "pixels"])
 def test_hidden_pixels_change_the_target_and_not_what_the_encoder_sees(target: str) -> None:
-    method, data = maskfeat(target=target), batch()
+    method, data = maskfeat(target=target), random_images(size=32)
     mask = method.mask(data["key"])
     patches = patchify(data["image"], 8)
     noise = torch.randn(patches.shape, generator=torch.Generator().manual_seed(2))
@@ -122,7 +108,7 @@ def test_hidden_pixels_change_the_target_and_not_what_the_encoder_sees(target: s
 
 
 def test_brightness_and_contrast_do_not_change_the_target() -> None:
-    method, images = maskfeat(), batch()["image"]
+    method, images = maskfeat(), random_images(size=32)["image"]
     torch.testing.assert_close(method.target(images), method.target(0.5 * images), atol=1e-6, rtol=0)
     assert not torch.equal(maskfeat(target="pixels").target(images), maskfeat(target="pixels").target(0.5 * images))
 
@@ -137,7 +123,7 @@ def test_positions_and_tokens_are_trained_and_decay() -> None:
 
 
 def test_the_last_norm_is_outside() -> None:
-    method, data = maskfeat(), batch()
+    method, data = maskfeat(), random_images(size=32)
     mask = method.mask(data["key"])
     before = method.encode(data["image"], mask)
     with torch.no_grad():
@@ -148,14 +134,14 @@ def test_the_last_norm_is_outside() -> None:
 
 
 def test_mask_belongs_to_the_sample_not_to_the_batch() -> None:
-    method, data = maskfeat(), batch(8)
+    method, data = maskfeat(), random_images(8, 32)
     whole = method.mask(data["key"])
     assert torch.equal(whole, torch.cat([method.mask(keys) for keys in data["key"].split(3)]))
     assert not torch.equal(whole, method.mask(sample_keys(0, 1, data["index"])))
 
 
 def test_pictures_of_histograms() -> None:
-    method, data = maskfeat(), batch(2)
+    method, data = maskfeat(), random_images(2, 32)
     pictures = method.pictures(data)
     hidden = unpatchify(method.mask(data["key"])[:, :, None].expand(-1, -1, 192), 8)
     assert not pictures["masked"][hidden].any()
@@ -166,7 +152,7 @@ def test_pictures_of_histograms() -> None:
 
 
 def test_pictures_of_pixels() -> None:
-    method, data = maskfeat(target="pixels"), batch(2)
+    method, data = maskfeat(target="pixels"), random_images(2, 32)
     pictures = method.pictures(data)
     hidden = unpatchify(method.mask(data["key"])[:, :, None].expand(-1, -1, 192), 8)
     assert torch.equal(pictures["target"], data["image"])

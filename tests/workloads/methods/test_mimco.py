@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained
+from tests.toy import random_images
 from workloads.data.keys import sample_keys
 from workloads.data.views import View
 from workloads.methods.base import DataInfo, Inputs, Progress
@@ -36,12 +37,6 @@ def mimco(teacher: nn.Module | None = None, **config: object) -> MimCo:
     return MimCo(validated, Inputs(encoder, INFO, {"moco@1": frozen}.__getitem__, no_build))  # type: ignore[arg-type]
 
 
-def batch(n: int = 4) -> dict[str, Tensor]:
-    index = torch.arange(n)
-    images = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return {"image": images, "index": index, "key": sample_keys(0, 0, index), "label": index % 2}
-
-
 def features(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
@@ -62,13 +57,13 @@ def test_losses_of_equal_features_are_a_guess_among_all() -> None:
 
 def test_a_perfect_student_loses_nothing_at_low_temperature_and_position_matters() -> None:
     method, t = mimco(temperature=1e-3), features(2, 16, 24)
-    mask = method.mask(batch(2)["key"])
+    mask = method.mask(random_images(2)["key"])
     assert method.patch_loss(t, t, mask).item() < 1e-6
     assert method.patch_loss(t, t.roll(1, dims=1), mask).item() > 100
 
 
 def test_lengths_of_features_do_not_matter() -> None:
-    method, mask = mimco(), mimco().mask(batch(2)["key"])
+    method, mask = mimco(), mimco().mask(random_images(2)["key"])
     p, t = features(2, 2, 16, 24)
     patch, image = method.patch_loss(p, t, mask).item(), method.image_loss(p[0], t[0]).item()
     for a, b in ((5.0, 1.0), (1.0, 0.3)):
@@ -77,7 +72,7 @@ def test_lengths_of_features_do_not_matter() -> None:
 
 
 def test_visible_patches_are_candidates_but_not_asked() -> None:
-    method, data = mimco(), batch()
+    method, data = mimco(), random_images()
     mask = method.mask(data["key"])
     p, t = features(2, 4, 16, 24)
     p.requires_grad_()
@@ -91,7 +86,7 @@ def test_visible_patches_are_candidates_but_not_asked() -> None:
 
 
 def test_the_teacher_learns_nothing_and_belongs_to_nobody() -> None:
-    method, data = mimco().train(), batch()
+    method, data = mimco().train(), random_images()
     before = [p.clone() for p in method.teacher.module.parameters()]
     loss = method(data, START).loss
     loss.backward()
@@ -105,7 +100,7 @@ def test_the_teacher_learns_nothing_and_belongs_to_nobody() -> None:
 
 
 def test_the_teacher_sees_the_whole_image_and_the_student_nothing_of_what_is_hidden() -> None:
-    method, data = mimco(), batch(2)
+    method, data = mimco(), random_images(2)
     images, mask = data["image"], method.mask(data["key"])
     hidden = mask[:, :, None]
     patches = patchify(images, 4)
@@ -125,13 +120,13 @@ def test_both_encode_all_patches_once_and_the_teacher_keeps_nothing_for_gradient
     seen: list[tuple[str, int, bool]] = []
     for name, network in (("student", method.encoder), ("teacher", method.teacher.module)):
         network.norm.register_forward_hook(lambda _, __, x, name=name: seen.append((name, x.shape[1], x.requires_grad)))
-    method(batch(), START)
+    method(random_images(), START)
     assert sorted(seen) == [("student", 17, True), ("teacher", 17, False)]
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_what_an_image_is_like_is_pooled_as_the_teacher_does(pool: Literal["token", "avg"]) -> None:
-    teacher, images = TEACHER.build(), batch(2)["image"]
+    teacher, images = TEACHER.build(), random_images(2)["image"]
     teacher.pool = pool
     method = mimco(teacher)
     tokens = teacher.forward_features(images)
@@ -146,7 +141,7 @@ def test_what_an_image_is_like_is_pooled_as_the_teacher_does(pool: Literal["toke
 
 
 def test_loss_is_that_of_patches_and_alpha_that_of_images() -> None:
-    data = batch()
+    data = random_images()
     output = mimco(alpha=0.5)(data, START)
     patch, image = (output.metrics[name].item() for name in ("patch_loss", "image_loss"))
     assert output.loss.item() == pytest.approx(patch + 0.5 * image, abs=1e-6)
@@ -154,12 +149,12 @@ def test_loss_is_that_of_patches_and_alpha_that_of_images() -> None:
 
 def test_a_teacher_of_larger_patches_sees_a_larger_image() -> None:
     teacher = ViTConfig(image_size=32, patch_size=8, dim=24, depth=1, heads=2).build()
-    t, t_bar = mimco(teacher).targets(batch(2)["image"])
+    t, t_bar = mimco(teacher).targets(random_images(2)["image"])
     assert t.shape == (2, 16, 24) and t_bar.shape == (2, 24)
 
 
 def test_a_share_of_the_patches_is_hidden_by_sample() -> None:
-    method, data = mimco(), batch(8)
+    method, data = mimco(), random_images(8)
     whole = method.mask(data["key"])
     assert whole.sum(dim=1).tolist() == [10] * 8  # int(16 * 0.4) stay
     assert torch.equal(whole, torch.cat([method.mask(keys) for keys in data["key"].split(2)]))
@@ -167,7 +162,7 @@ def test_a_share_of_the_patches_is_hidden_by_sample() -> None:
 
 
 def test_pictures_of_a_perfect_student_are_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, data = mimco().eval(), batch(2)
+    method, data = mimco().eval(), random_images(2)
     pictures = method.pictures(data)
     visible = 1 - method.mask(data["key"])[:, :, None]
     for name in ("masked", "matched"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained, untrained
+from tests.toy import no_load
 from workloads.data.keys import sample_keys
 from workloads.data.transforms.image import finish
 from workloads.methods.base import DataInfo, Inputs, Progress
@@ -17,10 +18,6 @@ from workloads.models.vit import ViTConfig
 
 START = Progress(step=0, epoch=0, total_steps=10)
 INFO = DataInfo(num_instances=8, num_classes=2, shape=(3, 16, 16))
-
-
-def no_load(name: str) -> None:
-    raise AssertionError(name)
 
 
 def moco(**config: object) -> MoCoV3:
