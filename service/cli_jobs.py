@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ from service.terminal import (
     show_json,
     show_table,
 )
+from workloads.record import online_names
 
 JobId = Annotated[str, typer.Argument(help="As `manta jobs` lists it.")]
 LAST_EVENTS = 5  # that `manta job` shows
@@ -89,9 +91,7 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
 
 def _with_online(points: list[dict[str, Any]], online: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The curve with a column for each evaluation of checkpoints."""
-    labels = {result["entry"]: result["label"] for result in online}
-    often = Counter(labels.values())
-    columns = {entry: label if often[label] == 1 else f"{label}[{entry}]" for entry, label in labels.items()}
+    columns = online_names(online)
     found: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for result in online:
         found[result["step"]][columns[result["entry"]]] = result["mean"]
@@ -154,6 +154,21 @@ def metrics(job_id: JobId, as_json: AsJson = False) -> None:
     )
 
 
+def report(
+    job_id: JobId,
+    file: Annotated[Path | None, typer.Option("--out", "-o", help="Default: JOB.html in this folder.")] = None,
+) -> None:
+    """Writes the report of a job: curves, evaluations, pictures, on one page that needs no network."""
+    with connected() as client:
+        text = client.report(job_id)
+    file = file or Path(f"{job_id}.html")
+    try:
+        file.write_text(text)
+    except OSError as error:
+        fail(f"got --out {file}, which cannot be written ({error.strerror}); name a file in a folder that is there")
+    out.print(str(file), markup=False, highlight=False, soft_wrap=True)
+
+
 def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     """Asks a job to write a last checkpoint and end."""
     with connected() as client:
@@ -195,4 +210,4 @@ def _print_state(found: dict[str, Any], as_json: bool) -> None:
         out.print(f"{found['id']} {found['state']}")
 
 
-COMMANDS = (submit, jobs, job, logs, events, metrics, pause, resume, cancel)
+COMMANDS = (submit, jobs, job, logs, events, metrics, report, pause, resume, cancel)

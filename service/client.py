@@ -138,6 +138,10 @@ class Client:
         """`evaluations` of the finished model; `online`, those of checkpoints: `step`, `entry`, `label`, `mean`, ..."""
         return self._call("GET", f"/v1/jobs/{job_id}/evaluations")
 
+    def report(self, job_id: str) -> str:
+        """A page for people, as HTML."""
+        return self._send("GET", f"/v1/jobs/{job_id}/report").text
+
     def logs(self, job_id: str) -> str:
         return self._send("GET", f"/v1/jobs/{job_id}/logs").text
 

@@ -23,8 +23,9 @@ from cluster.embedded import ClusterError
 from service.client import ApiError, Client
 from service.local_cluster import temporary
 from service.progress import follow
-from service.report import write_report
+from service.report import page
 from service.terminal import FAILED, OK, out
+from workloads.sheet import contact_sheet
 
 PICTURES = 8
 BATCH = 60  # images of one predict request
@@ -88,9 +89,12 @@ def _main_job(folder: Path, began: float) -> dict[str, Any]:
         drawn = client.reconstruct(names[0], images[:PICTURES])
         curve = client.metrics(job["id"])
         model = client.model(names[0])
-    pictures = [{kind: base64.b64decode(data) for kind, data in row.items()} for row in drawn]
+    sheet = contact_sheet([{kind: base64.b64decode(data) for kind, data in row.items()} for row in drawn])
     summary = summarise(job, right / len(images), time.monotonic() - began)
-    html, png = write_report(folder, job=job, curve=curve, pictures=pictures, card=model["card"], summary=summary)
+    card, html, png = model["card"], folder / "report.html", folder / "report.png"
+    facts = {"paper": card["paper"], "parameters": card["parameters"], "sheet": sheet, "summary": summary}
+    html.write_text(page(job=job, points=curve, online=[], **facts))
+    png.write_bytes(sheet)
     out.print(result_table(job, summary))
     _say(f"report: {html}")
     _say(f"pictures: {png}")

@@ -1,61 +1,66 @@
-"""The report of a job: one self-contained HTML page and one PNG, from plain data."""
+"""The report of a job: one self-contained HTML page, from plain data."""
 
 from __future__ import annotations
 
 import base64
 import importlib.metadata
-import io
 import platform
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-PIXELS = 96  # side of a picture in the PNG
-GAP, LABEL = 6, 22
+from workloads.chart import Chart, figure
+from workloads.record import online_names
+
 VERSIONS = ("manta", "ray", "torch", "timm")
 
 
-def write_report(
-    folder: Path,
+def page(
     *,
     job: dict[str, Any],
-    curve: Sequence[dict[str, Any]],
-    pictures: Sequence[dict[str, bytes]],
-    card: dict[str, Any],
-    summary: dict[str, Any],
-) -> tuple[Path, Path]:
-    """Writes `report.html` and `report.png`.
+    points: Sequence[dict[str, Any]],
+    online: Sequence[dict[str, Any]],
+    paper: str,
+    parameters: int | None,
+    sheet: bytes | None,
+    summary: Mapping[str, Any],
+) -> str:
+    """The report of a job in any state, with what is there so far.
 
     Args:
-        folder: where to.
         job: the answer of GET /v1/jobs/{id}.
-        curve: its points.
-        pictures: of each image, what the method draws, by kind, as PNG.
-        card: of the artifact.
-        summary: further numbers of the run.
+        points: of its curve.
+        online: results of evaluations of checkpoints.
+        paper: of the method.
+        parameters: of the exported network; None before it is.
+        sheet: a PNG of what the method draws; None where it does not.
+        summary: further numbers: `predict_accuracy`.
     """
     import jinja2
 
-    sheet = contact_sheet(pictures)
-    columns = list(dict.fromkeys(who for result in job["evaluations"] for who in result["results"]))
+    results = job["evaluations"]
+    columns = list(dict.fromkeys(who for result in results for who in result["results"] if "=" not in who))
+    charts: list[Chart] = [result["chart"] for result in results if "chart" in result]
+    if online:
+        charts.insert(0, _checkpoints(online))
     template = (Path(__file__).parent / "web" / "report.html").read_text()
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
-    html = page.render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
         job=job,
-        card=card,
+        paper=paper,
+        parameters=parameters,
         columns=columns,
-        rows=[_row(result, columns) for result in job["evaluations"]],
+        rows=[_row(result, columns) for result in results],
         summary=summary,
-        curve=_curve(curve),
-        picture=base64.b64encode(sheet).decode() if pictures else "",
+        curve=_html(_loss(points), with_script=True),
+        charts=[(chart["title"], _html(figure(chart).update_layout(title=None))) for chart in charts],
+        picture=base64.b64encode(sheet).decode() if sheet else "",
         spec=yaml.safe_dump(job["spec"], sort_keys=False),
         versions=", ".join([f"Python {platform.python_version()}", *(f"{v} {_version(v)}" for v in VERSIONS)]),
     )
-    (folder / "report.html").write_text(html)
-    (folder / "report.png").write_bytes(sheet)
-    return folder / "report.html", folder / "report.png"
 
 
 def _version(name: str) -> str:
@@ -65,7 +70,7 @@ def _version(name: str) -> str:
 def _row(result: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     results = result["results"]
     first = min if result["metric"] == "distance" else max
-    best = first(value["mean"] for value in results.values())
+    best = first(results[who]["mean"] for who in columns if who in results)
     cells = [
         {
             "text": f"{r['mean']:.3f} ± {r['std']:.3f}" if (r := results.get(who)) else "–",
@@ -73,55 +78,45 @@ def _row(result: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
         }
         for who in columns
     ]
-    return {"label": result["label"], "cells": cells, "seeds": max(len(value["seeds"]) for value in results.values())}
+    seeds = max(len(value["seeds"]) for value in results.values())
+    return {"label": result["label"], "metric": result["metric"], "cells": cells, "seeds": seeds}
 
 
-def _curve(points: Sequence[dict[str, Any]]) -> str:
-    """The loss over steps; plotly's script is inside, so the page needs no network."""
+def _checkpoints(online: Sequence[dict[str, Any]]) -> Chart:
+    """A curve over steps for each entry of `evaluate` that looks at checkpoints."""
+    names = online_names(online)
+    curves: defaultdict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
+    for result in online:
+        curves[names[result["entry"]]].append((result["step"], result))
+    metrics = " or ".join(dict.fromkeys(result["metric"] for result in online))
+    return {"title": "Evaluations of checkpoints", "x": "step", "y": metrics, "curves": curves}
+
+
+def _loss(points: Sequence[dict[str, Any]]) -> Any:
     import plotly.graph_objects as go
 
     steps = [point["step"] for point in points]
-    figure = go.Figure(
-        [
-            go.Scatter(x=steps, y=[point["loss"] for point in points], name="loss", line={"color": "#1f6feb"}),
-            go.Scatter(
-                x=steps,
-                y=[point["lr"] for point in points],
-                name="learning rate",
-                yaxis="y2",
-                line={"color": "#d08700"},
-            ),
-        ]
+    loss = go.Scatter(x=steps, y=[point["loss"] for point in points], name="loss", line={"color": "#1f6feb"})
+    lr = go.Scatter(x=steps, y=[p["lr"] for p in points], name="learning rate", yaxis="y2", line={"color": "#d08700"})
+    return go.Figure([loss, lr]).update_layout(
+        xaxis={"title": "step"},
+        yaxis={"title": "loss"},
+        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False},
     )
-    figure.update_layout(
+
+
+def _html(drawn: Any, *, with_script: bool = False) -> str:
+    """The figure as a part of the page; plotly's script is inside it once, so the page needs no network."""
+    grid = {"gridcolor": "rgba(128,128,128,.2)"}
+    drawn.update_layout(
         height=360,
         margin={"l": 50, "r": 60, "t": 10, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#7a8599"},
-        xaxis={"title": "step", "gridcolor": "rgba(128,128,128,.2)"},
-        yaxis={"title": "loss", "gridcolor": "rgba(128,128,128,.2)"},
-        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False},
         legend={"orientation": "h", "y": 1.1},
+        xaxis=grid,
+        yaxis=grid,
     )
-    html: str = figure.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})
+    html: str = drawn.to_html(full_html=False, include_plotlyjs=with_script, config={"displayModeBar": False})
     return html
-
-
-def contact_sheet(pictures: Sequence[dict[str, bytes]]) -> bytes:
-    """A PNG with a row for each kind of picture and a column for each image."""
-    from PIL import Image, ImageDraw
-
-    kinds = list(pictures[0]) if pictures else []
-    width = len(pictures) * (PIXELS + GAP) + GAP
-    sheet = Image.new("RGB", (max(width, 1), max(len(kinds) * (PIXELS + GAP + LABEL), 1)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, kind in enumerate(kinds):
-        top = y * (PIXELS + GAP + LABEL)
-        draw.text((GAP, top + 5), kind, fill="black")
-        for x, row in enumerate(pictures):
-            image = Image.open(io.BytesIO(row[kind])).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
-            sheet.paste(image, (GAP + x * (PIXELS + GAP), top + LABEL))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from tests.toy import difference
@@ -21,6 +22,7 @@ from workloads.export import export
 from workloads.methods.base import Batch, DataInfo, Method, Progress
 from workloads.models.timm_import import timm
 from workloads.record import RunFolder
+from workloads.sheet import GAP, LABEL, PIXELS
 from workloads.spec import JobSpec
 from workloads.train import train
 
@@ -118,3 +120,6 @@ def test_export_loads_in_timm_and_serves(spec: JobSpec, toy_home: Path, tmp_path
     if card.reconstructs:
         pictures = assemble.restore_method(run.artifact, toy_home).pictures(batch)
         assert all(picture.shape == batch["image"].shape for picture in pictures.values())
+        with Image.open(run.artifact / artifact.PICTURES) as sheet:
+            assert sheet.height == len(pictures) * (PIXELS + GAP + LABEL)
+    assert not run.read_events()  # `pictures_failed` would be one

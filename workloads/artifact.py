@@ -4,6 +4,7 @@
     config.json          `timm.create_model("local-dir:FOLDER", pretrained=True)` reads this
     manta.json           the Card: method, model, data, classes, metrics, lineage
     method.safetensors   all state of the method, where it can draw reconstructions
+    pictures.png         what the method draws of some images, where it does
     README.md            the card for people
 
 Reading a card costs no torch. An artifact is complete or absent: it is written beside
@@ -26,6 +27,9 @@ from workloads.spec import JobSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+PICTURES = "pictures.png"
 
 
 class Card(BaseModel):
@@ -94,7 +98,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(folder: Path, model: nn.Module, card: dict[str, Any], method: nn.Module | None) -> Card:
+def write(
+    folder: Path, model: nn.Module, card: dict[str, Any], method: nn.Module | None, pictures: bytes | None = None
+) -> Card:
     """Writes a whole artifact in place of whatever `folder` held.
 
     Args:
@@ -102,6 +108,7 @@ def write(folder: Path, model: nn.Module, card: dict[str, Any], method: nn.Modul
         model: what `Method.export` returned.
         card: fields of Card but `sha256`, `parameters`, `num_features`, `reconstructs`.
         method: the trained method where it draws pictures, so that the served model can as well.
+        pictures: some of these, as PNG.
     """
     from safetensors.torch import save_model
 
@@ -113,6 +120,8 @@ def write(folder: Path, model: nn.Module, card: dict[str, Any], method: nn.Modul
     save_model(model, str(scratch / "model.safetensors"))
     if method is not None:
         save_model(method, str(scratch / "method.safetensors"))
+    if pictures is not None:
+        (scratch / PICTURES).write_bytes(pictures)
     num_features = int(model.num_features)  # type: ignore[arg-type]
     whole = Card(
         **card,
@@ -154,6 +163,8 @@ def _write_words(folder: Path, card: Card) -> None:
     for result in card.evaluations:
         values = ", ".join(f"{who} {value['mean']:.3f}" for who, value in result["results"].items())
         lines.append(f"- {result['label']} ({result['metric']}): {values}")
+    if (folder / PICTURES).exists():
+        lines += ["", f"![what the method draws of some images]({PICTURES})"]
     lines += ["", 'Load: `timm.create_model("local-dir:FOLDER", pretrained=True)`.', ""]
     write_atomic(folder / "README.md", "\n".join(lines))
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from workloads import artifact, assemble, checkpoint
+from workloads.data.columns import Manifest
+from workloads.data.reader import Reader
+from workloads.data.transforms.image import normalise
 from workloads.data.views import View
+from workloads.inference import pngs
 from workloads.methods.base import Method
 from workloads.record import RunFolder
+from workloads.sheet import contact_sheet
 from workloads.spec import JobSpec
+
+DRAWN = 8  # images on the sheet of pictures
 
 
 def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.Card:
@@ -33,5 +42,20 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
         "num_instances": len(first),
         "datasets": {n: {"samples": len(m), "content_hash": m.content_hash} for n, m in manifests.items()},
     }
-    draws = cls.pictures is not Method.pictures
-    return artifact.write(run.artifact, method.eval().export(), card, method if draws else None)
+    method.eval()
+    if cls.pictures is Method.pictures:
+        return artifact.write(run.artifact, method.export(), card, None)
+    return artifact.write(run.artifact, method.export(), card, method, _pictures(run, method, first, view))
+
+
+def _pictures(run: RunFolder, method: Method, manifest: Manifest, view: View) -> bytes | None:
+    """What the method draws of a few random images, cropped in the middle; an error is an event, not worth the run."""
+    plain = View(size=view.size, mean=view.mean, std=view.std)
+    try:
+        batch = Reader(manifest, {"image": plain}, batch_size=min(DRAWN, len(manifest))).batch(0)
+        with torch.inference_mode():
+            drawn = method.pictures({"image": normalise(batch["image"], plain), "key": batch["key"]})
+        return contact_sheet(pngs(drawn, plain))
+    except Exception as error:
+        run.event("pictures_failed", f"{type(error).__name__}: {error}")
+        return None

@@ -91,8 +91,8 @@ class Model:
         with torch.inference_mode():
             for i, pixels in enumerate(self._chunks(self.decode(images))):
                 pictures = method.pictures({"image": pixels, "key": keys[i * CHUNK : (i + 1) * CHUNK]})
-                columns = [_pngs(picture, self._view) for picture in pictures.values()]
-                drawn += [dict(zip(pictures, row, strict=True)) for row in zip(*columns, strict=True)]
+                for row in pngs(pictures, self._view):
+                    drawn.append({kind: base64.b64encode(data).decode() for kind, data in row.items()})
         return drawn
 
     def expect_classifier(self) -> None:
@@ -158,18 +158,23 @@ class Model:
             yield normalise(torch.stack(tuple(pixels[start : start + CHUNK])), self._view)
 
 
-def _pngs(pictures: Tensor, view: View) -> list[str]:
-    """Normalised [B, 3, S, S] -> base64 PNG of each."""
+def pngs(pictures: dict[str, Tensor], view: View) -> list[dict[str, bytes]]:
+    """What a method draws, each kind normalised [B, 3, S, S], as PNG: of each image, by kind."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
-    pixels = ((pictures.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return [_png(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+
+    def column(drawn: Tensor) -> list[bytes]:
+        pixels = ((drawn.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return [_png(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+
+    columns = [column(drawn) for drawn in pictures.values()]
+    return [dict(zip(pictures, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _png(pixels: NDArray[np.uint8]) -> str:
-    """uint8 [H, W, 3] -> base64."""
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    """uint8 [H, W, 3] -> a file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 def _key(data: bytes) -> int:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from workloads import catalog
 from workloads import checkpoint_folder as files
-from workloads.record import RunFolder
+from workloads.record import RunFolder, online_names
 from workloads.spec import JobSpec, Named
+from workloads.trackers import Tracker, tensorboard
 
 if TYPE_CHECKING:
     from workloads.evaluation.base import EvaluationConfig
@@ -111,12 +112,14 @@ class OnlineEvaluations:
         self._spec, self._run, self._home, self._job_id, self._start = spec, run, home, job_id, start
         self._trained, self._abandoned = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._trackers: list[Tracker] = []
 
     def __enter__(self) -> OnlineEvaluations:
         shutil.rmtree(self._run.path / "online", ignore_errors=True)  # of an attempt that was killed
         if any(config_of(named).every_checkpoints for named in self._spec.evaluate):
             newest = max((result["step"] for result in self._run.read_online()), default=0)
             self._after = newest - 1 if left(self._spec, self._run, newest) else newest
+            self._trackers = tensorboard(self._run.path / "tensorboard" / "online", self._after)
             self._thread = threading.Thread(target=self._watch, name="online evaluation", daemon=True)
             self._thread.start()
         return self
@@ -132,6 +135,8 @@ class OnlineEvaluations:
         finally:  # Ctrl-C while it is waited for
             self._abandoned.set()
             self._thread.join()
+            for tracker in self._trackers:
+                tracker.close()
 
     def _watch(self) -> None:
         while not self._ended():
@@ -170,3 +175,8 @@ class OnlineEvaluations:
             self._run.event("evaluation_failed", f"the checkpoint of step {step}: {error}")
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
+        results = self._run.read_online()
+        names = online_names(results)
+        values = {f"online/{names[result['entry']]}": result["mean"] for result in results if result["step"] == step}
+        for tracker in self._trackers if values else ():
+            tracker.point({"step": step} | values)

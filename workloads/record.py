@@ -28,7 +28,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,13 @@ def _documents(path: Path, after: int = 0) -> Iterator[tuple[dict[str, Any], int
         after += len(line)
         with contextlib.suppress(ValueError):
             yield json.loads(line), after
+
+
+def online_names(online: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Entry of `evaluate` -> the label of its `online` results, with its number where other entries have the same."""
+    labels = {result["entry"]: result["label"] for result in online}
+    often = Counter(labels.values())
+    return {entry: label if often[label] == 1 else f"{label}[{entry}]" for entry, label in labels.items()}
 
 
 class RunFolder:

@@ -59,12 +59,17 @@ def trackers_of(spec: JobSpec, run: RunFolder, job_id: str, start_step: int) -> 
         job_id: a tag of the MLflow run.
         start_step: done steps; copies of later ones are of an attempt that was killed, and are replaced.
     """
-    trackers: list[Tracker] = []
-    if _installed("tensorboardX", "no TensorBoard files are written"):
-        trackers.append(Background("TensorBoard", partial(TensorBoard, run.path / "tensorboard", start_step)))
+    trackers = tensorboard(run.path / "tensorboard", start_step)
     if os.environ.get("MLFLOW_TRACKING_URI") and _installed("mlflow", "MLFLOW_TRACKING_URI has no effect"):
         trackers.append(Background("MLflow", partial(MLflow, spec, run, job_id)))
     return trackers
+
+
+def tensorboard(folder: Path, start_step: int) -> list[Tracker]:
+    """That of `folder`; none where tensorboardX is not installed."""
+    if not _installed("tensorboardX", "no TensorBoard files are written"):
+        return []
+    return [Background("TensorBoard", partial(TensorBoard, folder, start_step))]
 
 
 def _installed(package: str, otherwise: str) -> bool:

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look, pause, resume, cancel, curves, events, logs."""
+"""/v1/jobs: submit, list, look, pause, resume, cancel, curves, events, logs, reports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.events import CURSOR, START
 from service.parts import JobsDep, PartsDep
+from service.report import page
 from service.store import TERMINAL, JobState
+from workloads import catalog
+from workloads.artifact import PICTURES, read_card
 from workloads.spec_training import Seconds
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -93,6 +96,24 @@ def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
     """Results of the finished model, and `online` those of checkpoints while it trained, in the order of steps."""
     run = jobs.run_folder(job_id)
     return {"evaluations": run.read_evaluations(), "online": run.read_online()}
+
+
+@router.get("/{job_id}/report", response_class=HTMLResponse)
+def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
+    """One page for people: curves, evaluations, what the method draws, the JobSpec; of a job in any state."""
+    view, run = jobs.view(jobs.get(job_id)), jobs.run_folder(job_id)
+    done = run.artifact.exists()
+    sheet = run.artifact / PICTURES
+    text = page(
+        job=view,
+        points=list(run.read_metrics()),
+        online=run.read_online(),
+        paper=catalog.load("method", view["method"]).paper,
+        parameters=read_card(run.artifact).parameters if done else None,
+        sheet=sheet.read_bytes() if sheet.exists() else None,
+        summary={},
+    )
+    return HTMLResponse(text)
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)

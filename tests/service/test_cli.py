@@ -68,6 +68,9 @@ class FakeClient:
         online = [{"step": s, "entry": e, "label": "knn", "mean": 0.1 * s + e} for s in (2, 3) for e in (0, 2)]
         return {"evaluations": [], "online": [*online, {"step": 3, "entry": 1, "label": "probe", "mean": 0.25}]}
 
+    def report(self, job_id: str) -> str:
+        return f"<html>of {job_id}"
+
     def wait(self, job_id: str, on_update: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         job = JOB | {"state": FakeClient.state, "reason": "because"}
         on_update(job)
@@ -152,6 +155,15 @@ def test_evaluations_of_checkpoints_are_part_of_the_curve(service: type[FakeClie
     assert dict(zip(header.split("\t"), row.split("\t"), strict=True))["probe"] == "0.25"
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
     assert "knn\t0.300 at step 3\nprobe\t0.250 at step 3\nknn\t2.300 at step 3" in shown  # the newest of each
+
+
+def test_a_report_is_a_file(service: type[FakeClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runner.invoke(cli.app, ["report", "job-1"]).stdout == "job-1.html\n"
+    assert runner.invoke(cli.app, ["report", "job-1", "--out", "page.html"]).stdout == "page.html\n"
+    assert [Path(name).read_text() for name in ("job-1.html", "page.html")] == ["<html>of job-1"] * 2
+    refused = runner.invoke(cli.app, ["report", "job-1", "-o", "absent/page.html"])
+    assert refused.exit_code == 1 and "name a file in a folder that is there" in " ".join(refused.output.split())
 
 
 def test_pause_resume_and_events(service: type[FakeClient]) -> None:

@@ -21,6 +21,8 @@ from service.settings import Settings
 from service.store import Store
 from tests.service.fakes import FakeRay, write_record
 from tests.toy import TOY_MAE, TOY_MODEL
+from tests.toy_artifact import image, write_artifact
+from workloads.artifact import PICTURES
 
 
 class NoDeployments:
@@ -194,8 +196,25 @@ def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: 
     assert results == {"evaluations": [{"label": "knn"}], "online": [{"step": 10, "label": "knn"}]}
 
 
+def test_a_report_of_a_job_in_any_state(service: Service, client: TestClient, body: dict[str, Any]) -> None:
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    queued = client.get(f"/v1/jobs/{job_id}/report")
+    assert queued.headers["content-type"].startswith("text/html") and "QUEUED" in queued.text
+    assert "He et al. 2022" in queued.text and "What the method draws" not in queued.text
+    folder = service.runs / job_id
+    service.parts.reconciler.round()
+    write_record(folder, "SUCCEEDED", step=20)
+    (folder / "metrics.jsonl").write_text('{"step": 10, "epoch": 0, "loss": 1.5, "lr": 0.1}\n')
+    write_artifact(folder / "artifact", "encoder")
+    (folder / "artifact" / PICTURES).write_bytes(image(0))
+    service.parts.reconciler.round()
+    done = client.get(f"/v1/jobs/{job_id}/report").text
+    assert "SUCCEEDED" in done and "What the method draws" in done
+
+
 @pytest.mark.parametrize(
-    "path", ["/v1/jobs/none", "/v1/jobs/none/metrics", "/v1/methods/none", "/v1/models/none", "/none"]
+    "path",
+    ["/v1/jobs/none", "/v1/jobs/none/metrics", "/v1/jobs/none/report", "/v1/methods/none", "/v1/models/none", "/none"],
 )
 def test_what_is_not_there_is_a_problem_with_a_hint(client: TestClient, path: str) -> None:
     response = client.get(path)

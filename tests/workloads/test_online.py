@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cluster.embedded import Head
+from tests.workloads.test_trackers import curves
 from workloads import checkpoint, online
 from workloads import checkpoint_folder as files
 from workloads.checkpoint_folder import FileSum, Seal
@@ -132,6 +133,8 @@ def test_in_a_process_of_its_own_the_numbers_are_those_of_the_end(
     assert set(at_the_end[1]["results"]) == {"pretrained", "untrained", "raw_pixels"}
     assert "[online] " in trained.log.read_text() and trained.read_events() == []
     assert not any((trained.path / "online").glob("*"))
+    shown = curves(trained.path / "tensorboard" / "online")
+    assert shown == {"online/knn": [(r["step"], pytest.approx(r["mean"])) for r in trained.read_online()]}
 
 
 def test_each_checkpoint_gives_the_numbers_of_its_own_weights(
@@ -252,7 +255,8 @@ def test_a_resumed_run_evaluates_what_is_left_and_cleans_up(
         seal(run, 5)
         seal(run, 10)
         with open(run.online, "w") as file:
-            file.writelines(json.dumps({"step": step, "entry": entry}) + "\n" for step, entry in done)
+            known = {"label": "knn", "mean": 0.5}
+            file.writelines(json.dumps(known | {"step": step, "entry": entry}) + "\n" for step, entry in done)
             file.write('{"step": 10, "en')  # killed while it wrote
         pin(run.checkpoints, 10, pinned(run, 10).checkpoints)  # left by the attempt that was killed
         start = Scripted({})

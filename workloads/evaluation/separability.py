@@ -33,12 +33,12 @@ from pydantic import Field
 from torch import Tensor
 
 from workloads import artifact, assemble
+from workloads.chart import Chart, write_chart
 from workloads.data.keys import uniform
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
 from workloads.evaluation.base import EvaluationConfig, Subject, summary
-from workloads.evaluation.chart import write_chart
 from workloads.evaluation.features import BATCH_SIZE, plain_view
 from workloads.models.vit import ViT, plain_vit
 from workloads.parts.frozen import Frozen, Teacher
@@ -117,16 +117,16 @@ class Separability:
                     found[who][a].append(value)
         curves = {who: [(a, summary(values)) for a, values in by_a.items()] for who, by_a in found.items()}
         picture = subject.folder / "separability.html"
-        write_chart(
-            picture,
-            curves,
-            title=f"Linear separability: the {config.target} image of a mixture",
-            x="weight of the subordinate image",
-            y="distance (0 equal, 2 unrelated)",
-        )
+        chart: Chart = {
+            "title": f"Linear separability: the {config.target} image of a mixture",
+            "x": "weight of the subordinate image",
+            "y": "distance (0 equal, 2 unrelated)",
+            "curves": curves,
+        }
+        write_chart(picture, chart)
         results = {who: summary(by_a[config.a]) for who, by_a in found.items()}
         told = {"label": "separability", "metric": "distance", "results": results}
-        return told | {"curves": curves, "picture": picture.name}
+        return told | {"chart": chart, "picture": picture.name}
 
 
 def plain_mae(name: str, subject: Subject, view: View, vit: ViT) -> tuple[Tokens, Tokens]:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from workloads import artifact, assemble
+from workloads.chart import Chart, write_chart
 from workloads.evaluation.base import EvaluationConfig, Subject, summary, without_head
-from workloads.evaluation.chart import write_chart
 from workloads.evaluation.features import Features, extract, feature_sets, labelled, plain_view
 from workloads.evaluation.linear_probe import probe_accuracy
 from workloads.record import RunFolder
@@ -71,10 +71,11 @@ class Sweep:
             curves["untrained"] = [(value, results["untrained"]) for value in config.values]
         picture = subject.folder / "sweep.html"
         title = f"Linear probe of encoders trained at several {config.field}"
-        write_chart(picture, curves, title=title, x=config.field, y="accuracy")
+        chart: Chart = {"title": title, "x": config.field, "y": "accuracy", "curves": curves}
+        write_chart(picture, chart)
         results |= {f"{config.field}={value:g}": found for value, found in curve}
         told = {"label": f"sweep_{config.field}", "metric": "accuracy", "results": results}
-        return told | {"curves": curves, "picture": picture.name}
+        return told | {"chart": chart, "picture": picture.name}
 
 
 def _accuracy(config: SweepConfig, features: tuple[Features, Features], seed: int) -> float:

@@ -96,8 +96,8 @@ def test_everybody_is_measured_and_drawn(measure: Callable[..., dict[str, Any]],
     assert set(results) == {"pretrained", "untrained", "reference", "constant", "own_layer"}
     assert all(0 < value["mean"] < 2.5 and len(value["seeds"]) == 2 for value in results.values())
     assert all(results[who]["mean"] < results["constant"]["mean"] for who in ("pretrained", "reference", "untrained"))
-    assert [a for a, _ in found["curves"]["own_layer"]] == [0.1, 0.2, 0.3, 0.4]
-    assert found["curves"]["reference"][2][1] == results["reference"]
+    assert [a for a, _ in found["chart"]["curves"]["own_layer"]] == [0.1, 0.2, 0.3, 0.4]
+    assert found["chart"]["curves"]["reference"][2][1] == results["reference"]
     page = (tmp_path / found["picture"]).read_text()
     assert "own layer" in page and "weight of the subordinate image" in page
     assert measure() == found

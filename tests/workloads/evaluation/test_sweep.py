@@ -34,7 +34,7 @@ def test_encoders_of_each_value_are_trained_once_probed_and_drawn(
     assert found is not None and found["label"] == "sweep_mask_ratio"
     assert list(found["results"]) == ["pretrained", "untrained", "mask_ratio=0.25", "mask_ratio=0.75"]
     assert all(0 <= value["mean"] <= 1 and len(value["seeds"]) == 2 for value in found["results"].values())
-    assert [(at, value) for at, value in found["curves"]["trained"]] == [
+    assert [(at, value) for at, value in found["chart"]["curves"]["trained"]] == [
         (at, found["results"][f"mask_ratio={at}"]) for at in (0.25, 0.75)
     ]
     page = (folder / found["picture"]).read_text()
