@@ -11,6 +11,7 @@ Shapes: B images, L = (H/p)(W/p) patches, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -86,12 +87,19 @@ def sincos_2d(dim: int, grid: int) -> Tensor:
     The first half of the channels encodes the column x, the second the row y; each half is
     [sin(pos w_k)..., cos(pos w_k)...] with w_k = 10000^(-k / (d/2)), d the half's width.
     """
+    return _sincos_2d(dim, grid).to(torch.get_default_device(), copy=True)
+
+
+@lru_cache(maxsize=16)
+def _sincos_2d(dim: int, grid: int) -> Tensor:
+    """Computed once: it was a quarter of what the check of a job costs, which builds networks on the meta device."""
     half = dim // 2
-    omega = 10000.0 ** -(torch.arange(half // 2, dtype=torch.float64) / (half / 2))
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.flatten().double()[:, None] * omega for axis in (x, y)]  # 2 x [L, half/2]
-    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # [L, D]
-    return torch.cat([torch.zeros(1, dim), table.float()])
+    with torch.device("cpu"):
+        omega = 10000.0 ** -(torch.arange(half // 2, dtype=torch.float64) / (half / 2))
+        y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        angles = [axis.flatten().double()[:, None] * omega for axis in (x, y)]  # 2 x [L, half/2]
+        table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # [L, D]
+        return torch.cat([torch.zeros(1, dim), table.float()])
 
 
 class Attention(nn.Module):
