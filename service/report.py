@@ -72,10 +72,7 @@ def _row(result: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     first = min if result["metric"] == "distance" else max
     best = first(results[who]["mean"] for who in columns if who in results)
     cells = [
-        {
-            "text": f"{r['mean']:.3f} ± {r['std']:.3f}" if (r := results.get(who)) else "–",
-            "best": bool(r) and r["mean"] == best,
-        }
+        {"text": _cell(r), "best": r["mean"] == best} if (r := results.get(who)) else {"text": "–", "best": False}
         for who in columns
     ]
     seeds = max(len(value["seeds"]) for value in results.values())
@@ -92,6 +89,10 @@ def _checkpoints(online: Sequence[dict[str, Any]]) -> Chart:
     return {"title": "Evaluations of checkpoints", "x": "step", "y": metrics, "curves": curves}
 
 
+def _cell(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.3f}" + (f" ± {value['std']:.3f}" if len(value["seeds"]) > 1 else "")
+
+
 def _loss(points: Sequence[dict[str, Any]]) -> Any:
     import plotly.graph_objects as go
 
@@ -101,7 +102,15 @@ def _loss(points: Sequence[dict[str, Any]]) -> Any:
     return go.Figure([loss, lr]).update_layout(
         xaxis={"title": "step"},
         yaxis={"title": "loss"},
-        yaxis2={"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False},
+        yaxis2={
+            "title": "learning rate",
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "rangemode": "tozero",
+            "tickmode": "auto",
+            "tickformat": ".2~e",
+        },
     )
 
 
