@@ -26,14 +26,17 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "maskdistill": {"teacher": "job:toy-mae", "min_block": 1},
     "maskfeat": {"cell": 4},
     "mimco": {"teacher": "job:toy-mae", "head_dim": 16},
+    "moco_v2": {"dim": 8, "queue": 20},
     "moco_v3": {"dim": 8, "mlp_dim": 16},
     "rtk": {"teacher": "job:toy-classifier", "d": 8},
+    "simclr": {"dim": 8, "probe": True},
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
     "linear_probe": {"micro_batch_size": None},
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},
+    "simclr": {"micro_batch_size": None},
     "rtk": {
         "micro_batch_size": None,
         "model": {"name": "resnet_cifar", "image_size": 16, "depth": 8},

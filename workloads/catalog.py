@@ -21,8 +21,10 @@ METHODS = {
     "maskdistill": "workloads.methods.maskdistill:MaskDistill",
     "maskfeat": "workloads.methods.maskfeat:MaskFeat",
     "mimco": "workloads.methods.mimco:MimCo",
+    "moco_v2": "workloads.methods.moco_v2:MoCoV2",
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",
     "rtk": "workloads.methods.rtk:RTK",
+    "simclr": "workloads.methods.simclr:SimCLR",
 }
 MODELS = {
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",

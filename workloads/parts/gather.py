@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +20,30 @@ def gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        rows = len(total) // dist.get_world_size()
+        return total[first_row(rows) : first_row(rows) + rows]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The same with gradients: what flows back into a row is the sum over all ranks, which all use it.
+
+    So the mean over ranks of their losses has the gradient of the loss of the global batch.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    rows: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def first_row(rows: int) -> int:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workloads.parts.gather import first_row, gather
+from workloads.parts.gather import first_row, gather, gather_with_gradient
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -31,3 +31,44 @@ def global_info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor
     logits = F.normalize(queries.float(), dim=-1) @ everyone.T / temperature
     place = first_row(len(queries)) + torch.arange(len(queries), device=queries.device)
     return F.cross_entropy(logits, place)
+
+
+def queue_info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Logits of each query against its own key and all keys of a queue, over tau; column 0 is right (He et al. 2020).
+
+    Args:
+        queries: [N, D], of unit length, as all rows here.
+        keys: [N, D]; neither they nor the queue get gradients.
+        queue: [K, D].
+        temperature: tau.
+
+    Returns:
+        [N, 1 + K] in float32.
+    """
+    q = queries.float()
+    own = (q * keys.detach().float()).sum(dim=1, keepdim=True)
+    return torch.cat([own, q @ queue.detach().T], dim=1) / temperature
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The normalised temperature-scaled cross-entropy of two views (Chen et al. 2020), before the cross-entropy.
+
+    Each feature is compared with both views of all images of all ranks but itself; the other view of its image is
+    the right one. Gradients flow into all of them.
+
+    Args:
+        a: of one view, [B, D] of this rank; rows need not be normalised.
+        b: of the other view.
+        temperature: tau.
+
+    Returns:
+        Logits [2 B, 2 world * B] in float32, those of `a` first, and int64 [2 B], the right column of each.
+    """
+    both = F.normalize(torch.stack([a.float(), b.float()], dim=1), dim=-1)  # [B, 2, D]
+    every = gather_with_gradient(both)
+    place = first_row(len(a)) + torch.arange(len(a), device=a.device)
+    logits = []
+    for view in (0, 1):
+        others, same = (both[:, view] @ every[:, v].T / temperature for v in (1 - view, view))
+        logits.append(torch.cat([others, same.scatter(1, place[:, None], -torch.inf)], dim=1))
+    return torch.cat(logits), place.repeat(2)

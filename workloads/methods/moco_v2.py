@@ -1,0 +1,92 @@
+"""MoCo v2: improved baselines with momentum contrastive learning (Chen, Fan, Girshick and He 2020, arXiv 2003.04297).
+
+The query of one view should be most like the key of the other view of its image, unlike the keys of thousands of other
+images, which a queue remembers of earlier steps. Keys come from a slow copy of the network (MoCo, He et al. 2020,
+arXiv 1911.05722, algorithm 1).
+
+Where BatchNorm sees the keys of one worker together, queries could be matched by its statistics; the released code
+shuffles the batch over workers for keys, here BatchNorm goes by the batch of all of them (`engine.sync_batchnorm`,
+the default), for both. On one worker neither helps, as in the paper. The slow copy moves after a step rather than at
+the beginning of the next one, which is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workloads.data.transforms.photometry import Photometry
+from workloads.data.views import View
+from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.ema import copy_of, follow
+from workloads.parts.infonce import queue_info_nce
+from workloads.parts.queue import Queue
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
+
+
+class Augmentation(RandomResizedCrop):
+    """Section 3, and the released code."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
+
+
+class MoCoV2Config(MethodConfig):
+    dim: int = Field(default=128, ge=1)
+    queue: int = Field(default=65536, ge=1)  # keys
+    temperature: float = Field(default=0.2, gt=0)  # table 1
+    momentum: float = Field(default=0.999, ge=0, le=1)
+    view: Augmentation = Augmentation()
+
+
+class MoCoV2(Method):
+    Config = MoCoV2Config
+    paper: ClassVar[str] = (
+        "MoCo v2: Improved Baselines with Momentum Contrastive Learning, Chen et al. 2020, arXiv 2003.04297"
+    )
+    config: MoCoV2Config
+
+    def __init__(self, config: MoCoV2Config, inputs: Inputs) -> None:
+        super().__init__(config, inputs)
+        encoder: Any = inputs.encoder
+        width = encoder.num_features
+        self.encoder = encoder
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        self.momentum_encoder = copy_of(self.encoder)
+        self.momentum_projector = copy_of(self.projector)
+        self.queue = Queue(config.queue, config.dim)
+
+    @classmethod
+    def views(cls, config: MoCoV2Config, image_size: int) -> dict[str, View]:
+        view = View(size=image_size, **config.view.model_dump())
+        return {"image": view, "other": view}
+
+    def query(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> q [B, dim] of unit length."""
+        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
+
+    @torch.no_grad()
+    def key(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> k [B, dim] of unit length; its BatchNorm too goes by the batch."""
+        return F.normalize(self.momentum_projector(self.momentum_encoder(images)).float(), dim=1)
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        q, k = self.query(batch["image"]), self.key(batch["other"])
+        logits = queue_info_nce(q, k, self.queue.rows, self.config.temperature)
+        self.queue.put(k)
+        loss = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.int64))
+        return Output(loss, {"contrast_top1": (logits.argmax(dim=1) == 0).float().mean()})
+
+    def after_step(self, progress: Progress) -> None:
+        follow(self.momentum_encoder, self.encoder, self.config.momentum)
+        follow(self.momentum_projector, self.projector, self.config.momentum)
+        self.queue.turn()
+
+    def export(self) -> nn.Module:
+        return self.encoder
