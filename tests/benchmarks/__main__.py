@@ -40,20 +40,19 @@ def rows(folder: Path) -> list[Row]:
         image = file.read()
     with temporary(folder / "home") as head, Client(head.url) as client:
         posts = statistics.median(service.post_ms(client, shards))
-        start = statistics.median(service.first_step_s(client, head, shards))
-        bare = statistics.median(service.import_torch_s(head, folder))
+        ours, bare = map(list, zip(*service.starts(client, head, shards, folder), strict=True))
         p = service.prediction(client, head, shards, image)
     found = apart.run(loop.under_ray_train, shards=shards, folder=str(folder / "loop"))
-    ratio = apart.ratio(found["ours"], found["bare"])
+    ratio, longer = apart.ratio(found["ours"], found["bare"]), apart.ratio(ours, bare)
     gain = p[f"rps_{service.CLIENTS}"] / p["rps_1"]
     return [
         ("loop: steps/s under Ray Train / bare PyTorch loop", f"{ratio:.3f}", ">= 0.97", ratio >= 0.97),
         ("POST /v1/jobs to the durable 201, median", f"{posts:.1f} ms", "< 50 ms", posts < 50),
         (
             "POST to the first training step / `ray job submit` to the line after `import torch`",
-            f"{start / bare:.2f} ({start:.1f} s / {bare:.1f} s)",
+            f"{longer:.2f} ({statistics.median(ours):.1f} s / {statistics.median(bare):.1f} s)",
             "<= 1.5",
-            start / bare <= 1.5,
+            longer <= 1.5,
         ),
         (
             "predict, one client: service over bare model call, median",

@@ -13,7 +13,7 @@ from cluster.embedded import Head
 from service.client import Client
 
 POSTS = 60
-STARTS = 5
+STARTS = 7
 REQUESTS = 200
 CLIENTS = 32
 
@@ -48,31 +48,27 @@ def post_ms(client: Client, shards: str) -> list[float]:
     return took
 
 
-def first_step_s(client: Client, head: Head, shards: str) -> list[float]:
-    """Seconds from POST to the checkpoint of the first step of a one-step job on one CPU worker."""
-    took = []
-    for _ in range(STARTS):
+def starts(client: Client, head: Head, shards: str, folder: Path) -> list[tuple[float, float]]:
+    """Seconds of a start of ours and of a bare one, in turns: the machine's mood hits both.
+
+    Ours is from POST to the checkpoint of the first step of a one-step job on one CPU worker, the bare one from
+    `ray job submit` to the line after `import torch` of its script.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    jobs, took = JobSubmissionClient(head.dashboard_url), []
+    for i in range(STARTS):
         began = time.time()
         job = client.submit(_spec(shards))
         client.wait(job["id"], poll_s=1.0)  # seldom: it takes from the job
-        took.append((head.home / "runs" / job["id"] / "checkpoints" / "step-00000001.pt").stat().st_mtime - began)
-    return took
-
-
-def import_torch_s(head: Head, folder: Path) -> list[float]:
-    """Seconds from a bare `ray job submit` to the line after `import torch` of its script."""
-    from ray.job_submission import JobSubmissionClient
-
-    jobs = JobSubmissionClient(head.dashboard_url)
-    took = []
-    for i in range(STARTS):
+        ours = (head.home / "runs" / job["id"] / "checkpoints" / "step-00000001.pt").stat().st_mtime - began
         stamp = folder / f"stamp-{i}"
         script = f"import torch, time, pathlib; pathlib.Path({str(stamp)!r}).write_text(str(time.time()))"
         began = time.time()
-        jobs.submit_job(entrypoint=f'{sys.executable} -c "{script}"')
-        while not stamp.exists() or not stamp.read_text():
-            time.sleep(0.02)
-        took.append(float(stamp.read_text()) - began)
+        bare = jobs.submit_job(entrypoint=f'{sys.executable} -c "{script}"')
+        while not jobs.get_job_status(bare).is_terminal():
+            time.sleep(1.0)
+        took.append((ours, float(stamp.read_text()) - began))
     return took
 
 

@@ -8,7 +8,8 @@ Paper and released code: the paper takes the mean over all anchors, as here; the
 which is twice as much and matters to optimizers other than LARS. Images are not normalised by mean and deviation, as
 in the code. Both views go through the network together, so that BatchNorm sees them as one batch, that of all ranks.
 Other images of the batch are what a view is compared with, so micro-batches make the task easier: leave
-`micro_batch_size` unset. Fine-tuning from the first layer of the head, as the second version does, is not built.
+`micro_batch_size` unset. The last bias of a ViT is not trained, since BatchNorm behind the head's first layer takes it
+out again. Fine-tuning from the first layer of the head, as the second version does, is not built.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.models.vit import ViT
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.infonce import nt_xent
 
@@ -68,6 +70,8 @@ class SimCLR(Method):
         super().__init__(config, inputs)
         encoder: Any = inputs.encoder
         self.encoder = encoder
+        if isinstance(encoder, ViT) and isinstance(encoder.norm, nn.LayerNorm):
+            encoder.norm.bias.requires_grad_(False)  # its gradient is nothing but rounding, which AdamW enlarges
         self.projector = projection_head(config.layers, encoder.num_features, config.dim)
         if config.probe and inputs.data.num_classes < 2:
             raise ValueError(
