@@ -65,6 +65,11 @@ class RealImages:
         }
         return JobSpec.model_validate(document | fields)
 
+    def contrast(self, method: dict[str, Any]) -> JobSpec:
+        """A job of a contrastive method: six epochs of a ViT of two blocks, large patches."""
+        optimizer = {"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
+        return self.job(method, model=SMALL_VIT | {"patch_size": 8, "depth": 2}, epochs=6, optimizer=optimizer)
+
     def features(self, encoder: torch.nn.Module) -> Any:
         """Features of training and test images, in the plain view."""
         view = View(size=32)

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-
-def _summed(x: Tensor) -> Tensor:
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
-
-
-class _OverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return _summed(x)
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return _summed(gradient)
-
-
-def over_ranks(x: Tensor) -> Tensor:
-    """The sum over all ranks; what flows back into each addend is the sum of the gradients of all ranks."""
-    total: Tensor = _OverRanks.apply(x)  # type: ignore[no-untyped-call]
-    return total
+from workloads.parts.gather import over_ranks
 
 
 class GlobalBatchNorm(_BatchNorm):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,28 +23,37 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class _Gather(torch.autograd.Function):
+def _summed(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _OverRanks(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
-        return gather(x)
+        return _summed(x)
 
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        rows = len(total) // dist.get_world_size()
-        return total[first_row(rows) : first_row(rows) + rows]
+        return _summed(gradient)
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum over all ranks; what flows back into each addend is the sum of the gradients of all ranks."""
+    total: Tensor = _OverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return total
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """The same with gradients: what flows back into a row is the sum over all ranks, which all use it.
+    """`gather` with gradients: what flows back into a row is the sum over all ranks, which all use it.
 
     So the mean over ranks of their losses has the gradient of the loss of the global batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    rows: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
-    return rows
+    after = (dist.get_world_size() - dist.get_rank() - 1) * len(x)
+    return over_ranks(F.pad(x, (0, 0) * (x.ndim - 1) + (first_row(len(x)), after)))  # zeros where others have rows
 
 
 def first_row(rows: int) -> int:

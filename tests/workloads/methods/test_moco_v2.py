@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained, untrained
+from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load, random_images
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.moco_v2 import JITTER, MoCoV2, MoCoV2Config
@@ -89,12 +89,7 @@ def test_views_are_two_of_a_kind() -> None:
 def test_neighbours_are_more_often_of_a_class_than_before(real_images: RealImages, tmp_path: Path) -> None:
     """On 2,000 images of CIFAR-10 kNN .246 -> .283, probe .306 -> .322; on digits .569 -> .578, .739 -> .756."""
     method = {"name": "moco_v2", "dim": 64, "queue": 512, "momentum": 0.95, "view": {"photometry": JITTER}}
-    spec = real_images.job(
-        method,
-        model=SMALL_VIT | {"patch_size": 8, "depth": 2},
-        epochs=6,
-        optimizer={"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]},
-    )
+    spec = real_images.contrast(method)
     after = encoder_of(pretrained(spec, tmp_path, "moco"))
     scores = [(real_images.knn(encoder), real_images.probe(encoder)) for encoder in (untrained(spec), after)]
     assert scores[1][0] > scores[0][0] and scores[1][1] > scores[0][1], scores

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained, untrained
+from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load
 from workloads.data.keys import sample_keys
 from workloads.data.transforms.image import finish
@@ -157,9 +157,7 @@ def test_neighbours_are_more_often_of_a_class_than_before(real_images: RealImage
     """On CIFAR-10 .30 of them, where the untrained network has .26 by CLS and .25 by the mean of its tokens."""
     view = {"crop_scale": [0.2, 1.0], "photometry": JITTER}
     method = {"name": "moco_v3", "dim": 64, "mlp_dim": 256, "momentum": 0.9, "view": view, "other_view": view}
-    model = SMALL_VIT | {"patch_size": 8, "depth": 2}
-    optimizer = {"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
-    spec = real_images.job(method, model=model, epochs=6, optimizer=optimizer)
+    spec = real_images.contrast(method)
     after = real_images.knn(encoder_of(pretrained(spec, tmp_path, "moco")))
     encoder, before = untrained(spec), []
     for encoder.pool in ("token", "avg"):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained, untrained
+from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load, random_images
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.simclr import JITTER, SimCLR, SimCLRConfig, projection_head
@@ -143,12 +143,7 @@ def test_neighbours_are_more_often_of_a_class_than_before(real_images: RealImage
     """2,000 images of CIFAR-10: .246 -> .25 to .27, by the number of threads; a probe gains nothing (.31, .30)."""
     view = {"photometry": {name: p / 2 if name not in ("jitter_p", "gray_p") else p for name, p in JITTER.items()}}
     method = {"name": "simclr", "dim": 64, "temperature": 0.5, "view": view | {"crop_scale": [0.2, 1.0]}}
-    spec = real_images.job(
-        method,
-        model=SMALL_VIT | {"patch_size": 8, "depth": 2},
-        epochs=6,
-        optimizer={"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]},
-    )
+    spec = real_images.contrast(method)
     after = encoder_of(pretrained(spec, tmp_path, "simclr"))
     before = untrained(spec)
     assert real_images.knn(after) > real_images.knn(before)
