@@ -39,7 +39,7 @@ def rows(folder: Path) -> list[Row]:
         assert file is not None
         image = file.read()
     with temporary(folder / "home") as head, Client(head.url) as client:
-        posts = statistics.median(service.post_ms(client, shards))
+        alone, burst = (statistics.median(service.post_ms(client, shards, burst=burst)) for burst in (False, True))
         ours, bare = map(list, zip(*service.starts(client, head, shards, folder), strict=True))
         p = service.prediction(client, head, shards, image)
     found = apart.run(loop.under_ray_train, shards=shards, folder=str(folder / "loop"))
@@ -47,7 +47,8 @@ def rows(folder: Path) -> list[Row]:
     gain = p[f"rps_{service.CLIENTS}"] / p["rps_1"]
     return [
         ("loop: steps/s under Ray Train / bare PyTorch loop", f"{ratio:.3f}", ">= 0.97", ratio >= 0.97),
-        ("POST /v1/jobs to the durable 201, median", f"{posts:.1f} ms", "< 50 ms", posts < 50),
+        ("POST /v1/jobs to the durable 201, nothing else to do, median", f"{alone:.1f} ms", "< 50 ms", alone < 50),
+        ("POST /v1/jobs, while 30 other jobs are started and stopped", f"{burst:.1f} ms", "", None),
         (
             "POST to the first training step / `ray job submit` to the line after `import torch`",
             f"{longer:.2f} ({statistics.median(ours):.1f} s / {statistics.median(bare):.1f} s)",

@@ -24,6 +24,7 @@ from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.ema import copy_of, follow
+from workloads.parts.heads import mlp
 from workloads.parts.infonce import queue_info_nce
 from workloads.parts.queue import Queue
 
@@ -57,7 +58,7 @@ class MoCoV2(Method):
         encoder: Any = inputs.encoder
         width = encoder.num_features
         self.encoder = encoder
-        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        self.projector = mlp(width, width, config.dim)
         self.momentum_encoder = copy_of(self.encoder)
         self.momentum_projector = copy_of(self.projector)
         self.queue = Queue(config.queue, config.dim)

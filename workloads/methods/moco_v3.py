@@ -28,6 +28,7 @@ from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, 
 from workloads.models.vit import plain_vit
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.ema import copy_of, follow
+from workloads.parts.heads import freeze_absorbed_bias, normed_mlp
 from workloads.parts.infonce import global_info_nce
 from workloads.parts.schedules import ema_momentum
 
@@ -49,13 +50,11 @@ class MoCoV3Config(MethodConfig):
     other_view: Augmentation = Augmentation(photometry=Photometry(**JITTER, blur_p=0.1, solarize_p=0.2))
 
 
-def mlp(layers: int, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Linear layers without bias, each with BatchNorm and ReLU; the last one with a BatchNorm without parameters."""
-    widths = [inputs, *[hidden] * (layers - 1)]
-    modules: list[nn.Module] = []
-    for width in widths[:-1]:
-        modules += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-    return nn.Sequential(*modules, nn.Linear(widths[-1], outputs, bias=False), nn.BatchNorm1d(outputs, affine=False))
+def projection_head(inputs: int, layers: int, hidden: int, dim: int) -> nn.Sequential:
+    """`normed_mlp` whose last BatchNorm has no parameters."""
+    made = normed_mlp(inputs, *[hidden] * (layers - 1), dim)
+    made[-1] = nn.BatchNorm1d(dim, affine=False)
+    return made
 
 
 class MoCoV3(Method):
@@ -72,10 +71,9 @@ class MoCoV3(Method):
         self.encoder.pool = "token"
         self.encoder.pos_embed.requires_grad_(False)
         self.encoder.patch_embed.requires_grad_(False)
-        assert isinstance(self.encoder.norm, nn.LayerNorm)
-        self.encoder.norm.bias.requires_grad_(False)  # its gradient is nothing but rounding, which AdamW enlarges
-        self.projector = mlp(3, self.encoder.config.dim, config.mlp_dim, config.dim)
-        self.predictor = mlp(2, config.dim, config.mlp_dim, config.dim)
+        freeze_absorbed_bias(self.encoder)
+        self.projector = projection_head(self.encoder.config.dim, 3, config.mlp_dim, config.dim)
+        self.predictor = projection_head(config.dim, 2, config.mlp_dim, config.dim)
         self.momentum_encoder = copy_of(self.encoder)
         self.momentum_projector = copy_of(self.projector)
 

@@ -24,8 +24,8 @@ from torch import nn
 from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.models.vit import ViT
 from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.heads import freeze_absorbed_bias, normed_mlp
 from workloads.parts.infonce import nt_xent
 
 JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "jitter_p": 0.8, "gray_p": 0.2}  # s = 1
@@ -47,15 +47,13 @@ class SimCLRConfig(MethodConfig):
 
 
 def projection_head(layers: int, width: int, dim: int) -> nn.Sequential:
-    """Linear layers without bias, each with BatchNorm, as wide as their input; ReLU between; the last has no offset."""
-    modules: list[nn.Module] = []
-    for i in range(layers):
-        last = i == layers - 1
-        linear, norm = nn.Linear(width, dim if last else width, bias=False), nn.BatchNorm1d(dim if last else width)
-        nn.init.normal_(linear.weight, std=0.01)
-        norm.bias.requires_grad_(not last)
-        modules += [linear, norm] if last else [linear, norm, nn.ReLU()]
-    return nn.Sequential(*modules)
+    """`normed_mlp` as wide as its input; the last BatchNorm has no offset."""
+    head = normed_mlp(*[width] * layers, dim)
+    for part in head:
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.01)
+    head[-1].bias.requires_grad_(False)
+    return head
 
 
 class SimCLR(Method):
@@ -70,8 +68,7 @@ class SimCLR(Method):
         super().__init__(config, inputs)
         encoder: Any = inputs.encoder
         self.encoder = encoder
-        if isinstance(encoder, ViT) and isinstance(encoder.norm, nn.LayerNorm):
-            encoder.norm.bias.requires_grad_(False)  # its gradient is nothing but rounding, which AdamW enlarges
+        freeze_absorbed_bias(encoder)
         self.projector = projection_head(config.layers, encoder.num_features, config.dim)
         if config.probe and inputs.data.num_classes < 2:
             raise ValueError(

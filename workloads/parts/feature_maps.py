@@ -1,14 +1,31 @@
-"""What the blocks of a residual network compute, ours or timm's, without a change to the network."""
+"""What an encoder computes before it pools, and what the blocks of a residual network compute, ours or timm's."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 3, H, W] -> the last maps [B, C, h, w], and what the encoder makes of them, [B, num_features].
+
+    Args:
+        encoder: a network of convolutions, or a transformer whose patches form a square.
+        images: normalised.
+    """
+    model: Any = encoder
+    x: Tensor = model.forward_features(images)
+    pooled: Tensor = model.forward_head(x, pre_logits=True)
+    if x.ndim == 3:  # tokens
+        patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
+        return patches.unflatten(2, (math.isqrt(patches.shape[2]),) * 2), pooled
+    return (x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x), pooled
 
 
 def residual_blocks(network: nn.Module) -> list[nn.Module]:

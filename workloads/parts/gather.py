@@ -59,3 +59,23 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 def first_row(rows: int) -> int:
     """Where the rows of this rank begin in what `gather` returns."""
     return rows * dist.get_rank() if dist.is_initialized() else 0
+
+
+class Waiting:
+    """Tensors of the micro-batches of a step, until `after_step` asks for those of the whole batch.
+
+    It is empty between steps, so it is no state.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def put(self, *columns: Tensor) -> None:
+        """Keeps columns [B, ...] of a micro-batch of this rank, without gradients."""
+        self._parts.append(tuple(column.detach() for column in columns))
+
+    def take(self) -> list[Tensor]:
+        """The columns of the batch of all ranks in its order, [world * B, ...] each; none where nothing was put."""
+        columns = [gather(torch.cat(parts)) for parts in zip(*self._parts, strict=True)]
+        self._parts.clear()
+        return columns

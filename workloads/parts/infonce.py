@@ -50,6 +50,25 @@ def queue_info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: fl
     return torch.cat([own, q @ queue.detach().T], dim=1) / temperature
 
 
+def masked_info_nce(logits: Tensor, positive: Tensor, excluded: Tensor) -> Tensor:
+    """-log of the share that the positives of a row have in all of it that is not excluded; their sum is in the log.
+
+    With one positive to a row it is cross-entropy. A row without positives says nothing: loss and gradient are 0.
+
+    Args:
+        logits: [..., N, M], divided by tau.
+        positive: bool, of the same shape; those that are excluded too do not count.
+        excluded: bool, of the same shape.
+
+    Returns:
+        [..., N] in float32.
+    """
+    x, positive = logits.float(), positive & ~excluded
+    least = torch.finfo(x.dtype).min  # of -inf alone, logsumexp has no gradient
+    loss = x.masked_fill(excluded, least).logsumexp(dim=-1) - x.masked_fill(~positive, least).logsumexp(dim=-1)
+    return torch.where(positive.any(dim=-1), loss, 0.0)
+
+
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The normalised temperature-scaled cross-entropy of two views (Chen et al. 2020), before the cross-entropy.
 

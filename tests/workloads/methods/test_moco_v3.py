@@ -13,7 +13,7 @@ from tests.toy import no_load
 from workloads.data.keys import sample_keys
 from workloads.data.transforms.image import finish
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.moco_v3 import JITTER, MoCoV3, MoCoV3Config, mlp
+from workloads.methods.moco_v3 import JITTER, MoCoV3, MoCoV3Config, projection_head
 from workloads.models.vit import ViTConfig
 
 START = Progress(step=0, epoch=0, total_steps=10)
@@ -58,7 +58,7 @@ def test_each_view_is_asked_for_the_other_one() -> None:
 
 def test_heads_are_those_of_the_paper() -> None:
     with torch.device("meta"):
-        projector, predictor = mlp(3, 768, 4096, 256), mlp(2, 256, 4096, 256)
+        projector, predictor = projection_head(768, 3, 4096, 256), projection_head(256, 2, 4096, 256)
     for head, shapes in (
         (projector, [(4096, 768), (4096, 4096), (256, 4096)]),
         (predictor, [(4096, 256), (256, 4096)]),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from workloads.parts.gather import first_row, gather
-from workloads.parts.infonce import global_info_nce, info_nce
+from workloads.parts.infonce import global_info_nce, info_nce, masked_info_nce
 
 
 @pytest.mark.parametrize(("pairs", "expected"), [(2, 0.006715), (4, 0.020012)])
@@ -43,6 +43,40 @@ def test_keys_of_the_global_loss_get_no_gradient() -> None:
     q, k = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     global_info_nce(q, k, 0.2).backward()
     assert q.grad is not None and k.grad is None
+
+
+def test_masked_with_one_positive_is_cross_entropy_over_what_is_left() -> None:
+    torch.manual_seed(0)
+    logits, right = torch.randn(5, 7), torch.tensor([3, 0, 6, 1, 1])
+    positive = torch.nn.functional.one_hot(right, 7).bool()
+    nothing = torch.zeros_like(positive)
+    expected = torch.nn.functional.cross_entropy(logits, right, reduction="none")
+    assert torch.allclose(masked_info_nce(logits, positive, nothing), expected, atol=1e-6)
+    excluded = nothing.clone()
+    excluded[:, 2] = excluded[:, 5] = True  # never the right one
+    left = [0, 1, 3, 4, 6]
+    places = torch.tensor([left.index(int(place)) for place in right])
+    expected = torch.nn.functional.cross_entropy(logits[:, left], places, reduction="none")
+    assert torch.allclose(masked_info_nce(logits, positive, excluded), expected, atol=1e-6)
+
+
+def test_masked_sums_positives_inside_the_log() -> None:
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    positive = torch.tensor([[True, False, True]])
+    excluded = torch.tensor([[False, False, False]])
+    assert masked_info_nce(logits, positive, excluded).exp().item() == pytest.approx(2)
+    excluded = torch.tensor([[False, False, True]])  # then it is no positive either
+    assert masked_info_nce(logits, positive, excluded).exp().item() == pytest.approx(0.7 / 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masked_rows_without_positives_say_nothing(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 3).to(dtype).requires_grad_()
+    positive = torch.tensor([[False, False, False], [True, False, False]])
+    loss = masked_info_nce(logits, positive, torch.zeros_like(positive))
+    loss.sum().backward()
+    assert loss[0] == 0 and loss[1] > 0
+    assert logits.grad is not None and not logits.grad[0].any() and logits.grad[1].isfinite().all()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

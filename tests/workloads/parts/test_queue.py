@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,22 @@ def test_it_holds_the_newest_keys_however_they_came(size: int, steps: list[list[
         model = model[-size:]
         place = int(queue.place)
         assert torch.cat([queue.rows[place:], queue.rows[:place]]).tolist() == model
+
+
+def test_tags_travel_with_their_keys() -> None:
+    queue = Queue(4, 2, tags=("label", "index"))
+    assert queue.tags["label"].tolist() == queue.tags["index"].tolist() == [-1] * 4
+    for start in (0, 3):
+        queue.put(keys(3, start), label=torch.arange(start, start + 3) % 2, index=torch.arange(start, start + 3))
+        queue.turn()
+    assert queue.rows[:, 0].tolist() == queue.tags["index"].tolist() == [4, 5, 2, 3]
+    assert queue.tags["label"].tolist() == [0, 1, 0, 1]
+    assert set(queue.state_dict()) == {"rows", "place", "tag_label", "tag_index"}
+
+
+def test_keys_without_their_tags_are_refused() -> None:
+    with pytest.raises(AssertionError, match="in this order"):
+        Queue(4, 2, tags=("label", "index")).put(keys(1), index=torch.zeros(1), label=torch.zeros(1))
 
 
 def test_only_training_fills_it() -> None:
