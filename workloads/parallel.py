@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from workloads.parts import batch_norm
@@ -86,6 +87,14 @@ class Spread:
         """Length of all tensors together, over all ranks."""
         total = nn.utils.get_total_norm(tensors)
         return _on_all_ranks(total) if self.sharded else total
+
+    def clip_each(self, tensors: Sequence[Tensor], longest: float) -> None:
+        """Shortens each tensor that is longer than `longest`, by its own length over all ranks."""
+        parts = [_own_part(tensor) if self.sharded else tensor for tensor in tensors]
+        squares = torch.stack(torch._foreach_norm(parts)).square()
+        if self.sharded:
+            dist.all_reduce(squares)
+        torch._foreach_mul_(parts, list((longest / (squares.sqrt() + 1e-6)).clamp(max=1.0).unbind()))
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -41,7 +41,8 @@ class Optimizer(Strict):
         nesterov: of sgd.
         trust_coefficient: of lars.
         scale_lr: multiply lr by batch_size / 256.
-        clip_grad_norm: the longest gradient.
+        clip_grad_norm: the longest gradient, of all parameters together.
+        clip_parameter_norm: the longest gradient of each parameter by itself (DINO).
     """
 
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
@@ -53,6 +54,7 @@ class Optimizer(Strict):
     trust_coefficient: float = Field(default=0.001, gt=0)
     scale_lr: bool = False
     clip_grad_norm: float | None = Field(default=None, gt=0)
+    clip_parameter_norm: float | None = Field(default=None, gt=0)
 
 
 class Schedule(Strict):

@@ -113,6 +113,8 @@ class Stepper:
             factor = shorten if factor is None else factor * shorten
         if factor is not None:
             torch._foreach_mul_(gradients, factor)
+        if (longest := self._spec.optimizer.clip_parameter_norm) is not None:
+            self._model.clip_each(gradients, longest)
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own name; weights stay where it is 1
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

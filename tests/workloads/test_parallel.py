@@ -71,6 +71,13 @@ def test_each_block_is_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch
     assert calls == ([first, second, second, first] if again else [first, second])
 
 
+def test_each_gradient_is_shortened_by_its_own_length() -> None:
+    long, short = torch.tensor([[3.0, 4.0]]), torch.tensor([0.3, -0.4, 0.0])
+    Spread(nn.Linear(2, 1), Engine(), Ranks()).clip_each([long, short], 1.0)
+    assert torch.allclose(long, torch.tensor([[0.6, 0.8]]), atol=1e-6)
+    assert torch.equal(short, torch.tensor([0.3, -0.4, 0.0]))
+
+
 def _rank(rank: int, port: int, spec: str, folder: str) -> None:
     torch.set_num_threads(1)
     agreement.POLL_S = 0.0  # ask after each step
@@ -85,7 +92,8 @@ def _rank(rank: int, port: int, spec: str, folder: str) -> None:
 
 
 def test_two_sharded_ranks_stopped_and_resumed_end_as_one_process_does(toy_job: Make, tmp_path: Path) -> None:
-    common = {"micro_batch_size": 4, "optimizer": {"lr": 1e-3, "clip_grad_norm": 0.5}}
+    clip = {"clip_grad_norm": 0.5, "clip_parameter_norm": 0.05}
+    common = {"micro_batch_size": 4, "optimizer": {"name": "sgd", "lr": 0.1} | clip}
     one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
     assert train(toy_job(**common), one, tmp_path)
     spec = toy_job(**common, resources={"workers": 2}, engine={"strategy": "fsdp"})

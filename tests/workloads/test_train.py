@@ -46,9 +46,10 @@ def test_workers_become_micro_batches_of_one_process(toy_job: Make, tmp_path: Pa
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_clipping_bounds_the_gradient_and_is_in_the_curve(toy_job: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", ["clip_grad_norm", "clip_parameter_norm"])
+def test_clipping_bounds_the_gradient_and_is_in_the_curve(toy_job: Make, tmp_path: Path, clip: str) -> None:
     free = weights(toy_job(), tmp_path / "free")
-    clipped = weights(toy_job(optimizer={"lr": 1e-3, "clip_grad_norm": 1e-3}), tmp_path / "clipped")
+    clipped = weights(toy_job(optimizer={"lr": 1e-3, clip: 1e-3}), tmp_path / "clipped")
     assert any(not torch.equal(free[name], clipped[name]) for name in free)
     points = list(RunFolder(tmp_path / "clipped").read_metrics())
     assert all(point["grad_norm"] > 1e-3 for point in points)  # before it was cut
