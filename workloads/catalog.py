@@ -42,6 +42,7 @@ EVALUATIONS = {
     "knn": "workloads.evaluation.knn:KNN",
     "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
     "linear_probe_augmented": "workloads.evaluation.linear_probe_augmented:LinearProbeAugmented",
+    "segmentation": "workloads.evaluation.segmentation:Segmentation",
     "separability": "workloads.evaluation.separability:Separability",
     "sweep": "workloads.evaluation.sweep:Sweep",
 }
