@@ -22,6 +22,11 @@ dev: .venv/.installed-dev    ## the same with the tools of developers
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# What is compared with. Without its own dependencies, of which hydra has no version beside ours; its losses need none.
+.venv/.installed-bench: .venv/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt lightly
+	touch $@
+
 demo: venv      ## the main job end to end, in minutes
 	$(BIN)/manta demo
 
@@ -41,7 +46,7 @@ test: dev       ## the whole suite
 soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
 	$(BIN)/pytest -m soak
 
-bench: dev      ## ratios of one run, into tests/benchmarks/RESULTS.md
+bench: .venv/.installed-bench      ## ratios of one run, into tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks
 
 clean:          ## remove the environment and what tools left

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.embedded import Head
-from tests.benchmarks import apart, engine, gpu, growth, loop, masked, synthetic, table, workers
+from tests.benchmarks import apart, contrast, engine, gpu, growth, loop, masked, synthetic, table, workers
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.methods.mae import MAE
 from workloads.spec import JobSpec
@@ -77,6 +77,22 @@ def test_masked_rows_judge_what_was_measured(monkeypatch: pytest.MonkeyPatch) ->
     flops = {"mae": 1.0, "dmae": 1.2, "maskfeat": 3.2, "maskdistill": 4.0}
     monkeypatch.setattr(apart, "run", lambda *_, **__: {"seconds": seconds, "flops": flops})
     assert [row[3] for row in masked.rows()] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", contrast.METHODS)
+def test_contrast_and_the_same_with_lightly(name: str) -> None:
+    pytest.importorskip("lightly", reason="`make bench` installs lightly, which is only compared with")
+    small = contrast.JOB | {"model": {"name": "resnet_cifar", "image_size": 16, "depth": 8}, "batch_size": 4}
+    found = contrast.step_times(small, name, rounds=2)
+    assert found.keys() == {"ours", "lightly"} and all(len(seconds) == 2 for seconds in found.values())
+
+
+def test_a_step_of_contrast_that_is_slower_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"simclr": {"ours": [1.0], "lightly": [1.0]}, "moco_v2": {"ours": [1.1], "lightly": [1.0]}}
+    monkeypatch.setattr(apart, "run", lambda *_, name, **__: seconds[name])
+    assert [row[3] for row in contrast.rows()] == [
+        seconds[name]["ours"] <= seconds[name]["lightly"] for name in seconds
+    ]
 
 
 def test_what_a_checkpoint_costs_the_loop(toy_shards: dict[str, str]) -> None:

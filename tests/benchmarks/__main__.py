@@ -15,7 +15,7 @@ from pathlib import Path
 
 from service.client import Client
 from service.local_cluster import temporary
-from tests.benchmarks import apart, data, engine, gpu, loop, masked, service
+from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, service
 from tests.benchmarks.table import Row, markdown
 from workloads.data.pack import pack_digits
 
@@ -78,6 +78,7 @@ def main() -> None:
             partial(rows, folder),
             partial(engine.rows, folder, str(folder / TRAIN)),
             masked.rows,
+            contrast.rows,
             partial(data.rows, folder),
             gpu.rows,
         ]

@@ -123,6 +123,8 @@ def in_turn(models: Mapping[str, nn.Module], batch: Batch, steps: int, rounds: i
                 optimizers[name].zero_grad()
                 model(batch, synthetic.START).loss.backward()
                 optimizers[name].step()
+                if isinstance(model, Method):
+                    model.after_step(synthetic.START)
             seconds[name].append((time.perf_counter() - began) / steps)
     return {name: values[1:] for name, values in seconds.items()}
 
