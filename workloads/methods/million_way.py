@@ -86,14 +86,9 @@ class MillionWay(Method):
             with torch.no_grad():
                 self._raw.put(batch["index"], F.normalize(self.features(batch["image"]), dim=1))
             return Output(None)
-        c = self.config
+        c, x = self.config, self.features(batch["image"])
         loss, right = instance_cross_entropy(
-            self.features(batch["image"]),
-            batch["index"],
-            self.instances,
-            c.temperature,
-            alpha=c.alpha,
-            hardest=c.hardest,
+            x, batch["index"], self.instances, c.temperature, alpha=c.alpha, hardest=c.hardest
         )
         return Output(loss.mean(), {"instance_top1": right.float().mean()})
 

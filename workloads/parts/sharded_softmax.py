@@ -1,4 +1,4 @@
-"""Softmax over millions of classes, each rank with the weights of a part of them (arXiv 2102.04848, section 3.3).
+"""Softmax over millions of classes, each rank with the weights of a part of them (Liu et al. 2021, arXiv 2102.04848).
 
 The batch of all ranks meets the rows of each; what is exchanged are features [B, D] and a few numbers a sample, never
 rows or logits. A rank holds n = N / ranks rows: 4 n D bytes, as much for the gradient, for each moment of the
@@ -56,15 +56,9 @@ class RowsOverRanks(nn.Module):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
-        mesh, dim = init_device_mesh(device.type, (dist.get_world_size(),)), self.weight.shape[1]
-        whole = DTensor.from_local(
-            self.weight.detach(),
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=torch.Size((self.count, dim)),
-            stride=(dim, 1),
-        )
+        part, mesh = self.weight.detach(), init_device_mesh(device.type, (dist.get_world_size(),))
+        shape, stride = torch.Size((self.count, part.shape[1])), (part.shape[1], 1)
+        whole = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         self.weight = nn.Parameter(whole)
 
     def own(self) -> Tensor:
@@ -126,9 +120,7 @@ def instance_cross_entropy(
         every, index = gather_with_gradient(F.normalize(x, dim=1)), gather(index)
         w = F.normalize(table.own(), dim=1)
         place, y = targets(w.detach(), index, table, alpha, min(hardest, table.count - 1))
-        wanted = F.embedding_bag(
-            place, w, per_sample_weights=y, mode="sum"
-        )  # [B, D], the sum of y_j w_j over rows here
+        wanted = F.embedding_bag(place, w, per_sample_weights=y, mode="sum")  # [B, D]: y_j w_j summed up
         target = over_ranks((every * wanted).sum(dim=1)) / temperature
         log_sum, nearest = _over_all_rows(every / temperature, w, table.first)
     return log_sum - target, nearest == index
