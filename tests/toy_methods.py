@@ -25,6 +25,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "mae": DECODER,
     "maskdistill": {"teacher": "job:toy-mae", "min_block": 1},
     "maskfeat": {"cell": 4},
+    "million_way": {"dim": 8, "hardest": 5, "init": "random"},  # raw: its first epoch trains nothing, see its tests
     "mimco": {"teacher": "job:toy-mae", "head_dim": 16},
     "moco_v2": {"dim": 8, "queue": 20},
     "moco_v3": {"dim": 8, "mlp_dim": 16},

@@ -20,6 +20,7 @@ METHODS = {
     "mae": "workloads.methods.mae:MAE",
     "maskdistill": "workloads.methods.maskdistill:MaskDistill",
     "maskfeat": "workloads.methods.maskfeat:MaskFeat",
+    "million_way": "workloads.methods.million_way:MillionWay",
     "mimco": "workloads.methods.mimco:MimCo",
     "moco_v2": "workloads.methods.moco_v2:MoCoV2",
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",

@@ -18,9 +18,9 @@ from workloads.checkpoint import Restored
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
 from workloads.data.streaming import StreamReader
-from workloads.flops import count, mfu, peak
+from workloads.flops import LATER, count, mfu, peak
 from workloads.guards import Collapse, CollapseError, Divergence, features_of
-from workloads.methods.base import Batch, Method, Progress
+from workloads.methods.base import Batch, Method
 from workloads.metrics import Curve, MetricsWriter, NonFiniteLossError, OnPoint, SkippedLog, Warnings
 from workloads.parallel import Spread
 from workloads.ranks import Ranks
@@ -165,5 +165,5 @@ def flops_of_step(
         with contextlib.closing(reader.batches(0, 1)) as batches:
             streams[name] = micro_batches(to_device(next(batches), views, torch.device("cpu")), parts)[0]
     batch = streams if len(streams) > 1 else next(iter(streams.values()))
-    one = count(method, batch, Progress(step=0, epoch=0, total_steps=1))
+    one = count(method, batch, LATER)
     return None if one is None else float(one * parts)

@@ -1,5 +1,7 @@
 """How a method is spread over the ranks and how its blocks compute: DDP or FSDP2, checkpointed, compiled.
 
+A table of rows that no rank holds whole (`RowsOverRanks`) is left out of either: each rank trains its own rows.
+
 All of it is put on the blocks of the network, which are found by their shape: two or more
 siblings of one class that hold parameters. So a method needs to know nothing of it.
 """
@@ -17,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from workloads.checkpoint_state import is_shared_out
 from workloads.parts import batch_norm
+from workloads.parts.lars_lamb import own_parts
+from workloads.parts.sharded_softmax import RowsOverRanks
 from workloads.ranks import Ranks
 from workloads.spec_training import Engine
 
@@ -32,6 +37,7 @@ class Spread:
 
     Attributes:
         sharded: whether weights are shared out (FSDP).
+        in_parts: whether some are, by FSDP or by the method itself: then all ranks write a checkpoint together.
     """
 
     def __init__(self, method: nn.Module, engine: Engine, ranks: Ranks) -> None:
@@ -48,6 +54,11 @@ class Spread:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if engine.sync_batchnorm and ranks.world_size > 1:
             _synchronise(method, ranks.device)
+        for module in method.modules():
+            if isinstance(module, RowsOverRanks):
+                module.share_out(ranks.device)
+        self._apart = {name: p for name, p in method.named_parameters() if is_shared_out(p)}
+        self.in_parts = self.sharded or bool(self._apart)
         blocks = blocks_of(method)
         for block in blocks:  # one after the other: alike blocks are compiled once, and the method stays Python
             if engine.compile:
@@ -62,13 +73,14 @@ class Spread:
 
             for block in blocks:
                 fully_shard(block)
-            fully_shard(self.method)
+            fully_shard(self.method, ignored_params=set(self._apart.values()))
             return self.method
         if self._ranks.world_size == 1:
             return self.method
         from torch.nn.parallel import DistributedDataParallel
 
         device = self._ranks.device
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.method, list(self._apart))
         return DistributedDataParallel(self.method, device_ids=[device] if device.type == "cuda" else None)
 
     def __call__(self, *args: Any) -> Any:
@@ -85,16 +97,21 @@ class Spread:
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Length of all tensors together, over all ranks."""
-        total = nn.utils.get_total_norm(tensors)
-        return _on_all_ranks(total) if self.sharded else total
+        return self._squares(tensors).sum().sqrt() if self.in_parts else nn.utils.get_total_norm(tensors)
 
     def clip_each(self, tensors: Sequence[Tensor], longest: float) -> None:
         """Shortens each tensor that is longer than `longest`, by its own length over all ranks."""
-        parts = [_own_part(tensor) if self.sharded else tensor for tensor in tensors]
-        squares = torch.stack(torch._foreach_norm(parts)).square()
-        if self.sharded:
+        factors = (longest / (self._squares(tensors).sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(own_parts(tensors), list(factors.unbind()))
+
+    def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Squared length of each tensor over all ranks; what is whole is the same on all and counts once."""
+        squares = torch.stack(torch._foreach_norm(own_parts(tensors))).square()
+        if self.in_parts:
+            counts = [is_shared_out(tensor) or self._ranks.rank == 0 for tensor in tensors]
+            squares = torch.where(torch.tensor(counts, device=squares.device), squares, 0.0)
             dist.all_reduce(squares)
-        torch._foreach_mul_(parts, list((longest / (squares.sqrt() + 1e-6)).clamp(max=1.0).unbind()))
+        return squares
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -109,19 +126,8 @@ class Spread:
 
     def finite(self) -> bool:
         """Whether every weight is; on every rank what is true of all."""
-        tensors = [_own_part(p) if self.sharded else p for p in self.method.parameters()]
+        tensors = own_parts(self.method.parameters())
         return not self._ranks.any(not all(bool(tensor.isfinite().all()) for tensor in tensors))
-
-
-def _on_all_ranks(value: Any) -> Tensor:
-    """A DTensor -> the same value as a tensor of each rank."""
-    whole: Tensor = value.full_tensor()
-    return whole
-
-
-def _own_part(value: Any) -> Tensor:
-    part: Tensor = value.to_local()
-    return part
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

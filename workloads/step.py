@@ -17,6 +17,7 @@ from workloads.batches import micro_batches
 from workloads.data.keys import mix
 from workloads.methods.base import Batch, Progress
 from workloads.parallel import Spread
+from workloads.parts.lars_lamb import own_parts
 from workloads.ranks import Ranks
 from workloads.spec import JobSpec
 
@@ -112,7 +113,7 @@ class Stepper:
             shorten = (longest / (norm + 1e-6)).clamp(max=1.0)
             factor = shorten if factor is None else factor * shorten
         if factor is not None:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(own_parts(gradients), factor)
         if (longest := self._spec.optimizer.clip_parameter_norm) is not None:
             self._model.clip_each(gradients, longest)
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]  # torch's own name; weights stay where it is 1

@@ -100,7 +100,7 @@ def train(
     optimizer = optimizers.build(method.parameter_groups(), spec.optimizer)
     stepper = Stepper(spec, model, optimizer, ranks)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, spec.checkpoint, ranks, sharded=model.sharded))
+        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, spec.checkpoint, ranks, sharded=model.in_parts))
         restored = checkpoints.restore(method, optimizer)
         if restored.step:
             stepper.load_state_dict(restored.extra)

@@ -40,7 +40,12 @@ class _OverRanks(torch.autograd.Function):
 
 
 def over_ranks(x: Tensor) -> Tensor:
-    """The sum over all ranks; what flows back into each addend is the sum of the gradients of all ranks."""
+    """The sum over all ranks; what flows back into each addend is the sum of the gradients of all ranks.
+
+    Every rank must call it, with the same shape; where there are no ranks it is `x` itself.
+    """
+    if not dist.is_initialized():
+        return x
     total: Tensor = _OverRanks.apply(x)  # type: ignore[no-untyped-call]
     return total
 

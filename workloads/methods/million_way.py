@@ -1,0 +1,106 @@
+"""One-Million-Way: train a one million-way instance classifier (Liu, Huang, Pan and others, AAAI 2021).
+
+arXiv 2102.04848. Each image is a class of its own: the feature of a view should be most like the row of its image,
+unlike the rows of all other images. All N of them are in the denominator, spread over the ranks
+(`parts.sharded_softmax`): nothing is sampled, and there is no second network and no queue. Rows start as the features
+of an untrained network, so that the task is contrast from the first step on, and the rows most like that of the image
+are wanted a little, too.
+
+Written by the paper and a student's reproduction of it; code of the authors was not found. Not certain: K, the head,
+how often the neighbours of a row are found anew (here in every step, from the rows as they are, without a table of
+N x K), and how long rows are at first. Here they have unit length: it means nothing to the cosine and divides what a
+step turns a row by.
+
+With `init: raw` the first epoch only fills rows: forward without gradients, BatchNorm by the batch, nothing trained;
+so a job has one epoch more than the paper says, and the cosine of its rate is one epoch in when training starts. Rows
+are features of views as changed as those of training, since the views of a job are the same in all epochs. Images that
+this epoch leaves out (the rest of N / batch) keep their random rows.
+
+Memory of a rank: n = N / ranks rows of 128 floats, 1,536 n bytes with gradient and momentum of SGD (AdamW: 2,048 n),
+1,024 n more within a step, and 3 GiB for logits at most.
+    N = 1e6: 8 ranks 192 MB, 64 ranks 24 MB;  N = 1e8: 8 ranks 19.2 GB, 64 ranks 2.4 GB  (SGD, between steps)
+Export and a run on one rank build all rows: 512 bytes an image, 51 GB of them for 1e8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from workloads.data.transforms.photometry import Photometry
+from workloads.data.views import View
+from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.gather import Waiting
+from workloads.parts.heads import mlp
+from workloads.parts.sharded_softmax import RowsOverRanks, instance_cross_entropy
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
+
+
+class Augmentation(RandomResizedCrop):
+    """That of MoCo v2 and SimCLR, as the paper says without numbers; those of MoCo v2."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
+
+
+class MillionWayConfig(MethodConfig):
+    dim: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.15, gt=0)  # tau
+    alpha: float = Field(default=0.2, ge=0, lt=1)  # share of the target that the neighbours have
+    hardest: int = Field(default=100, ge=0)  # K neighbours; uncertain
+    init: Literal["raw", "random"] = "raw"  # of the rows; random: unit vectors, trained from the first step on
+    view: Augmentation = Augmentation()
+
+
+class MillionWay(Method):
+    Config = MillionWayConfig
+    paper: ClassVar[str] = "Train a One-Million-Way Instance Classifier, Liu et al. 2021, arXiv 2102.04848"
+    config: MillionWayConfig
+
+    def __init__(self, config: MillionWayConfig, inputs: Inputs) -> None:
+        super().__init__(config, inputs)
+        encoder: Any = inputs.encoder
+        width = encoder.num_features
+        self.encoder = encoder
+        self.projector = mlp(width, width, config.dim)
+        self.instances = RowsOverRanks(inputs.data.num_instances, config.dim)  # W
+        self._raw = Waiting()
+
+    @classmethod
+    def views(cls, config: MillionWayConfig, image_size: int) -> dict[str, View]:
+        return {"image": View(size=image_size, **config.view.model_dump())}
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> x [B, dim] in float32."""
+        x: Tensor = self.projector(self.encoder(images))
+        return x.float()
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        if self.config.init == "raw" and progress.epoch == 0:
+            with torch.no_grad():
+                self._raw.put(batch["index"], F.normalize(self.features(batch["image"]), dim=1))
+            return Output(None)
+        c, x = self.config, self.features(batch["image"])
+        loss, right = instance_cross_entropy(
+            x, batch["index"], self.instances, c.temperature, alpha=c.alpha, hardest=c.hardest
+        )
+        return Output(loss.mean(), {"instance_top1": right.float().mean()})
+
+    def after_step(self, progress: Progress) -> None:
+        if raw := self._raw.take():
+            self.instances.write(*raw)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The rows are a group of their own: an optimizer steps what is shared out and what is whole apart."""
+        rows = self.instances.weight
+        default = super().parameter_groups()
+        return [g | {"params": [p for p in g["params"] if p is not rows]} for g in default] + [{"params": [rows]}]
+
+    def export(self) -> nn.Module:
+        return self.encoder
