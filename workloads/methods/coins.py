@@ -16,8 +16,8 @@ when it is visited: until then it competes with nobody of `same_class` and has n
 epoch. The paper's loss has coarse_weight 1 and its lambda_I as `instance_weight`.
 
 Images without a label have no coarse loss (they count in its mean, as 0) and are told from all others. As in MoCo v2
-here, keys are not shuffled, BatchNorm goes by the batch of all ranks, and the slow copy moves after a step. Biases do
-not decay; V and w_j do.
+here, keys are not shuffled, BatchNorm goes by the batch of all ranks, and the slow copy moves after a step. Biases
+and norms do not decay; V and w_j do.
 """
 
 from __future__ import annotations
