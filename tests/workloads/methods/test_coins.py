@@ -289,7 +289,13 @@ def recall_at_1(features: Features) -> float:
 
 @pytest.mark.slow
 def test_fine_classes_from_coarse_ones_and_single_images(real_images: RealImages, tmp_path: Path) -> None:
-    """TODO"""
+    """2,000 images of CIFAR-10, vehicles or animals, asked for the ten classes on 1,000; seeds 0 and 1.
+
+    kNN: untrained .246, .241; coarse classes alone .265, .252; images alone .283, .274; both .280, .277. Recall@1:
+    .183, .182; .226, .192; .197, .211; .222, .219. So both together have what one of the two lacks; that they beat
+    the better one in either number is seen with seed 1 only. Weights of images instead of a queue, seed 0: `all`
+    .266 and .202, `same_class` .271 and .223, with proxies .280 and .218.
+    """
     if real_images.name != "cifar10":
         pytest.skip("vehicles and animals are classes of CIFAR-10: set MANTA_TEST_DATA to a folder that holds it")
     method = {"name": "coins", "dim": 64, "queue": 512, "momentum": 0.95, "view": {"photometry": JITTER}}
@@ -304,6 +310,5 @@ def test_fine_classes_from_coarse_ones_and_single_images(real_images: RealImages
     encoders["untrained"] = untrained(specs["joint"])
     knn = {name: real_images.knn(encoder) for name, encoder in encoders.items()}
     recall = {name: recall_at_1(real_images.features(encoder)[1]) for name, encoder in encoders.items()}
-    print(knn, recall)
     assert knn["joint"] > max(knn["coarse"], knn["untrained"]), knn
     assert recall["joint"] > max(recall["instance"], recall["untrained"]), recall

@@ -19,6 +19,7 @@ from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.look import JITTER, LOOK, LOOKConfig, neighbour_loss
 from workloads.models.vit import ViTConfig
 from workloads.parts.heads import mlp
+from workloads.spec import JobSpec
 
 START = Progress(step=0, epoch=0, total_steps=10)
 LABELS = torch.tensor([0, 1, 0, 1, 1, 0])
@@ -310,3 +311,22 @@ def vehicles_and_animals(pattern: str, folder: Path) -> str:
                 coarse.addfile(member, io.BytesIO(data))
     (folder / "classes.txt").write_text("vehicle\nanimal\n")
     return str(folder / Path(pattern).name)
+
+
+@pytest.mark.slow
+def test_two_classes_teach_something_of_the_ten_in_them(real_images: RealImages, tmp_path: Path) -> None:
+    """2,000 images, vehicles or animals; of the ten classes kNN .246 -> .273, probe .306 -> .319.
+
+    That it transfers better than cross-entropy is not seen at this size. By twice as many test images, one seed, kNN
+    and probe: untrained .249 and .289; k = 20 .247, .293 (of 1,024 features; it has hardly begun to learn); k = 200
+    .276, .315; all as neighbours .271, .321; cross-entropy on the projection with the same views .287, .308.
+    """
+    if real_images.name != "cifar10":
+        pytest.skip("vehicles and animals are classes of CIFAR-10: set MANTA_TEST_DATA to a folder that holds it")
+    method = {"name": "look", "dim": 64, "k": 200, "queue": 1024, "momentum": 0.95, "view": {"photometry": JITTER}}
+    shards = vehicles_and_animals(real_images.train, tmp_path / "coarse")
+    spec = real_images.contrast(method)
+    coarse = JobSpec.model_validate(spec.model_dump() | {"data": {"train": {"shards": shards}}})
+    after = encoder_of(pretrained(coarse, tmp_path, "look"))
+    scores = [(real_images.knn(encoder), real_images.probe(encoder)) for encoder in (untrained(spec), after)]
+    assert scores[1][0] > scores[0][0] and scores[1][1] > scores[0][1], scores
