@@ -13,6 +13,7 @@ from workloads.spec import JobSpec
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "coins": {"dim": 8, "queue": 20, "coarse": [0, 1, 1, 0]},
     "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
     "fine_tune": {
         "drop_path": 0.2,
@@ -22,6 +23,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "i_mae": DECODER | {"teacher": "job:toy-mae"},
     "linear_probe": {},
+    "look": {"dim": 8, "queue": 100, "k": 4},
     "mae": DECODER,
     "maskdistill": {"teacher": "job:toy-mae", "min_block": 1},
     "maskfeat": {"cell": 4},
@@ -35,6 +37,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
     "linear_probe": {"micro_batch_size": None},
+    "look": {"micro_batch_size": None},  # the mean is over images that have a neighbour of their class
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},
     "simclr": {"micro_batch_size": None},

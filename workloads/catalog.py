@@ -13,10 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 METHODS = {
+    "coins": "workloads.methods.coins:CoIns",
     "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
     "i_mae": "workloads.methods.i_mae:IMAE",
     "linear_probe": "workloads.methods.linear_probe:LinearProbe",
+    "look": "workloads.methods.look:LOOK",
     "mae": "workloads.methods.mae:MAE",
     "maskdistill": "workloads.methods.maskdistill:MaskDistill",
     "maskfeat": "workloads.methods.maskfeat:MaskFeat",

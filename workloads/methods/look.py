@@ -1,0 +1,148 @@
+"""LOOK: rethinking supervised pre-training for better downstream transferring (Feng et al., ICLR 2022).
+
+arXiv 2110.06014, leave-one-out k nearest neighbours. Cross-entropy and SupCon draw all images of a class to one place
+and so lose what tells them apart. Here only most of the k nearest neighbours of an image have to be of its class, so
+that a class may lie in several places. Neighbours are looked for among features of earlier steps, which a queue
+remembers with their labels; they come from a slow copy of the network (MoCo, He et al. 2020, arXiv 1911.05722).
+
+From the paper's abstract and a summary of it: neither its body nor code could be read. So ours are
+
+- the rule for an image that has nobody of its class among its k nearest: the most similar one of its class in the
+  queue joins them; where the queue has none, the image has no loss and the mean is over the others, of all ranks
+  (with micro-batches it is over those of each micro-batch of all ranks, so leave `micro_batch_size` unset);
+- the augmentation, which is that of MoCo v2, and every default that says so;
+- what an image is compared with: the queue alone, without the other images of its batch.
+
+Other features of the image itself are left out by its index in the data, however long ago they came. Images without
+a label fill the queue but are neighbours of nobody. In the first step of a run the queue is empty, so its loss is 0.
+The slow copy moves after a step rather than at the beginning of the next one, which is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from workloads.data.transforms.photometry import Photometry
+from workloads.data.views import View
+from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.ema import copy_of, follow
+from workloads.parts.gather import gather
+from workloads.parts.heads import mlp
+from workloads.parts.infonce import masked_info_nce
+from workloads.parts.queue import Queue
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
+
+
+class Augmentation(RandomResizedCrop):
+    """Of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, section 3)."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
+
+
+class LOOKConfig(MethodConfig):
+    k: int = Field(default=400, ge=1)  # ours: of the paper's only "several hundred" is known
+    queue: int = Field(default=65536, ge=1)  # features; as in MoCo
+    temperature: float = Field(default=0.1, gt=0)  # ours
+    momentum: float = Field(default=0.999, ge=0, le=1)  # as in MoCo
+    dim: int = Field(default=128, ge=1)  # as in MoCo
+    layers: int = Field(default=2, ge=1)  # of the head, ours; the paper compares several: the head overfits instead
+    view: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _neighbours_fit(self) -> Self:
+        if self.k > self.queue:
+            raise ValueError(f"got k={self.k} neighbours of a queue of {self.queue}, expected k <= queue; lower k")
+        return self
+
+
+class LOOK(Method):
+    Config = LOOKConfig
+    paper: ClassVar[str] = (
+        "LOOK: Rethinking Supervised Pre-training for Better Downstream Transferring, Feng et al. 2022, "
+        "arXiv 2110.06014"
+    )
+    config: LOOKConfig
+
+    def __init__(self, config: LOOKConfig, inputs: Inputs) -> None:
+        super().__init__(config, inputs)
+        if inputs.data.num_classes < 2:
+            raise ValueError(
+                f"got data with {inputs.data.num_classes} classes, expected labels of 2 or more; "
+                "add a .cls member to each sample (`manta pack` does)"
+            )
+        encoder: Any = inputs.encoder
+        width = encoder.num_features
+        self.encoder = encoder
+        self.projector = mlp(*[width] * config.layers, config.dim)
+        self.momentum_encoder = copy_of(self.encoder)
+        self.momentum_projector = copy_of(self.projector)
+        self.queue = Queue(config.queue, config.dim, tags=("label", "index"))
+
+    @classmethod
+    def views(cls, config: LOOKConfig, image_size: int) -> dict[str, View]:
+        view = View(size=image_size, **config.view.model_dump())
+        return {"image": view, "other": view}
+
+    def query(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> z [B, dim] of unit length."""
+        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
+
+    @torch.no_grad()
+    def key(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> kappa [B, dim] of unit length; its BatchNorm too goes by the batch."""
+        return F.normalize(self.momentum_projector(self.momentum_encoder(images)).float(), dim=1)
+
+    def forward(self, batch: Batch, progress: Progress) -> Output:
+        y, index = batch["label"], batch["index"]
+        z, kappa = self.query(batch["image"]), self.key(batch["other"])
+        y_R, index_R = self.queue.tags["label"], self.queue.tags["index"]
+        known = (y_R >= 0) & (index_R != index[:, None])  # [B, R]: leave one out
+        same = known & (y_R == y[:, None])
+        loss = neighbour_loss(z, self.queue.rows, same, known, self.config.k, self.config.temperature)  # [B]
+        self.queue.put(kappa, label=y, index=index)
+        counts = same.any(dim=1).float()
+        share = counts / gather(counts.sum()[None]).mean().clamp(min=1e-6)  # the mean of ranks is that of their batch
+        own = counts / counts.sum().clamp(min=1)
+        metrics = {"own_class": ((-loss.detach()).exp() * own).sum(), "with_neighbour": counts.mean()}
+        return Output((loss * share).sum(), metrics)
+
+    def after_step(self, progress: Progress) -> None:
+        follow(self.momentum_encoder, self.encoder, self.config.momentum)
+        follow(self.momentum_projector, self.projector, self.config.momentum)
+        self.queue.turn()
+
+    def export(self) -> nn.Module:
+        return self.encoder
+
+
+def neighbour_loss(z: Tensor, kappa: Tensor, same: Tensor, known: Tensor, k: int, temperature: float) -> Tensor:
+    """-log p(y): the weight that the class of a feature has among its k nearest neighbours, by exp(<z, kappa> / tau).
+
+    Args:
+        z: [B, D] of unit length.
+        kappa: [R, D] of unit length; gets no gradient.
+        same: bool [B, R], of its class; part of `known`.
+        known: bool [B, R], who can be a neighbour.
+        k: of neighbours, fewer where fewer are known; the nearest of its class joins where it is not among them.
+        temperature: tau.
+
+    Returns:
+        [B] in float32; 0, also in gradient, where nobody is of its class.
+    """
+    s = z.float() @ kappa.detach().T / temperature  # [B, R]
+    scores = s.detach()
+    nearest = scores.masked_fill(~known, -torch.inf).topk(k, dim=1).indices  # N_k, [B, k]
+    nearest_same = scores.masked_fill(~same, -torch.inf).argmax(dim=1, keepdim=True)
+    neighbours = torch.cat([nearest, nearest_same], dim=1)  # [B, k + 1]
+    positive, excluded = same.gather(1, neighbours), ~known.gather(1, neighbours)
+    there = positive[:, :k].any(dim=1, keepdim=True)
+    excluded = torch.cat([excluded[:, :k], excluded[:, k:] | there], dim=1)
+    return masked_info_nce(s.gather(1, neighbours), positive, excluded)
