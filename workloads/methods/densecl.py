@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ class DenseCL(Method):
         dense_logits = queue_info_nce(*dense_pairs(d_q, d_k, match(b_q, b_k)), self.dense_queue.rows, tau)
         self.queue.put(k)
         self.dense_queue.put(d_bar)
-        metrics: dict[str, Any] = {}
+        metrics: dict[str, Tensor] = {}
         losses = []
         for name, x in (("global", logits), ("dense", dense_logits)):
             losses.append(F.cross_entropy(x, x.new_zeros(len(x), dtype=torch.int64)))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import webdataset
 from torch import Tensor, nn
 
-from tests.learning import SMALL_VIT, RealImages, encoder_of, pretrained, untrained
-from tests.toy import no_load, random_images
+from tests.learning import RealImages, encoder_of, pretrained, untrained
+from tests.toy import make_job, no_load, png, random_images
+from workloads import assemble, checkpoint
+from workloads.data.reader import Reader
+from workloads.data.transforms.image import Geometry, finish
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.densecl import JITTER, DenseCL, DenseCLConfig, Tower, dense_pairs, match
 from workloads.methods.moco_v2 import MoCoV2, MoCoV2Config
@@ -19,6 +24,8 @@ from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.timm_import import timm
 from workloads.models.vit import ViTConfig
 from workloads.parts.infonce import queue_info_nce
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
 
 START = Progress(step=0, epoch=0, total_steps=10)
 
@@ -235,7 +242,7 @@ def test_a_grid_pools_what_is_matched_and_what_is_compared() -> None:
 def test_a_grid_or_a_map_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="got grid=5 for maps of 4 x 4, expected at most 4; leave it out"):
         densecl(grid=5)
-    with pytest.raises(ValueError, match="got maps of 1 x 1 for images of 16 pixels.*use larger images"):
+    with pytest.raises(ValueError, match="got maps of 1 x 1 for images of 16 pixels, expected several places"):
         densecl(timm.create_model("resnet18", num_classes=0))
 
 
@@ -280,3 +287,81 @@ def test_views_are_two_of_a_kind() -> None:
     assert (view.crop_scale, view.flip) == ((0.2, 1.0), 0.5)
     assert view.photometry.jitter == (0.4, 0.4, 0.4, 0.1) and view.photometry.jitter_p == 0.8
     assert (view.photometry.gray_p, view.photometry.blur_p, view.photometry.blur_sigma) == (0.2, 0.5, (0.1, 2.0))
+
+
+SIDE = 12  # of an object, in an image of 32 pixels
+
+
+def two_objects(i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image i, uint8 [32, 32, 3], of one colour but for two textured squares; and whose each pixel is, 0, 1 or 2."""
+    rng = np.random.default_rng(i)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    textures = [y % 4 < 2, x % 4 < 2, (x + y) % 4 < 2, (x // 3 + y // 3) % 2 == 0, (x - 5) ** 2 + (y - 5) ** 2 < 30]
+    image = rng.integers(60, 196, 3) + rng.normal(0, 10, (32, 32, 3))
+    owner = np.zeros((32, 32), dtype=np.int64)
+    for half, texture in enumerate(rng.choice(len(textures), 2, replace=False)):
+        left, top = 16 * half + rng.integers(0, 16 - SIDE + 1), rng.integers(0, 32 - SIDE + 1)
+        where = np.s_[top : top + SIDE, left : left + SIDE]
+        image[where] = np.where(textures[texture][:, :, None], *rng.integers(0, 256, (2, 3)))
+        owner[where] = half + 1
+    return image.clip(0, 255).astype(np.uint8), owner
+
+
+def owners(batch: dict[str, Tensor], view: str, S: int) -> Tensor:
+    """[B, S * S]: what lies at the middle of each place of a view."""
+    where = Geometry.unpacked(batch[f"{view}_geometry"])
+    middle = (torch.arange(S) + 0.5) / S
+    across = torch.where(where.flip[:, None], 1 - middle, middle)
+    x = (where.crop[:, :1] + where.crop[:, 2:3] * across).long()  # [B, S], pixels
+    y = (where.crop[:, 1:2] + where.crop[:, 3:] * middle).long()
+    maps = torch.stack([torch.from_numpy(two_objects(i)[1]) for i in batch["index"].tolist()])
+    return maps[torch.arange(len(maps))[:, None, None], y[:, :, None], x[:, None, :]].flatten(1)
+
+
+@torch.no_grad()
+def correspondence(tower: Tower, spec: JobSpec) -> float:
+    """How often a place of an object is matched, by dense features, with one of it, where both views show both."""
+    views = assemble.views_of(spec)
+    batch = Reader(assemble.open_stream(spec.data["train"]), views, batch_size=512, seed=5).batch(0)
+    (_, _, d_q), (_, _, d_k) = (tower.eval()(finish(batch[n], view, batch["key"], n)) for n, view in views.items())
+    q, k = (owners(batch, name, math.isqrt(d_q.shape[2])) for name in views)
+    counted = (q > 0) & torch.stack([(x == n).any(dim=1) for x in (q, k) for n in (1, 2)]).all(dim=0)[:, None]
+    return (k.gather(1, match(d_q, d_k)) == q)[counted].double().mean().item()
+
+
+@pytest.mark.slow
+def test_places_of_an_object_are_matched_with_it(tmp_path: Path) -> None:
+    """By dense features .393 -> .445; by chance .18. What rises is which object, not where of it, nor by the dense loss.
+
+    On like images of six textures: by dense features .391 -> .433, by those of the backbone .437 -> .488; with
+    lambda = 0 they rise more, to .469 and .497. Matches within 6 pixels of the true place fall: .318 -> .276, .309
+    with lambda = 0. On noisy backgrounds .322 -> .359 in 6 epochs, .321 -> .325 in 8 of twice the steps; of a ViT of
+    patches of 4 pixels .384 -> .322.
+    """
+    with webdataset.TarWriter(str(tmp_path / "train-000000.tar"), mtime=0) as writer:
+        for i in range(1000):
+            writer.write({"__key__": f"{i:05d}", "png": png(two_objects(i)[0])})
+    spec = make_job(
+        {"train": str(tmp_path / "train-000000.tar")},
+        method={"name": "densecl", "dim": 64, "queue": 512, "momentum": 0.95, "view": {"photometry": JITTER}},
+        model={"name": "resnet_cifar", "image_size": 32, "depth": 8},
+        epochs=8,
+        batch_size=64,
+        optimizer={"lr": 2e-3, "betas": [0.9, 0.95]},
+    )
+    method = assemble.build_method(spec, DataInfo(1000, 0, (3, 32, 32)), tmp_path)
+    before = correspondence(method.query, spec)
+    pretrained(spec, tmp_path, "densecl")
+    checkpoint.restore_weights(RunFolder(tmp_path / "runs" / "densecl").checkpoints, method)
+    after = correspondence(method.query, spec)
+    assert after > before + 0.02, (before, after)
+
+
+@pytest.mark.slow
+def test_neighbours_are_more_often_of_a_class_than_before(real_images: RealImages, tmp_path: Path) -> None:
+    """On 2,000 images of CIFAR-10 .246 -> .265; a linear probe .306 -> .311, which says nothing."""
+    method = {"name": "densecl", "dim": 64, "queue": 512, "momentum": 0.95, "view": {"photometry": JITTER}}
+    spec = real_images.contrast(method)
+    after = encoder_of(pretrained(spec, tmp_path, "densecl"))
+    before, now = (real_images.knn(encoder) for encoder in (untrained(spec), after))
+    assert now > before
