@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 METHODS = {
     "coins": "workloads.methods.coins:CoIns",
+    "densecl": "workloads.methods.densecl:DenseCL",
     "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
     "i_mae": "workloads.methods.i_mae:IMAE",
