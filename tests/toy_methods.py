@@ -13,6 +13,7 @@ from workloads.spec import JobSpec
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "dino": {"out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2, "local_size": 8},
     "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
     "fine_tune": {
         "drop_path": 0.2,
