@@ -15,6 +15,7 @@ DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "coins": {"dim": 8, "queue": 20, "coarse": [0, 1, 1, 0]},
     "densecl": {"dim": 8, "queue": 20, "warmup_steps": 5},
+    "dino": {"out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2, "local_size": 8},
     "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
     "fine_tune": {
         "drop_path": 0.2,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 METHODS = {
     "coins": "workloads.methods.coins:CoIns",
     "densecl": "workloads.methods.densecl:DenseCL",
+    "dino": "workloads.methods.dino:DINO",
     "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
     "i_mae": "workloads.methods.i_mae:IMAE",

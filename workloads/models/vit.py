@@ -201,8 +201,17 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> patch tokens with positions, [B, L, D]."""
-        return self.patch_embed(images) + self.pos_embed[:, 1:]
+        """[B, 3, H, W] -> patch tokens with positions, [B, L, D]; those of images of another size are resized."""
+        return self.patch_embed(images) + self._positions(*images.shape[-2:])
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Of the patches of such images, [1, L, D]."""
+        size, p = self.config.image_size, self.config.patch_size
+        if height == width == size:
+            return self.pos_embed[:, 1:]
+        if height % p or width % p:
+            raise ValueError(f"got images of {height} x {width} pixels for patches of {p}, expected multiples of it")
+        return resize_positions(self.pos_embed, (height // p, width // p))[:, 1:]
 
     def layers(self, tokens: Tensor) -> Iterator[Tensor]:
         """Any subset of embedded patch tokens [B, S, D] -> CLS and tokens after each block, [B, 1 + S, D].
@@ -276,12 +285,13 @@ def plain_vit(encoder: nn.Module, why: str) -> ViT:
     return encoder
 
 
-def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Bicubic resize of a position table [1, 1 + g * g, D] to another grid; CLS stays."""
+def resize_positions(table: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """Bicubic resize of a position table [1, 1 + g * g, D] to another grid, (rows, columns); CLS stays."""
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     cls, patches = table[:, :1], table[:, 1:]
     old = round(patches.shape[1] ** 0.5)
-    if old == grid:
+    if old == rows == columns:
         return table
     patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)

@@ -92,6 +92,33 @@ def test_resized_positions_keep_cls_and_are_the_identity_on_the_same_grid() -> N
     assert torch.allclose(resize_positions(constant, 7)[:, 1:], torch.tensor(3.0))
 
 
+def test_positions_resize_to_grids_that_are_not_square() -> None:
+    table = torch.randn(1, 17, 8)
+    assert torch.equal(resize_positions(table, (6, 6)), resize_positions(table, 6))
+    rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)
+    wide = resize_positions(torch.cat([torch.zeros(1, 1, 1), rows], dim=1), (2, 8))[0, 1:, 0].view(2, 8)
+    assert torch.allclose(wide, wide[:, :1].expand(2, 8), atol=1e-6), "all columns of a row are alike"
+    assert wide[0, 0] < 1.5 < wide[1, 0]
+
+
+def test_images_of_the_own_size_are_embedded_as_ever_and_others_with_resized_positions() -> None:
+    torch.manual_seed(0)
+    vit, images = ViT(SMALL), torch.randn(2, 3, 16, 16)
+    assert torch.equal(vit.embed(images), vit.patch_embed(images) + vit.pos_embed[:, 1:])
+    for height, width in [(8, 8), (24, 24), (16, 8)]:
+        other = torch.randn(2, 3, height, width)
+        positions = resize_positions(vit.pos_embed, (height // 4, width // 4))[:, 1:]
+        assert torch.equal(vit.embed(other), vit.patch_embed(other) + positions)
+        assert vit(other).shape == (2, 32)
+    vit(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert vit.pos_embed.grad is not None and (vit.pos_embed.grad.abs().sum(dim=2) > 0).all()
+
+
+def test_images_that_patches_do_not_fill_are_refused() -> None:
+    with pytest.raises(ValueError, match="got images of 10 x 16 pixels for patches of 4"):
+        ViT(SMALL)(torch.randn(1, 3, 10, 16))
+
+
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
     torch.manual_seed(0)
     model = ViT(SMALL, drop_path=0.9)

@@ -1,0 +1,31 @@
+"""Where CLS looks is what its block adds up."""
+
+from __future__ import annotations
+
+import torch
+
+from workloads.models.vit import ViTConfig
+from workloads.parts.attention_maps import attention_pictures, cls_attention
+
+
+def test_the_shares_weigh_the_values_that_cls_takes_up() -> None:
+    torch.manual_seed(0)
+    vit = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2).build()
+    images = torch.randn(3, 3, 16, 16)
+    shares = cls_attention(vit, images)
+    assert shares.shape == (3, 2, 16) and (shares > 0).all() and (shares.sum(dim=2) < 1).all()
+    assert not vit.blocks[-1].attn.qkv._forward_hooks
+    last = vit.blocks[-1]
+    x = last.norm1(next(vit.layers(vit.embed(images))))
+    values = last.attn.qkv(x)[..., 32:].unflatten(-1, (2, 8)).transpose(1, 2)  # [B, h, 1 + L, d]
+    taken = torch.cat([1 - shares.sum(dim=2, keepdim=True), shares], dim=2)[:, :, None] @ values
+    assert torch.allclose(last.attn.proj(taken.flatten(1)), last.attn(x)[:, 0], atol=1e-5)
+
+
+def test_pictures_are_bright_where_cls_looks() -> None:
+    attention = torch.zeros(1, 2, 4)
+    attention[0, 0, 1], attention[0, 1, 2] = 0.4, 0.2
+    drawn = attention_pictures(attention, 4)
+    assert drawn.shape == (1, 3, 4, 4)
+    assert drawn[0, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[0.5, 0.5, 0, 0]] * 2
+    assert torch.equal(drawn[0, 0], drawn[0, 2])

@@ -1,0 +1,39 @@
+"""Where a vision transformer looks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workloads.models.vit import Attention, ViT
+
+
+@torch.no_grad()
+def cls_attention(vit: ViT, images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> the share of each patch in what CLS takes up in the last block, by head, [B, heads, L].
+
+    The rest of 1 is what CLS keeps of itself.
+    """
+    last = vit.blocks[-1].attn
+    assert isinstance(last, Attention)
+    kept: list[Tensor] = []
+    handle = last.qkv.register_forward_hook(lambda _, __, output: kept.append(output))
+    try:
+        vit.forward_features(images)
+    finally:
+        handle.remove()
+    q, k, _ = kept[0].float().unflatten(-1, (3, last.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, h, 1 + L, d]
+    scores = q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5  # [B, h, 1, 1 + L]
+    return scores.softmax(dim=-1)[:, :, 0, 1:]
+
+
+def attention_pictures(attention: Tensor, size: int) -> Tensor:
+    """Mean over heads of [B, heads, L] of square images, as brightness in [0, 1], [B, 3, size, size].
+
+    The brightest patch of an image is white.
+    """
+    mean = attention.mean(dim=1)
+    side = round(mean.shape[1] ** 0.5)
+    bright = (mean / mean.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
+    return F.interpolate(bright, size=(size, size), mode="nearest").expand(-1, 3, -1, -1)
