@@ -13,6 +13,7 @@ from workloads.spec import JobSpec
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "coke": {"dim": 8, "clusters": [4, 6]},
     "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
     "fine_tune": {
         "drop_path": 0.2,
@@ -33,6 +34,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
+    "coke": {"micro_batch_size": None},
     "linear_probe": {"micro_batch_size": None},
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 METHODS = {
+    "coke": "workloads.methods.coke:CoKe",
     "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
     "i_mae": "workloads.methods.i_mae:IMAE",
