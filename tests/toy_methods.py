@@ -16,6 +16,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "coins": {"dim": 8, "queue": 20, "coarse": [0, 1, 1, 0]},
     "densecl": {"dim": 8, "queue": 20, "warmup_steps": 5},
     "dino": {"out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2, "local_size": 8},
+    "coke": {"dim": 8, "clusters": [4, 6]},
     "dmae": DECODER | {"teacher": "job:toy-mae", "student_blocks": [0], "teacher_blocks": [1]},
     "fine_tune": {
         "drop_path": 0.2,
@@ -38,6 +39,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
+    "coke": {"micro_batch_size": None},
     "linear_probe": {"micro_batch_size": None},
     "look": {"micro_batch_size": None},  # the mean is over images that have a neighbour of their class
     "mimco": {"micro_batch_size": None},

@@ -16,6 +16,7 @@ METHODS = {
     "coins": "workloads.methods.coins:CoIns",
     "densecl": "workloads.methods.densecl:DenseCL",
     "dino": "workloads.methods.dino:DINO",
+    "coke": "workloads.methods.coke:CoKe",
     "dmae": "workloads.methods.dmae:DMAE",
     "fine_tune": "workloads.methods.fine_tune:FineTune",
     "i_mae": "workloads.methods.i_mae:IMAE",
