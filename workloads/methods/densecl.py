@@ -27,25 +27,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.feature_maps import dense_features
 from workloads.parts.heads import mlp
 from workloads.parts.infonce import queue_info_nce
 from workloads.parts.patches import patchify, unpatchify
 from workloads.parts.queue import Queue
-
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-
-
-class Augmentation(RandomResizedCrop):
-    """That of MoCo v2."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
 
 
 class DenseCLConfig(MethodConfig):
@@ -58,7 +48,7 @@ class DenseCLConfig(MethodConfig):
     dense_weight: float = Field(default=0.5, ge=0, le=1)  # lambda
     warmup_steps: int = Field(default=0, ge=0)  # in which lambda is 0; an option of the code
     grid: int | None = Field(default=None, ge=1)  # S; None: the whole map, 7 of a ResNet at 224 px
-    view: Augmentation = Augmentation()
+    view: MoCoCrop = MoCoCrop()
 
 
 def match(b_q: Tensor, b_k: Tensor) -> Tensor:

@@ -27,24 +27,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import gather
 from workloads.parts.heads import mlp
 from workloads.parts.infonce import masked_info_nce
 from workloads.parts.queue import Queue
-
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-
-
-class Augmentation(RandomResizedCrop):
-    """Of MoCo v2 (Chen et al. 2020, arXiv 2003.04297, section 3)."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
 
 
 class LOOKConfig(MethodConfig):
@@ -54,7 +44,7 @@ class LOOKConfig(MethodConfig):
     momentum: float = Field(default=0.999, ge=0, le=1)  # as in MoCo
     dim: int = Field(default=128, ge=1)  # as in MoCo
     layers: int = Field(default=2, ge=1)  # of the head, ours; the paper compares several: the head overfits instead
-    view: Augmentation = Augmentation()
+    view: MoCoCrop = MoCoCrop()
 
     @model_validator(mode="after")
     def _neighbours_fit(self) -> Self:

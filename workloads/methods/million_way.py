@@ -31,22 +31,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.crop import MoCoCrop
 from workloads.parts.gather import Waiting
 from workloads.parts.heads import mlp
 from workloads.parts.sharded_softmax import RowsOverRanks, instance_cross_entropy
-
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-
-
-class Augmentation(RandomResizedCrop):
-    """That of MoCo v2 and SimCLR, as the paper says without numbers; those of MoCo v2."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
 
 
 class MillionWayConfig(MethodConfig):
@@ -55,7 +45,7 @@ class MillionWayConfig(MethodConfig):
     alpha: float = Field(default=0.2, ge=0, lt=1)  # share of the target that the neighbours have
     hardest: int = Field(default=100, ge=0)  # K neighbours; uncertain
     init: Literal["raw", "random"] = "raw"  # of the rows; random: unit vectors, trained from the first step on
-    view: Augmentation = Augmentation()
+    view: MoCoCrop = MoCoCrop()
 
 
 class MillionWay(Method):

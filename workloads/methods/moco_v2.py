@@ -19,23 +19,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.heads import mlp
 from workloads.parts.infonce import queue_info_nce
 from workloads.parts.queue import Queue
-
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-
-
-class Augmentation(RandomResizedCrop):
-    """Section 3, and the released code."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    photometry: Photometry = Photometry(**JITTER, blur_p=0.5)
 
 
 class MoCoV2Config(MethodConfig):
@@ -43,7 +33,7 @@ class MoCoV2Config(MethodConfig):
     queue: int = Field(default=65536, ge=1)  # keys
     temperature: float = Field(default=0.2, gt=0)  # table 1
     momentum: float = Field(default=0.999, ge=0, le=1)
-    view: Augmentation = Augmentation()
+    view: MoCoCrop = MoCoCrop()
 
 
 class MoCoV2(Method):

@@ -18,9 +18,10 @@ from tests.two_ranks import TwoRanks
 from workloads import checkpoint
 from workloads.evaluation.features import Features
 from workloads.methods.base import DataInfo, Inputs, Method, Progress
-from workloads.methods.coins import JITTER, CoIns, CoInsConfig, Instances, coarse_logits
+from workloads.methods.coins import CoIns, CoInsConfig, Instances, coarse_logits
 from workloads.methods.moco_v2 import MoCoV2, MoCoV2Config
 from workloads.models.vit import ViTConfig
+from workloads.parts.crop import JITTER
 from workloads.parts.infonce import queue_info_nce
 from workloads.record import RunFolder
 from workloads.spec import JobSpec

@@ -18,11 +18,12 @@ from workloads import assemble, checkpoint
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import Geometry, finish
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.densecl import JITTER, DenseCL, DenseCLConfig, Tower, dense_pairs, match
+from workloads.methods.densecl import DenseCL, DenseCLConfig, Tower, dense_pairs, match
 from workloads.methods.moco_v2 import MoCoV2, MoCoV2Config
 from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.timm_import import timm
 from workloads.models.vit import ViTConfig
+from workloads.parts.crop import JITTER
 from workloads.parts.infonce import queue_info_nce
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
@@ -331,7 +332,7 @@ def correspondence(tower: Tower, spec: JobSpec) -> float:
 
 @pytest.mark.slow
 def test_places_of_an_object_are_matched_with_it(tmp_path: Path) -> None:
-    """By dense features .393 -> .445; by chance .18. What rises is which object, not where of it, nor by the dense loss.
+    """By dense features .393 -> .445; by chance .18. What rises is which object, not where, nor by the dense loss.
 
     On like images of six textures: by dense features .391 -> .433, by those of the backbone .437 -> .488; with
     lambda = 0 they rise more, to .469 and .497. Matches within 6 pixels of the true place fall: .318 -> .276, .309

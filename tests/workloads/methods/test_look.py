@@ -16,8 +16,9 @@ from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load, random_images
 from workloads.data.shards import expand
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.look import JITTER, LOOK, LOOKConfig, neighbour_loss
+from workloads.methods.look import LOOK, LOOKConfig, neighbour_loss
 from workloads.models.vit import ViTConfig
+from workloads.parts.crop import JITTER
 from workloads.parts.heads import mlp
 from workloads.spec import JobSpec
 

@@ -22,9 +22,10 @@ from tests.toy import difference, no_load, random_images
 from tests.two_ranks import TwoRanks
 from workloads import assemble, checkpoint
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.million_way import JITTER, MillionWay, MillionWayConfig
+from workloads.methods.million_way import MillionWay, MillionWayConfig
 from workloads.models.resnet_cifar import ResNetCifarConfig
 from workloads.models.vit import ViTConfig
+from workloads.parts.crop import JITTER
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 from workloads.train import train

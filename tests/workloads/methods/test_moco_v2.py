@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load, random_images
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.moco_v2 import JITTER, MoCoV2, MoCoV2Config
+from workloads.methods.moco_v2 import MoCoV2, MoCoV2Config
 from workloads.models.vit import ViTConfig
+from workloads.parts.crop import JITTER
 from workloads.parts.infonce import queue_info_nce
 
 START = Progress(step=0, epoch=0, total_steps=10)
