@@ -87,12 +87,21 @@ def test_contrast_and_the_same_with_lightly(name: str) -> None:
     assert found.keys() == {"ours", "lightly"} and all(len(seconds) == 2 for seconds in found.values())
 
 
+def test_the_dense_half_of_densecl() -> None:
+    small = contrast.JOB | {"model": {"name": "resnet_cifar", "image_size": 16, "depth": 8}, "batch_size": 4}
+    found = contrast.dense_times(small, rounds=2)
+    assert found.keys() == {"densecl", "moco_v2"} and all(len(seconds) == 2 for seconds in found.values())
+
+
 def test_a_step_of_contrast_that_is_slower_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"simclr": {"ours": [1.0], "lightly": [1.0]}, "moco_v2": {"ours": [1.1], "lightly": [1.0]}}
-    monkeypatch.setattr(apart, "run", lambda *_, name, **__: seconds[name])
-    assert [row[3] for row in contrast.rows()] == [
-        seconds[name]["ours"] <= seconds[name]["lightly"] for name in seconds
-    ]
+    times = {"simclr": 1.0, "moco_v2": 1.1, "densecl": 0.9}
+
+    def run(function: object, *, name: str = "", **_: object) -> dict[str, list[float]]:
+        dense = {"densecl": [1.06], "moco_v2": [1.0]}
+        return dense if function is contrast.dense_times else {"ours": [times[name]], "lightly": [1.0]}
+
+    monkeypatch.setattr(apart, "run", run)
+    assert [row[3] for row in contrast.rows()] == [True, False, True, False]
 
 
 def test_what_a_checkpoint_costs_the_loop(toy_shards: dict[str, str]) -> None:

@@ -23,7 +23,9 @@ DIM, QUEUE = 128, 4096
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "layers": 2},  # as many as lightly's head has
     "moco_v2": {"name": "moco_v2", "queue": QUEUE},
+    "densecl": {"name": "densecl", "queue": QUEUE},
 }
+MAPS = {"options": {"output_stride": 8}}  # of DenseCL's network: maps of 4 x 4 rather than one place
 JOB: dict[str, Any] = {
     "name": "bench-contrast",
     "method": METHODS["simclr"],
@@ -31,6 +33,7 @@ JOB: dict[str, Any] = {
     "batch_size": 256,
     "steps": 1,
 }
+LARGE = JOB | {"model": {"name": "resnet50", "image_size": 224}, "batch_size": 4}
 
 
 class SimCLR(nn.Module):
@@ -73,7 +76,37 @@ class MoCo(nn.Module):
         return Output(self.criterion(query, key))
 
 
-LIGHTLY: dict[str, type[nn.Module]] = {"simclr": SimCLR, "moco_v2": MoCo}
+class DenseCL(nn.Module):
+    """As in lightly's own example."""
+
+    def __init__(self, encoder: Any) -> None:
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules.heads import DenseCLProjectionHead
+
+        super().__init__()
+        width = encoder.num_features
+        heads = {name: DenseCLProjectionHead(width, width, DIM) for name in ("whole", "dense")}
+        self.fast = nn.ModuleDict({"encoder": encoder, **heads})
+        self.slow = copy_of(self.fast)
+        self.whole, self.dense = (NTXentLoss(temperature=0.2, memory_bank_size=(QUEUE, DIM)) for _ in heads)
+
+    def features(self, tower: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places = tower["encoder"].forward_features(images).flatten(2).transpose(1, 2)  # [B, S, C]
+        return places, tower["whole"](places.mean(dim=1)), tower["dense"](places)
+
+    def forward(self, batch: Batch, _: Progress) -> Output:
+        from lightly.models.utils import select_most_similar, update_momentum
+
+        update_momentum(self.fast, self.slow, 0.999)
+        places, query, dense_query = self.features(self.fast, batch["image"])
+        with torch.no_grad():
+            other_places, key, dense_key = self.features(self.slow, batch["other"])
+            dense_key = select_most_similar(places, other_places, dense_key)
+        dense = self.dense(dense_query.flatten(0, 1), dense_key.flatten(0, 1))
+        return Output((self.whole(query, key) + dense) / 2)
+
+
+LIGHTLY: dict[str, type[nn.Module]] = {"simclr": SimCLR, "moco_v2": MoCo, "densecl": DenseCL}
 
 
 def step_times(document: dict[str, Any], name: str, rounds: int) -> dict[str, list[float]]:
@@ -88,13 +121,27 @@ def step_times(document: dict[str, Any], name: str, rounds: int) -> dict[str, li
     return in_turn(models, batch, steps=1, rounds=rounds)
 
 
+def dense_times(document: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step, round by round, of DenseCL and of MoCo v2, whose loss is its other half."""
+    synthetic.one_thread()
+    n, size = document["batch_size"], document["model"]["image_size"]
+    batch = synthetic.images(n, size) | {"other": torch.rand(n, 3, size, size)}
+    return in_turn({name: built(document, {"name": name}) for name in ("densecl", "moco_v2")}, batch, 1, rounds)
+
+
 def rows() -> list[Row]:
     """(what, measured, wanted, reached)."""
     made: list[Row] = []
     for name in METHODS:
-        seconds = apart.run(step_times, document=JOB, name=name, rounds=8)
+        document = JOB | {"model": JOB["model"] | (MAPS if name == "densecl" else {})}
+        seconds = apart.run(step_times, document=document, name=name, rounds=8)
         ratio = apart.ratio(seconds["ours"], seconds["lightly"])
         ours, theirs = (statistics.median(seconds[who]) for who in ("ours", "lightly"))
         measured = f"{ratio:.2f} ({ours:.2f} / {theirs:.2f} s)"
         made.append((f"contrast: step of {name} / with lightly, ResNet-18", measured, "<= 1.00", ratio <= 1.005))
-    return made
+    found = apart.run(dense_times, document=LARGE, rounds=5)
+    ratio = apart.ratio(found["densecl"], found["moco_v2"])
+    return [
+        *made,
+        ("contrast: step of DenseCL / of MoCo v2, ResNet-50 at 224 px", f"{ratio:.3f}", "< 1.05", ratio < 1.05),
+    ]
