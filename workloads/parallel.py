@@ -1,9 +1,8 @@
 """How a method is spread over the ranks and how its blocks compute: DDP or FSDP2, checkpointed, compiled.
 
-A table of rows that no rank holds whole (`RowsOverRanks`) is left out of either: each rank trains its own rows.
-
 All of it is put on the blocks of the network, which are found by their shape: two or more
-siblings of one class that hold parameters. So a method needs to know nothing of it.
+siblings of one class that hold parameters. So a method needs to know nothing of it. Tables of rows that are shared
+out by themselves (`RowsOverRanks`) are left alone: each rank trains its own rows.
 """
 
 from __future__ import annotations
@@ -97,21 +96,22 @@ class Spread:
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Length of all tensors together, over all ranks."""
-        return self._squares(tensors).sum().sqrt() if self.in_parts else nn.utils.get_total_norm(tensors)
+        return torch.linalg.vector_norm(self._lengths(tensors))
 
     def clip_each(self, tensors: Sequence[Tensor], longest: float) -> None:
         """Shortens each tensor that is longer than `longest`, by its own length over all ranks."""
-        factors = (longest / (self._squares(tensors).sqrt() + 1e-6)).clamp(max=1.0)
+        factors = (longest / (self._lengths(tensors) + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(own_parts(tensors), list(factors.unbind()))
 
-    def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Squared length of each tensor over all ranks; what is whole is the same on all and counts once."""
-        squares = torch.stack(torch._foreach_norm(own_parts(tensors))).square()
-        if self.in_parts:
-            counts = [is_shared_out(tensor) or self._ranks.rank == 0 for tensor in tensors]
-            squares = torch.where(torch.tensor(counts, device=squares.device), squares, 0.0)
+    def _lengths(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Of each tensor over all ranks; those of whole ones are the same on all."""
+        lengths = list(torch._foreach_norm(own_parts(tensors)))
+        if shared := [place for place, tensor in enumerate(tensors) if is_shared_out(tensor)]:
+            squares = torch.stack([lengths[place] for place in shared]).square()
             dist.all_reduce(squares)
-        return squares
+            for place, length in zip(shared, squares.sqrt().unbind(), strict=True):
+                lengths[place] = length
+        return torch.stack(lengths)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

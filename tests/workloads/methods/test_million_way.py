@@ -135,12 +135,12 @@ def test_stopped_while_rows_are_filled_and_after_it_goes_on_bit_exact(toy_job: M
     expected, got = state(whole, spec), state(parts, spec)
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     losses = [point["loss"] for point in whole.read_metrics()]
-    assert losses[0] is None and losses[-1] is not None
+    assert losses[0] is None and losses[-1] is not None  # of the first epoch there is none
 
 
 def test_two_ranks_then_one_then_two_end_as_one_does(toy_job: Make, tmp_path: Path, two_ranks: TwoRanks) -> None:
     """Rows and their momentum are shared out anew each time; gradients are clipped over whole and shared weights."""
-    common = RAW | FAST | {"epochs": None, "schedule": {"name": "constant"}}
+    common = RAW | FAST | {"epochs": None, "log_steps": 1, "schedule": {"name": "constant"}}
     one, many = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "many")
     assert train(toy_job(**common, steps=20), one, tmp_path)
     for number, (workers, steps) in enumerate([(2, 13), (1, 16), (2, 20)]):
@@ -152,8 +152,8 @@ def test_two_ranks_then_one_then_two_end_as_one_does(toy_job: Make, tmp_path: Pa
         newest = many.checkpoints / f"step-{steps:08d}"
         assert newest.is_dir() == (workers == 2) and newest.with_suffix(".pt").is_file() == (workers == 1)
     assert difference(state(one, spec), state(many, spec)) < 5e-5
-    norms = [[point.get("grad_norm") for point in run.read_metrics() if point["step"] == 20] for run in (one, many)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    norms = [[point["grad_norm"] for point in run.read_metrics() if point["step"] > 10] for run in (one, many)]
+    assert len(norms[0]) == 10 and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
