@@ -8,6 +8,7 @@ one block is computed again in backward.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -116,7 +117,7 @@ def instance_cross_entropy(
         The loss of each sample of the batch of all ranks, [world * B], and bool of the same shape: whether its own
         row is the most like it. Both are the same on all ranks.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x.device.type):
         every, index = gather_with_gradient(F.normalize(x, dim=1)), gather(index)
         w = F.normalize(table.own(), dim=1)
         place, y = targets(w.detach(), index, table, alpha, min(hardest, table.count - 1))
@@ -124,6 +125,13 @@ def instance_cross_entropy(
         target = over_ranks((every * wanted).sum(dim=1)) / temperature
         log_sum, nearest = _over_all_rows(every / temperature, w, table.first)
     return log_sum - target, nearest == index
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+    """Autocast would multiply float32 in half precision; the meta device, where jobs are counted, has none."""
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 @torch.no_grad()
