@@ -66,9 +66,7 @@ class DINOConfig(MethodConfig):
     warmup_teacher_temperature: float = Field(default=0.04, gt=0)  # of the first epoch, section 3.2
     warmup_teacher_epochs: int = Field(default=30, ge=0)  # section 3.2; 0 in the code
     centre_momentum: float = Field(default=0.9, ge=0, le=1)  # code; 1: no centre, which collapses (section 5.3)
-    momentum: float = Field(
-        default=0.996, ge=0, le=1
-    )  # of the teacher in the first step, section 3.1; 1 after the last
+    momentum: float = Field(default=0.996, ge=0, le=1)  # of the first step, section 3.1; 1 after the last
     freeze_last_layer: int = Field(default=1, ge=0)  # epochs, code
     local_crops: int = Field(default=10, ge=0)  # table 8; 8 in the code
     local_size: int = Field(default=96, ge=1)  # section 3.1
