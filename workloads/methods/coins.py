@@ -37,6 +37,7 @@ from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import Waiting
 from workloads.parts.heads import mlp
 from workloads.parts.infonce import masked_info_nce, queue_info_nce
+from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
 
 
@@ -162,7 +163,8 @@ class Instances(nn.Module):
 
     def logits(self, q: Tensor, index: Tensor, c: Tensor | None, temperature: float) -> Tensor:
         """<q, w_j> / T for all j, [B, N]; with coarse classes c [B], next to nothing for images j of another one."""
-        logits = q @ F.normalize(self.weight, dim=1).T / temperature
+        with full_precision(q.device):
+            logits = q @ F.normalize(self.weight, dim=1).T / temperature
         if c is None:
             return logits
         other = (self.classes != c[:, None]) & (c >= 0)[:, None]
@@ -175,7 +177,8 @@ class Instances(nn.Module):
         sums = q.new_zeros(count + 1, q.shape[1]).index_add(0, seen, F.normalize(self.weight, dim=1))
         sizes = q.new_zeros(count + 1).index_add(0, seen, torch.ones_like(seen, dtype=q.dtype))
         P = sums[:count] / sizes[:count, None].clamp(min=1)  # [C, D]
-        logits = q @ P.T / temperature
+        with full_precision(q.device):
+            logits = q @ P.T / temperature
         right = c[:, None] == torch.arange(count, device=c.device)
         return masked_info_nce(logits, right, (sizes[:count] == 0).expand_as(logits)).mean()
 
@@ -193,7 +196,8 @@ class Instances(nn.Module):
 
 def coarse_logits(q: Tensor, V: Tensor, temperature: float) -> Tensor:
     """Cosine of q [B, D], of unit length, with the columns of V [D, C], over T: [B, C]."""
-    return q @ F.normalize(V, dim=0) / temperature
+    with full_precision(q.device):
+        return q @ F.normalize(V, dim=0) / temperature
 
 
 def coarse_of_labels(coarse: tuple[int, ...] | None, num_classes: int) -> list[int]:

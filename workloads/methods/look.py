@@ -34,6 +34,7 @@ from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import gather
 from workloads.parts.heads import mlp
 from workloads.parts.infonce import masked_info_nce
+from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
 
 
@@ -127,7 +128,8 @@ def neighbour_loss(z: Tensor, kappa: Tensor, same: Tensor, known: Tensor, k: int
     Returns:
         [B] in float32; 0, also in gradient, where nobody is of its class.
     """
-    s = z.float() @ kappa.detach().T / temperature  # [B, R]
+    with full_precision(z.device):
+        s = z.float() @ kappa.detach().T / temperature  # [B, R]
     scores = s.detach()
     nearest = scores.masked_fill(~known, -torch.inf).topk(k, dim=1).indices  # N_k, [B, k]
     nearest_same = scores.masked_fill(~same, -torch.inf).argmax(dim=1, keepdim=True)

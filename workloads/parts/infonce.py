@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workloads.parts.gather import first_row, gather, gather_with_gradient
+from workloads.parts.precision import full_precision
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
@@ -20,7 +21,8 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     Returns:
         [..., N] in float32, not scaled by tau.
     """
-    logits = F.normalize(queries.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).mT / temperature
+    with full_precision(queries.device):
+        logits = F.normalize(queries.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).mT / temperature
     place = torch.arange(logits.shape[-2], device=logits.device)
     return -logits.log_softmax(dim=-1)[..., place, place]
 
@@ -28,7 +30,8 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
 def global_info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """The same of [B, D] against the keys of all ranks, which get no gradient; mean over the queries of this rank."""
     everyone = gather(F.normalize(keys.float(), dim=-1))
-    logits = F.normalize(queries.float(), dim=-1) @ everyone.T / temperature
+    with full_precision(queries.device):
+        logits = F.normalize(queries.float(), dim=-1) @ everyone.T / temperature
     place = first_row(len(queries)) + torch.arange(len(queries), device=queries.device)
     return F.cross_entropy(logits, place)
 
@@ -47,7 +50,8 @@ def queue_info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: fl
     """
     q = queries.float()
     own = (q * keys.detach().float()).sum(dim=1, keepdim=True)
-    return torch.cat([own, q @ queue.detach().T], dim=1) / temperature
+    with full_precision(q.device):
+        return torch.cat([own, q @ queue.detach().T], dim=1) / temperature
 
 
 def masked_info_nce(logits: Tensor, positive: Tensor, excluded: Tensor) -> Tensor:
@@ -88,6 +92,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     place = first_row(len(a)) + torch.arange(len(a), device=a.device)
     logits = []
     for view in (0, 1):
-        others, same = (both[:, view] @ every[:, v].T / temperature for v in (1 - view, view))
+        with full_precision(both.device):
+            others, same = (both[:, view] @ every[:, v].T / temperature for v in (1 - view, view))
         logits.append(torch.cat([others, same.scatter(1, place[:, None], -torch.inf)], dim=1))
     return torch.cat(logits), place.repeat(2)

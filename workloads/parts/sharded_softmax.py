@@ -8,7 +8,6 @@ one block is computed again in backward.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.parts.gather import gather, gather_with_gradient, over_ranks
+from workloads.parts.precision import full_precision
 
 DRAWN = 1024  # rows from one seed
 LOGITS = 2**28  # of a block: 1 GiB, of which backward needs three at once
@@ -117,7 +117,7 @@ def instance_cross_entropy(
         The loss of each sample of the batch of all ranks, [world * B], and bool of the same shape: whether its own
         row is the most like it. Both are the same on all ranks.
     """
-    with _full_precision(x.device.type):
+    with full_precision(x.device):
         every, index = gather_with_gradient(F.normalize(x, dim=1)), gather(index)
         w = F.normalize(table.own(), dim=1)
         place, y = targets(w.detach(), index, table, alpha, min(hardest, table.count - 1))
@@ -125,13 +125,6 @@ def instance_cross_entropy(
         target = over_ranks((every * wanted).sum(dim=1)) / temperature
         log_sum, nearest = _over_all_rows(every / temperature, w, table.first)
     return log_sum - target, nearest == index
-
-
-def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """Autocast would multiply float32 in half precision; the meta device, where jobs are counted, has none."""
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
 
 
 @torch.no_grad()

@@ -332,7 +332,7 @@ def correspondence(tower: Tower, spec: JobSpec) -> float:
 
 @pytest.mark.slow
 def test_places_of_an_object_are_matched_with_it(tmp_path: Path) -> None:
-    """By dense features .393 -> .445; by chance .18. What rises is which object, not where, nor by the dense loss.
+    """By dense features .393 -> .445 (chance .18). It rises by object, not by place, and not by the dense loss.
 
     On like images of six textures: by dense features .391 -> .433, by those of the backbone .437 -> .488; with
     lambda = 0 they rise more, to .469 and .497. Matches within 6 pixels of the true place fall: .318 -> .276, .309

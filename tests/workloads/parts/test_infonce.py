@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from workloads.parts import infonce
 from workloads.parts.gather import first_row, gather
 from workloads.parts.infonce import global_info_nce, info_nce, masked_info_nce
 
@@ -43,6 +44,19 @@ def test_keys_of_the_global_loss_get_no_gradient() -> None:
     q, k = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     global_info_nce(q, k, 0.2).backward()
     assert q.grad is not None and k.grad is None
+
+
+@pytest.mark.parametrize("name", ["info_nce", "global_info_nce", "queue_info_nce", "nt_xent"])
+def test_similarities_are_of_float32_also_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    q, k = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
+    more = (k.flip(0),) if name == "queue_info_nce" else ()
+    loss = getattr(infonce, name)
+    expected = loss(q, k, *more, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(q, k, *more, 0.2)
+    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+    assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in pairs)
 
 
 def test_masked_with_one_positive_is_cross_entropy_over_what_is_left() -> None:
