@@ -26,6 +26,7 @@ all ranks: leave `micro_batch_size` unset.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -59,7 +60,7 @@ class CoKeConfig(MethodConfig):
     clusters: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(3000, 4000, 5000), min_length=1)  # K
     temperature: float = Field(default=0.05, gt=0)  # 0.1 of a single view
     ratio: float = Field(default=0.4, ge=0, le=1)  # of the even size that each cluster has at least
-    eta: float = Field(default=20.0, gt=0)  # step of the duals
+    eta: float = Field(default=20.0, gt=0)  # step of the duals, for thousands of clusters; for fewer, in proportion
     alpha: float = Field(default=0.2, ge=0, le=1)  # weight of the label beside the other views
     beta: float = Field(default=0.5, gt=0, le=1)  # weight of predictions beside projections; 1 of a single view
     large: tuple[Augmentation, ...] = Field(
@@ -189,7 +190,7 @@ class CoKe(Method):
         for k in self.clusterings:
             k.update(x, index, self._averaged(progress))  # type: ignore[operator]
 
-    def after_epoch(self, progress: Progress, scan: Any) -> None:
+    def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
         for k in self.clusterings:
             k.turn(self._averaged(progress))  # type: ignore[operator]
 

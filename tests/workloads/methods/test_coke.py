@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from tests.learning import RealImages, encoder_of, pretrained, untrained
+from tests.learning import RealImages, pretrained
 from tests.toy import difference, no_load, random_images
 from tests.toy_methods import toy_method_job
 from tests.two_ranks import TwoRanks
@@ -280,7 +280,8 @@ def test_every_form_trains_alike_on_two_ranks(
     method = {"name": "coke", "dim": 8, "clusters": [4, 6]} | fields["method"]
     weights = []
     for workers in (1, 2):
-        spec = toy_method_job(toy_shards, "coke", **fields | {"method": method, "resources": {"workers": workers}})
+        more = {"method": method, "batch_size": 16, "resources": {"workers": workers}}
+        spec = toy_method_job(toy_shards, "coke", **fields | more)
         run = RunFolder(tmp_path / str(workers))
         if workers == 1:
             assert train(spec, run, tmp_path)
@@ -288,28 +289,23 @@ def test_every_form_trains_alike_on_two_ranks(
             two_ranks.train(spec, run, tmp_path, tmp_path / "store")
         step = checkpoint.latest_step(run.checkpoints)
         weights.append(torch.load(run.checkpoints / f"step-{step:08d}.pt", weights_only=True)["method"])
-    worst = {n: (weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0]}
-    print(sorted(worst.items(), key=lambda x: -x[1])[:12])
     assert difference(*weights) < 5e-5
     labels = weights[0]["clusterings.0.labels"][:, 0]
     assert len(labels) == 80 and (labels >= 0).all() and len(labels.unique()) > 1
 
 
 @pytest.mark.slow
-def test_clusters_become_predictable_and_classes_closer(real_images: RealImages, tmp_path: Path) -> None:
-    """TODO"""
+def test_clusters_become_predictable(real_images: RealImages, tmp_path: Path) -> None:
+    """2,000 images of CIFAR-10: how often one view tells the cluster of the epoch before, .11 -> .19 of 20 clusters.
+
+    On digits .06 -> .10. Classes come no closer in five epochs: kNN .246 -> .260 and probe .306 -> .298 of 400 test
+    images, on digits kNN .569 -> .531.
+    """
     view = {"crop_scale": [0.2, 1.0], "photometry": WEAK}
     method = {"name": "coke", "dim": 64, "clusters": [20, 30, 40], "eta": 0.5, "temperature": 0.1, "large": [view] * 2}
     spec = real_images.contrast(method)
-    after = encoder_of(pretrained(spec, tmp_path, "coke"))
-    points = [p for p in RunFolder(tmp_path / "runs" / "coke").read_metrics() if p["loss"] is not None]
-    predicted = [point["cluster_top1"] for point in points]
-    before = untrained(spec)
-    print(
-        predicted,
-        real_images.knn(before),
-        real_images.knn(after),
-        real_images.probe(before),
-        real_images.probe(after),
-        points[-1],
-    )
+    pretrained(spec, tmp_path, "coke")
+    points = [point for point in RunFolder(tmp_path / "runs" / "coke").read_metrics() if point["loss"] is not None]
+    told = [point["cluster_top1"] for point in points]
+    assert sum(told[-3:]) > 1.3 * sum(told[:3]), told
+    assert min(point["least_cluster"] for point in points) > 0, "a cluster is empty"
