@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from tests.learning import RealImages, pretrained
+from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import difference, no_load, random_images
 from tests.toy_methods import toy_method_job
 from tests.two_ranks import TwoRanks
@@ -280,7 +280,7 @@ def test_every_form_trains_alike_on_two_ranks(
     method = {"name": "coke", "dim": 8, "clusters": [4, 6]} | fields["method"]
     weights = []
     for workers in (1, 2):
-        more = {"method": method, "batch_size": 16, "resources": {"workers": workers}}
+        more = {"method": method, "batch_size": 16, "log_steps": 1, "resources": {"workers": workers}}
         spec = toy_method_job(toy_shards, "coke", **fields | more)
         run = RunFolder(tmp_path / str(workers))
         if workers == 1:
@@ -289,23 +289,21 @@ def test_every_form_trains_alike_on_two_ranks(
             two_ranks.train(spec, run, tmp_path, tmp_path / "store")
         step = checkpoint.latest_step(run.checkpoints)
         weights.append(torch.load(run.checkpoints / f"step-{step:08d}.pt", weights_only=True)["method"])
+        assert [point["epoch"] for point in run.read_metrics() if point["loss"] is None] == [0] * 5
     assert difference(*weights) < 5e-5
     labels = weights[0]["clusterings.0.labels"][:, 0]
     assert len(labels) == 80 and (labels >= 0).all() and len(labels.unique()) > 1
 
 
 @pytest.mark.slow
-def test_clusters_become_predictable(real_images: RealImages, tmp_path: Path) -> None:
-    """2,000 images of CIFAR-10: how often one view tells the cluster of the epoch before, .11 -> .19 of 20 clusters.
+def test_neighbours_are_more_often_of_a_class_than_before(real_images: RealImages, tmp_path: Path) -> None:
+    """2,000 images of CIFAR-10: kNN .246 -> .287, .241 -> .280 of seed 1; on digits .569 -> .614.
 
-    On digits .06 -> .10. Classes come no closer in five epochs: kNN .246 -> .260 and probe .306 -> .298 of 400 test
-    images, on digits kNN .569 -> .531.
+    A probe gains nothing that would hold: .306 -> .337, .301 -> .294 of seed 1, on digits .739 -> .692. Clusters have
+    10 to 20 images and labels half of the weight; of 50 to 100 images, with the paper's alpha, kNN gains nothing that
+    is more than chance in 6 epochs (.260) or 16 (.247).
     """
-    view = {"crop_scale": [0.2, 1.0], "photometry": WEAK}
-    method = {"name": "coke", "dim": 64, "clusters": [20, 30, 40], "eta": 0.5, "temperature": 0.1, "large": [view] * 2}
-    spec = real_images.contrast(method)
-    pretrained(spec, tmp_path, "coke")
-    points = [point for point in RunFolder(tmp_path / "runs" / "coke").read_metrics() if point["loss"] is not None]
-    told = [point["cluster_top1"] for point in points]
-    assert sum(told[-3:]) > 1.3 * sum(told[:3]), told
-    assert min(point["least_cluster"] for point in points) > 0, "a cluster is empty"
+    method = {"name": "coke", "dim": 64, "clusters": [100, 150, 200], "eta": 2, "temperature": 0.1, "alpha": 0.5}
+    spec = real_images.contrast(method | {"large": [{"crop_scale": [0.2, 1.0], "photometry": WEAK}] * 2})
+    after = encoder_of(pretrained(spec, tmp_path, "coke"))
+    assert real_images.knn(after) > real_images.knn(untrained(spec)) + 0.01
