@@ -18,7 +18,9 @@ def random_masking(noise: Tensor, ratio: float) -> Mask:
     """Keeps the int(L (1 - ratio)) patches of smallest noise.
 
     Args:
-        noise: [B, L]; injectable, in full precision (argsort of half-precision noise gives ties).
+        noise: [B, L]; injectable, in full precision (argsort of half-precision noise gives ties). With how much a
+            teacher looks at each patch (`attention_maps.cls_attention`, the mean over heads) for noise, the patches
+            that matter most are hidden (AttMask-High, Kakogeorgiou et al. 2022, arXiv 2203.12719).
         ratio: share of patches that is removed.
     """
     B, L = noise.shape

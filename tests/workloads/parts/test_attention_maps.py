@@ -6,6 +6,7 @@ import torch
 
 from workloads.models.vit import ViTConfig
 from workloads.parts.attention_maps import attention_pictures, cls_attention
+from workloads.parts.masking import random_masking
 
 
 def test_the_shares_weigh_the_values_that_cls_takes_up() -> None:
@@ -29,3 +30,12 @@ def test_pictures_are_bright_where_cls_looks() -> None:
     assert drawn.shape == (1, 3, 4, 4)
     assert drawn[0, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[0.5, 0.5, 0, 0]] * 2
     assert torch.equal(drawn[0, 0], drawn[0, 2])
+
+
+def test_attention_for_noise_hides_what_cls_looks_at_most() -> None:
+    torch.manual_seed(0)
+    vit = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2).build()
+    looked_at = cls_attention(vit, torch.randn(3, 3, 16, 16)).mean(dim=1)  # [B, L]
+    mask = random_masking(looked_at, 0.25).mask.bool()
+    assert mask.sum(dim=1).tolist() == [4] * 3
+    assert (looked_at[mask].view(3, 4).amin(dim=1) > looked_at[~mask].view(3, 12).amax(dim=1)).all()
