@@ -35,7 +35,7 @@ from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, 
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import Waiting
-from workloads.parts.heads import mlp
+from workloads.parts.heads import Tower, mlp
 from workloads.parts.infonce import masked_info_nce, queue_info_nce
 from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
@@ -84,12 +84,10 @@ class CoIns(Method):
         coarse = coarse_of_labels(config.coarse, inputs.data.num_classes)
         encoder: Any = inputs.encoder
         width = encoder.num_features
-        self.encoder = encoder
-        self.projector = mlp(width, width, config.dim)
+        self.query = Tower(encoder, mlp(width, width, config.dim))
         self.queue = self.instances = None
         if config.instance == "queue":
-            self.momentum_encoder = copy_of(self.encoder)
-            self.momentum_projector = copy_of(self.projector)
+            self.key = copy_of(self.query)
             self.queue = Queue(config.queue, config.dim)
         else:
             self.instances = Instances(inputs.data.num_instances, config.dim)
@@ -102,15 +100,6 @@ class CoIns(Method):
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view} if config.instance == "queue" else {"image": view}
 
-    def query(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> q [B, dim] of unit length."""
-        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
-
-    @torch.no_grad()
-    def key(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> k [B, dim] of unit length; its BatchNorm too goes by the batch."""
-        return F.normalize(self.momentum_projector(self.momentum_encoder(images)).float(), dim=1)
-
     def forward(self, batch: Batch, progress: Progress) -> Output:
         config, T = self.config, self.config.temperature
         q = self.query(batch["image"])
@@ -119,7 +108,8 @@ class CoIns(Method):
         proxy = q.new_zeros(())
         if self.instances is None:
             assert self.queue is not None
-            k = self.key(batch["other"])
+            with torch.no_grad():
+                k = self.key(batch["other"])
             logits = queue_info_nce(q, k, self.queue.rows, T)
             self.queue.put(k)
             right = torch.zeros_like(label)
@@ -140,14 +130,13 @@ class CoIns(Method):
 
     def after_step(self, progress: Progress) -> None:
         if self.queue is not None:
-            follow(self.momentum_encoder, self.encoder, self.config.momentum)
-            follow(self.momentum_projector, self.projector, self.config.momentum)
+            follow(self.key, self.query, self.config.momentum)
             self.queue.turn()
         if self.instances is not None:
             self.instances.turn()
 
     def export(self) -> nn.Module:
-        return self.encoder
+        return self.query.encoder
 
 
 class Instances(nn.Module):

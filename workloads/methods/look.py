@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, 
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import gather
-from workloads.parts.heads import mlp
+from workloads.parts.heads import Tower, mlp
 from workloads.parts.infonce import masked_info_nce
 from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
@@ -71,10 +70,8 @@ class LOOK(Method):
             )
         encoder: Any = inputs.encoder
         width = encoder.num_features
-        self.encoder = encoder
-        self.projector = mlp(*[width] * config.layers, config.dim)
-        self.momentum_encoder = copy_of(self.encoder)
-        self.momentum_projector = copy_of(self.projector)
+        self.query = Tower(encoder, mlp(*[width] * config.layers, config.dim))
+        self.key = copy_of(self.query)
         self.queue = Queue(config.queue, config.dim, tags=("label", "index"))
 
     @classmethod
@@ -82,18 +79,11 @@ class LOOK(Method):
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view}
 
-    def query(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> z [B, dim] of unit length."""
-        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
-
-    @torch.no_grad()
-    def key(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> kappa [B, dim] of unit length; its BatchNorm too goes by the batch."""
-        return F.normalize(self.momentum_projector(self.momentum_encoder(images)).float(), dim=1)
-
     def forward(self, batch: Batch, progress: Progress) -> Output:
         y, index = batch["label"], batch["index"]
-        z, kappa = self.query(batch["image"]), self.key(batch["other"])
+        z = self.query(batch["image"])
+        with torch.no_grad():
+            kappa = self.key(batch["other"])
         y_R, index_R = self.queue.tags["label"], self.queue.tags["index"]
         known = (y_R >= 0) & (index_R != index[:, None])  # [B, R]: leave one out
         same = known & (y_R == y[:, None])
@@ -106,12 +96,11 @@ class LOOK(Method):
         return Output((loss * share).sum(), metrics)
 
     def after_step(self, progress: Progress) -> None:
-        follow(self.momentum_encoder, self.encoder, self.config.momentum)
-        follow(self.momentum_projector, self.projector, self.config.momentum)
+        follow(self.key, self.query, self.config.momentum)
         self.queue.turn()
 
     def export(self) -> nn.Module:
-        return self.encoder
+        return self.query.encoder
 
 
 def neighbour_loss(z: Tensor, kappa: Tensor, same: Tensor, known: Tensor, k: int, temperature: float) -> Tensor:

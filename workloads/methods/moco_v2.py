@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from workloads.data.views import View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
-from workloads.parts.heads import mlp
+from workloads.parts.heads import Tower, mlp
 from workloads.parts.infonce import queue_info_nce
 from workloads.parts.queue import Queue
 
@@ -47,10 +47,8 @@ class MoCoV2(Method):
         super().__init__(config, inputs)
         encoder: Any = inputs.encoder
         width = encoder.num_features
-        self.encoder = encoder
-        self.projector = mlp(width, width, config.dim)
-        self.momentum_encoder = copy_of(self.encoder)
-        self.momentum_projector = copy_of(self.projector)
+        self.query = Tower(encoder, mlp(width, width, config.dim))
+        self.key = copy_of(self.query)
         self.queue = Queue(config.queue, config.dim)
 
     @classmethod
@@ -58,26 +56,18 @@ class MoCoV2(Method):
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view}
 
-    def query(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> q [B, dim] of unit length."""
-        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
-
-    @torch.no_grad()
-    def key(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> k [B, dim] of unit length; its BatchNorm too goes by the batch."""
-        return F.normalize(self.momentum_projector(self.momentum_encoder(images)).float(), dim=1)
-
     def forward(self, batch: Batch, progress: Progress) -> Output:
-        q, k = self.query(batch["image"]), self.key(batch["other"])
+        q = self.query(batch["image"])
+        with torch.no_grad():
+            k = self.key(batch["other"])
         logits = queue_info_nce(q, k, self.queue.rows, self.config.temperature)
         self.queue.put(k)
         loss = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.int64))
         return Output(loss, {"contrast_top1": (logits.argmax(dim=1) == 0).float().mean()})
 
     def after_step(self, progress: Progress) -> None:
-        follow(self.momentum_encoder, self.encoder, self.config.momentum)
-        follow(self.momentum_projector, self.projector, self.config.momentum)
+        follow(self.key, self.query, self.config.momentum)
         self.queue.turn()
 
     def export(self) -> nn.Module:
-        return self.encoder
+        return self.query.encoder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from workloads.models.vit import ViT
 
@@ -32,3 +33,18 @@ def freeze_absorbed_bias(encoder: nn.Module) -> None:
     """
     if isinstance(encoder, ViT) and isinstance(encoder.norm, nn.LayerNorm):
         encoder.norm.bias.requires_grad_(False)
+
+
+class Tower(nn.Module):
+    """An encoder and its projection head; that of the keys is a slow copy of that of the queries (`ema.copy_of`).
+
+    BatchNorm goes by the batch in both.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, dim] of unit length, in float32."""
+        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)

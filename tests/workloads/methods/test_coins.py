@@ -64,8 +64,8 @@ def test_loss_golden() -> None:
 
 def test_a_step_is_the_released_algorithm() -> None:
     method, data = coins(), batch()
-    q = F.normalize(method.projector(method.encoder(data["image"])), dim=1)
-    k = F.normalize(method.momentum_projector(method.momentum_encoder(data["other"])), dim=1)
+    q = F.normalize(method.query.projector(method.query.encoder(data["image"])), dim=1)
+    k = F.normalize(method.key.projector(method.key.encoder(data["other"])), dim=1)
     rows = method.queue.rows.clone()
     logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ rows.T], dim=1) / 0.2
     scores = q @ (method.V / method.V.norm(dim=0)) / 0.2
@@ -97,7 +97,7 @@ def test_without_coarse_classes_it_is_moco_v2_bit_for_bit() -> None:
     theirs = steps(MoCoV2(MoCoV2Config(dim=8, queue=12), inputs()))
     assert set(ours) - set(theirs) == {"V", "coarse"} and set(theirs) <= set(ours)
     assert [name for name, value in theirs.items() if not torch.equal(value, ours[name])] == []
-    assert not torch.equal(steps(coins())["projector.0.weight"], theirs["projector.0.weight"])
+    assert not torch.equal(steps(coins())["query.projector.0.weight"], theirs["query.projector.0.weight"])
 
 
 def test_one_coarse_class_says_nothing() -> None:
@@ -110,8 +110,12 @@ def test_one_coarse_class_says_nothing() -> None:
 def test_coarse_loss_reaches_the_network_and_the_classifier_but_not_the_slow_copy() -> None:
     method = coins(instance_weight=0)
     method(batch(), START).loss.backward()
-    assert method.V.grad.any() and method.projector[0].weight.grad.any() and method.encoder.cls_token.grad.any()
-    slow = [*method.momentum_encoder.parameters(), *method.momentum_projector.parameters()]
+    assert (
+        method.V.grad.any()
+        and method.query.projector[0].weight.grad.any()
+        and method.query.encoder.cls_token.grad.any()
+    )
+    slow = [*method.key.encoder.parameters(), *method.key.projector.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in slow) and method.queue.rows.grad is None
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
     assert not trained & {id(p) for p in slow}
@@ -121,10 +125,10 @@ def test_coarse_loss_reaches_the_network_and_the_classifier_but_not_the_slow_cop
 
 def test_the_slow_copy_follows() -> None:
     method = coins(momentum=0.75)
-    nn.init.zeros_(method.momentum_projector[0].weight)
-    nn.init.ones_(method.projector[0].weight)
+    nn.init.zeros_(method.key.projector[0].weight)
+    nn.init.ones_(method.query.projector[0].weight)
     method.after_step(START)
-    assert method.momentum_projector[0].weight.unique().tolist() == [0.25]
+    assert method.key.projector[0].weight.unique().tolist() == [0.25]
 
 
 def test_the_classifier_begins_as_in_the_code() -> None:
@@ -208,7 +212,7 @@ def test_a_step_of_the_general_form() -> None:
     expected = expected + 0.3 * F.cross_entropy(s, data["index"]) + 0.5 * F.cross_entropy(q @ P.T / 0.2, c)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     output.loss.backward()
-    assert all(p.grad.any() for p in (method.V, method.instances.weight, method.projector[0].weight))
+    assert all(p.grad.any() for p in (method.V, method.instances.weight, method.query.projector[0].weight))
 
 
 @pytest.mark.parametrize("general", [{}, {"instance": "all"}, GENERAL], ids=["queue", "all", "same_class"])

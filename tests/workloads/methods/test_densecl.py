@@ -152,16 +152,16 @@ def test_queues_begin_again_at_their_end() -> None:
 def test_without_the_dense_loss_it_is_moco_v2() -> None:
     ours, data = densecl(dense_weight=0), batch()
     theirs = MoCoV2(MoCoV2Config(dim=8, queue=12), inputs(ResNetCifar(8)))
-    theirs.encoder.load_state_dict(ours.query.encoder.state_dict())
-    theirs.projector.load_state_dict(ours.query.projector.state_dict())
-    theirs.momentum_encoder.load_state_dict(ours.key.encoder.state_dict())
-    theirs.momentum_projector.load_state_dict(ours.key.projector.state_dict())
+    theirs.query.encoder.load_state_dict(ours.query.encoder.state_dict())
+    theirs.query.projector.load_state_dict(ours.query.projector.state_dict())
+    theirs.key.encoder.load_state_dict(ours.key.encoder.state_dict())
+    theirs.key.projector.load_state_dict(ours.key.projector.state_dict())
     theirs.queue.load_state_dict(ours.queue.state_dict())
     losses = [method(data, START).loss for method in (ours, theirs)]
     for loss in losses:
         loss.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    for mine, other in zip(ours.query.encoder.parameters(), theirs.encoder.parameters(), strict=True):
+    for mine, other in zip(ours.query.encoder.parameters(), theirs.query.encoder.parameters(), strict=True):
         assert torch.allclose(mine.grad, other.grad, atol=1e-6)
     assert all(p.grad is not None and not p.grad.any() for p in ours.query.dense_projector.parameters())
     for method in (ours, theirs):

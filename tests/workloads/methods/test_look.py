@@ -151,11 +151,11 @@ def test_scores_in_half_precision_have_finite_gradients() -> None:
 
 def test_a_step_is_the_algorithm_of_the_card() -> None:
     method, data = look(k=2), batch()
-    z = F.normalize(method.projector(method.encoder(data["image"])), dim=1)
-    kappa = F.normalize(method.momentum_projector(method.momentum_encoder(data["other"])), dim=1)
+    z = F.normalize(method.query.projector(method.query.encoder(data["image"])), dim=1)
+    kappa = F.normalize(method.key.projector(method.key.encoder(data["other"])), dim=1)
     empty = method(data, START).loss
     empty.backward()
-    assert empty.item() == 0 and all(p.grad is not None for p in method.projector.parameters())
+    assert empty.item() == 0 and all(p.grad is not None for p in method.query.projector.parameters())
     method.after_step(START)
     tags = method.queue.tags
     assert torch.allclose(method.queue.rows[:4], kappa, atol=1e-6) and method.queue.place == 4
@@ -199,16 +199,16 @@ def test_the_slow_copy_and_the_queue_get_no_gradient_and_are_not_trained() -> No
         method.zero_grad()
         method(batch(), START).loss.backward()
         method.after_step(START)
-    slow = [*method.momentum_encoder.parameters(), *method.momentum_projector.parameters()]
+    slow = [*method.key.encoder.parameters(), *method.key.projector.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in slow) and method.queue.rows.grad is None
-    assert method.projector[0].weight.grad.abs().max() > 0
+    assert method.query.projector[0].weight.grad.abs().max() > 0
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
     assert not trained & {id(p) for p in slow}
 
 
 def test_the_slow_copy_follows() -> None:
     method = look(momentum=0.75)
-    slow, fast = method.momentum_projector[0].weight, method.projector[0].weight
+    slow, fast = method.key.projector[0].weight, method.query.projector[0].weight
     assert torch.equal(slow, fast)
     nn.init.zeros_(slow)
     nn.init.ones_(fast)
@@ -218,7 +218,7 @@ def test_the_slow_copy_follows() -> None:
 
 def test_head_has_the_layers_asked_for() -> None:
     for layers in (1, 3):
-        linear = [part for part in look(layers=layers).projector if isinstance(part, nn.Linear)]
+        linear = [part for part in look(layers=layers).query.projector if isinstance(part, nn.Linear)]
         assert [part.out_features for part in linear] == [32] * (layers - 1) + [8]
 
 

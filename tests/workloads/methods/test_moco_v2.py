@@ -44,8 +44,8 @@ def test_loss_golden() -> None:
 
 def test_a_step_is_the_algorithm_of_the_paper() -> None:
     method, data = moco(), batch()
-    q = F.normalize(method.projector(method.encoder(data["image"])), dim=1)
-    k = F.normalize(method.momentum_projector(method.momentum_encoder(data["other"])), dim=1)
+    q = F.normalize(method.query.projector(method.query.encoder(data["image"])), dim=1)
+    k = F.normalize(method.key.projector(method.key.encoder(data["other"])), dim=1)
     rows = method.queue.rows.clone()
     logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ rows.T], dim=1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
@@ -61,16 +61,16 @@ def test_a_step_is_the_algorithm_of_the_paper() -> None:
 def test_the_slow_copy_and_the_queue_get_no_gradient_and_are_not_trained() -> None:
     method = moco()
     method(batch(), START).loss.backward()
-    slow = [*method.momentum_encoder.parameters(), *method.momentum_projector.parameters()]
+    slow = [*method.key.encoder.parameters(), *method.key.projector.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in slow) and method.queue.rows.grad is None
-    assert method.projector[0].weight.grad.abs().max() > 0
+    assert method.query.projector[0].weight.grad.abs().max() > 0
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
     assert not trained & {id(p) for p in slow}
 
 
 def test_the_slow_copy_follows() -> None:
     method = moco(momentum=0.75)
-    slow, fast = method.momentum_projector[0].weight, method.projector[0].weight
+    slow, fast = method.key.projector[0].weight, method.query.projector[0].weight
     assert torch.equal(slow, fast)
     nn.init.zeros_(slow)
     nn.init.ones_(fast)
