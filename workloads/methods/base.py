@@ -49,6 +49,18 @@ class DataInfo:
     num_classes: int
     shape: tuple[int, ...]  # of one view: (C, H, W)
 
+    def expect_labels(self) -> None:
+        """Refuses data that a method cannot learn classes from.
+
+        Raises:
+            ValueError: there are fewer than two.
+        """
+        if self.num_classes < 2:
+            raise ValueError(
+                f"got data with {self.num_classes} classes, expected labels of 2 or more; "
+                "add a .cls member to each sample (`manta pack` does)"
+            )
+
 
 @dataclass(frozen=True)
 class Progress:

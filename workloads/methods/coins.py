@@ -81,6 +81,7 @@ class CoIns(Method):
 
     def __init__(self, config: CoInsConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
+        inputs.data.expect_labels()
         coarse = coarse_of_labels(config.coarse, inputs.data.num_classes)
         encoder: Any = inputs.encoder
         width = encoder.num_features
@@ -193,13 +194,8 @@ def coarse_of_labels(coarse: tuple[int, ...] | None, num_classes: int) -> list[i
     """The coarse class of each label.
 
     Raises:
-        ValueError: labels are missing, or have no coarse class.
+        ValueError: some have no coarse class.
     """
-    if num_classes < 2:
-        raise ValueError(
-            f"got data with {num_classes} classes, expected labels of 2 or more; "
-            "add a .cls member to each sample (`manta pack` does)"
-        )
     if coarse is not None and len(coarse) < num_classes:
         raise ValueError(
             f"got `coarse` for {len(coarse)} of {num_classes} labels, expected a coarse class for each; "

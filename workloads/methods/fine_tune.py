@@ -55,11 +55,7 @@ class FineTune(Method):
     def __init__(self, config: FineTuneConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         self.num_classes = inputs.data.num_classes
-        if self.num_classes < 2:
-            raise ValueError(
-                f"got data with {self.num_classes} classes, expected labels of 2 or more; "
-                "add a .cls member to each sample (`manta pack` does)"
-            )
+        inputs.data.expect_labels()
         self.classifier = classifier_of(inputs.encoder, self.num_classes, config.drop_path)
         self.classifier.requires_grad_(True)
 

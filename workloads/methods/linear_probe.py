@@ -49,11 +49,7 @@ class LinearProbe(Method):
     def __init__(self, config: LinearProbeConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         encoder, num_classes = inputs.encoder, inputs.data.num_classes
-        if num_classes < 2:
-            raise ValueError(
-                f"got data with {num_classes} classes, expected labels of 2 or more; "
-                "add a .cls member to each sample (`manta pack` does)"
-            )
+        inputs.data.expect_labels()
         if isinstance(encoder, ViT):
             encoder.pool = "token" if config.pool == "cls" else "avg"
         self.encoder = Frozen(encoder)

@@ -63,11 +63,7 @@ class LOOK(Method):
 
     def __init__(self, config: LOOKConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
-        if inputs.data.num_classes < 2:
-            raise ValueError(
-                f"got data with {inputs.data.num_classes} classes, expected labels of 2 or more; "
-                "add a .cls member to each sample (`manta pack` does)"
-            )
+        inputs.data.expect_labels()
         encoder: Any = inputs.encoder
         width = encoder.num_features
         self.query = Tower(encoder, mlp(*[width] * config.layers, config.dim))

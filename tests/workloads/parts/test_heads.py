@@ -7,7 +7,7 @@ from torch import nn
 
 from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.vit import ViTConfig
-from workloads.parts.heads import freeze_absorbed_bias, mlp, normed_mlp
+from workloads.parts.heads import Tower, freeze_absorbed_bias, mlp, normed_mlp
 
 
 def test_linear_layers_with_relu_between() -> None:
@@ -38,3 +38,11 @@ def test_other_networks_stay_as_they_are() -> None:
     network = ResNetCifar(8)
     freeze_absorbed_bias(network)
     assert all(p.requires_grad for p in network.parameters())
+
+
+def test_a_tower_gives_projections_of_unit_length_in_float32() -> None:
+    tower, images = Tower(ResNetCifar(8), mlp(64, 4)).double(), torch.randn(3, 3, 16, 16).double()
+    found = tower(images)
+    assert found.dtype == torch.float32 and torch.allclose(found.norm(dim=1), torch.ones(3))
+    x = tower.projector(tower.encoder(images)).float()
+    assert torch.allclose(found, x / x.norm(dim=1, keepdim=True), atol=1e-6)
