@@ -40,8 +40,8 @@ check: dev      ## lint, format, types, layers
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.file_lengths
 
-test: dev       ## the whole suite
-	$(BIN)/pytest
+test: dev       ## the whole suite, on two processes of one thread each; one of them has the Ray cluster
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --durations 30
 
 soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
 	$(BIN)/pytest -m soak

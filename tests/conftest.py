@@ -21,6 +21,13 @@ def pytest_configure() -> None:
     os.environ.update(embedded.MODE)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On several processes one of them runs whatever needs the cluster, so it is started once."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """An embedded head with 4 CPUs; this process is connected to it."""

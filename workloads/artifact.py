@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from workloads.data.views import Size, height_width
 from workloads.record import write_atomic
 from workloads.spec import JobSpec
 
@@ -43,7 +44,7 @@ class Card(BaseModel):
     spec: JobSpec
     paper: str
     classes: list[str]
-    image_size: int
+    image_size: Size
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_features: int
@@ -134,7 +135,7 @@ def write(
     config = timm_folder_config(model)
     config |= {"num_classes": num_classes, "num_features": num_features}
     config["pretrained_cfg"] = {
-        "input_size": [3, whole.image_size, whole.image_size],
+        "input_size": [3, *height_width(whole.image_size)],
         "mean": whole.mean,
         "std": whole.std,
         "num_classes": num_classes,
@@ -157,7 +158,8 @@ def write_evaluations(folder: Path, evaluations: list[dict[str, Any]]) -> None:
 def _write_words(folder: Path, card: Card) -> None:
     write_atomic(folder / "manta.json", card.model_dump_json(indent=1))
     lines = [f"# {card.spec.name}", "", f"{card.kind} of job `{card.job_id}`: {card.paper}.", ""]
-    lines += [f"{card.parameters:,} parameters, {card.num_features} features, {card.image_size} px.", ""]
+    size = " x ".join(map(str, height_width(card.image_size)))  # height first
+    lines += [f"{card.parameters:,} parameters, {card.num_features} features, {size} px.", ""]
     for stream, facts in card.datasets.items():
         lines.append(f"- data `{stream}`: {facts['samples']:,} samples, content {facts['content_hash'][:12]}")
     for result in card.evaluations:

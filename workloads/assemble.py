@@ -15,7 +15,7 @@ from workloads.data.modalities import Views
 from workloads.data.reader import Reader
 from workloads.data.shards import DataError, some
 from workloads.data.streaming import StreamReader, stream_manifest
-from workloads.data.views import View
+from workloads.data.views import Size, View, height_width
 from workloads.methods.base import DataInfo, Inputs, Method, MethodConfig
 from workloads.models.encoders import build_encoder, model_config
 from workloads.parts.frozen import Frozen
@@ -47,8 +47,9 @@ def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
     return manifest if stream.per_class is None else manifest.select(stream.per_class, stream.subset_seed)
 
 
-def image_size(spec: JobSpec) -> int:
-    return int(model_config(spec.model).image_size)  # type: ignore[attr-defined]
+def image_size(spec: JobSpec) -> Size:
+    size: Size = model_config(spec.model).image_size  # type: ignore[attr-defined]
+    return size
 
 
 def method_of(spec: JobSpec) -> tuple[type[Method], MethodConfig]:
@@ -93,8 +94,8 @@ def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reade
 
 
 def data_info(spec: JobSpec, manifest: Manifest) -> DataInfo:
-    size = image_size(spec)
-    return DataInfo(num_instances=len(manifest), num_classes=manifest.num_classes, shape=(3, size, size))
+    size = height_width(image_size(spec))
+    return DataInfo(num_instances=len(manifest), num_classes=manifest.num_classes, shape=(3, *size))
 
 
 def build_method(spec: JobSpec, info: DataInfo, home: Path) -> Method:
@@ -144,8 +145,8 @@ def restore_method(folder: Path, home: Path) -> Method:
         raise artifact.ArtifactError(
             f"got {folder}, whose method {card.spec.method.name!r} draws no reconstructions; use one that does"
         )
-    size = card.image_size
-    info = DataInfo(num_instances=card.num_instances, num_classes=len(card.classes), shape=(3, size, size))
+    size = height_width(card.image_size)
+    info = DataInfo(num_instances=card.num_instances, num_classes=len(card.classes), shape=(3, *size))
     method = build_method(card.spec.model_copy(update={"init": None}), info, home)
     if torch.get_default_device().type != "meta":  # there only sizes are compared
         load_model(method, str(folder / "method.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workloads import assemble
-from workloads.data.views import View
+from workloads.data.views import View, height_width
 from workloads.flops import LATER, count
 from workloads.methods.base import Batch, DataInfo, Method
 from workloads.parallel import BYTES_OF_STATE
@@ -78,8 +78,8 @@ def estimate(spec: JobSpec, home: Path, *, samples: int | None = None, num_class
     Raises:
         ValueError: a name, a size or a reference that does not fit.
     """
-    size = assemble.image_size(spec)
-    info = DataInfo(num_instances=samples or spec.batch_size, num_classes=num_classes, shape=(3, size, size))
+    size = height_width(assemble.image_size(spec))
+    info = DataInfo(num_instances=samples or spec.batch_size, num_classes=num_classes, shape=(3, *size))
     with torch.device("meta"):
         method = assemble.build_method(spec.model_copy(update={"init": None}), info, home)
     groups = [
@@ -114,7 +114,7 @@ def _batch(spec: JobSpec, n: int) -> Any:
     views = assemble.views_of(spec)
     cls, _ = assemble.method_of(spec)
     batch: Batch = {
-        name: torch.empty(n, 3, view.size, view.size, device="meta")
+        name: torch.empty(n, 3, *height_width(view.size), device="meta")
         for name, view in views.items()
         if isinstance(view, View)
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from workloads import artifact
 from workloads.data.decode import ImageError, decode
 from workloads.data.transforms.image import execute, normalise
-from workloads.data.views import View
+from workloads.data.views import View, height_width
 from workloads.methods.base import Method
 
 __all__ = ["ImageError", "Model"]
@@ -101,7 +101,7 @@ class Model:
             raise ValueError("got an encoder, expected a classifier; use :embed or fine-tune it")
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor]:
-        """uint8 [3, S, S] of each image, with S the size of the artifact.
+        """uint8 [3, H, W] of each image, of the size of the artifact.
 
         Raises:
             ImageError: bytes that are no image, or too many pixels; says the position.
@@ -137,10 +137,10 @@ class Model:
 
     def warm_up(self) -> None:
         """One forward: the first one of a process is slow, and a broken device shows here."""
-        self.features([torch.zeros(3, self.card.image_size, self.card.image_size, dtype=torch.uint8)])
+        self.features([torch.zeros(3, *height_width(self.card.image_size), dtype=torch.uint8)])
 
     def _pooled(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, num_features]."""
+        """[B, 3, H, W] -> [B, num_features]."""
         network: Any = self._network
         if self.card.kind == "encoder":
             return network(images)
@@ -153,13 +153,13 @@ class Model:
         return restore_method(self._folder, self._home)
 
     def _chunks(self, pixels: Sequence[Tensor]) -> Iterable[Tensor]:
-        """uint8 [3, S, S] each -> normalised [at most CHUNK, 3, S, S]."""
+        """uint8 [3, H, W] each -> normalised [at most CHUNK, 3, H, W]."""
         for start in range(0, len(pixels), CHUNK):
             yield normalise(torch.stack(tuple(pixels[start : start + CHUNK])), self._view)
 
 
 def pngs(pictures: dict[str, Tensor], view: View) -> list[dict[str, bytes]]:
-    """What a method draws, each kind normalised [B, 3, S, S], as PNG: of each image, by kind."""
+    """What a method draws, each kind normalised [B, 3, H, W], as PNG: of each image, by kind."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
 
     def column(drawn: Tensor) -> list[bytes]:

@@ -25,8 +25,13 @@ class Problem(BaseModel):
     message: str
     hint: str = ""
 
+    @property
+    def sentence(self) -> str:
+        """Where and what, without the hint."""
+        return f"{'.'.join(map(str, self.loc))}: {self.message}"
+
     def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.loc))}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+        return self.sentence + (f" ({self.hint})" if self.hint else "")
 
 
 def warm() -> None:
@@ -139,13 +144,12 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
 
     from workloads import assemble, weights
     from workloads.artifact import ArtifactError
+    from workloads.data.views import height_width
     from workloads.methods.base import DataInfo
     from workloads.models.encoders import build_encoder
 
-    size = assemble.image_size(spec)
-    info = DataInfo(
-        num_instances=spec.batch_size, num_classes=2, shape=(3, size, size)
-    )  # the data itself is not read yet
+    size = height_width(assemble.image_size(spec))
+    info = DataInfo(num_instances=spec.batch_size, num_classes=2, shape=(3, *size))  # the data itself is not read yet
     try:
         with torch.device("meta"):
             assemble.build_method(spec.model_copy(update={"init": None}), info, home)

@@ -109,7 +109,8 @@ def execute(
         stop = stack.enter_context(StopRequest(run))
         try:
             if problems := look(spec, home):
-                journal.finish("FAILED", "; ".join(map(str, problems)), problems[0].hint or None)
+                hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
+                journal.finish("FAILED", "; ".join(problem.sentence for problem in problems), "; ".join(hints) or None)
                 return FAILED
             place = _place(spec, run, home, stop, ray)
             with OnlineEvaluations(spec, run, home, job_id, place.online), journal.training():

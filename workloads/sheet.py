@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-PIXELS = 96  # side of a picture
+PIXELS = 96  # the longer side of a picture
 GAP, LABEL = 6, 22
 
 
@@ -25,9 +25,10 @@ def contact_sheet(pictures: Sequence[dict[str, bytes]]) -> bytes:
         draw.text((GAP, y * row + 5), kind.replace("_", " "), fill="black")
         for x, of_image in enumerate(pictures):
             with Image.open(io.BytesIO(of_image[kind])) as image:
-                small = image.width <= PIXELS  # its own pixels are to be seen
-                how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-                shown = image.convert("RGB").resize((PIXELS, PIXELS), how)
+                scale = PIXELS / max(image.size)
+                how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS  # own pixels are to be seen
+                width, height = (max(1, round(side * scale)) for side in image.size)
+                shown = image.convert("RGB").resize((width, height), how)
                 sheet.paste(shown, (GAP + x * (PIXELS + GAP), y * row + LABEL))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")

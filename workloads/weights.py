@@ -36,12 +36,15 @@ FRESH = (*HEADS, "norm.", "mask_token")  # an encoder of averaged tokens has `fc
 
 @dataclass(frozen=True)
 class Found:
-    """Weights before they meet a model; `mean` and `std` of their pixels where these are known."""
+    """Weights before they meet a model; `mean` and `std` of their pixels, and the height and width of their images, where
+    these are known.
+    """
 
     label: str
     tensors: dict[str, Tensor]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size: tuple[int, int] = (1, 1)  # known or not, most are square
 
 
 def load_initial(
@@ -158,7 +161,8 @@ def _from_file(path: Path, shapes_only: bool) -> Found:
     if path.name != "model.safetensors" or not config.is_file():
         return Found(str(path), tensors)
     pretrained = json.loads(config.read_text()).get("pretrained_cfg", {})
-    return Found(str(path), tensors, pretrained.get("mean"), pretrained.get("std"))
+    _, height, width = pretrained.get("input_size", (3, 1, 1))
+    return Found(str(path), tensors, pretrained.get("mean"), pretrained.get("std"), (height, width))
 
 
 def _from_timm(name: str, shapes_only: bool) -> Found:
@@ -173,7 +177,7 @@ def _from_timm(name: str, shapes_only: bool) -> Found:
         except (OSError, httpx.HTTPError) as error:
             raise ArtifactError(_not_downloaded(name, error)) from error
     config = model.pretrained_cfg
-    return Found(f"timm:{name}", model.state_dict(), config["mean"], config["std"])
+    return Found(f"timm:{name}", model.state_dict(), config["mean"], config["std"], config["input_size"][1:])
 
 
 def _not_downloaded(name: str, error: Exception) -> str:
@@ -197,7 +201,7 @@ def _fit(encoder: nn.Module, found: Found) -> list[str]:
     left_out = [name for name in found.tensors if not name.startswith(prefix)]
     if prefix:
         notes.append(f"names of {found.label} were taken without {prefix!r}")
-    if note := _resize(encoder, weights):
+    if note := _resize(encoder, weights, found.size):
         notes.append(note)
 
     wrong = []
@@ -245,27 +249,25 @@ def _prefix(names: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return max(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)), key=fitting)
 
 
-def _resize(encoder: nn.Module, weights: dict[str, Tensor]) -> str | None:
+def _resize(encoder: nn.Module, weights: dict[str, Tensor], size: tuple[int, int]) -> str | None:
     """Brings a table of absolute positions [1, prefix tokens + h w, D] to the encoder's grid, in place."""
     table, target = weights.get("pos_embed"), getattr(encoder, "pos_embed", None)
-    if table is None or target is None or table.ndim != 3 or target.ndim != 3 or table.shape == target.shape:
+    if table is None or target is None or table.ndim != 3 or target.ndim != 3:
         return None
-    old = math.isqrt(table.shape[1])
-    prefix_tokens = table.shape[1] - old**2
+    height, width = size
+    columns = math.isqrt(table.shape[1] * width // height)  # the few prefix tokens make no further column
+    old = columns * height // width, columns
+    prefix_tokens = table.shape[1] - math.prod(old)
+    new: tuple[int, int] = encoder.config.grid_shape if isinstance(encoder, ViT) else encoder.patch_embed.grid_size  # type: ignore[union-attr, assignment]
+    if old == new or table.shape[2] != target.shape[2] or prefix_tokens != target.shape[1] - math.prod(new):
+        return None  # they fit, or the shapes are listed as a mismatch
     if isinstance(encoder, ViT):
-        height = width = encoder.config.grid
-    else:
-        height, width = encoder.patch_embed.grid_size  # type: ignore[union-attr, misc]
-    if table.shape[2] != target.shape[2] or prefix_tokens != target.shape[1] - height * width:
-        return None  # the shapes are listed as a mismatch
-    if isinstance(encoder, ViT):
-        weights["pos_embed"] = resize_positions(table, height)
+        weights["pos_embed"] = resize_positions(table, old, new)
     else:
         from timm.layers.pos_embed import resample_abs_pos_embed
 
-        resized = resample_abs_pos_embed(table, [height, width], [old, old], num_prefix_tokens=prefix_tokens)
-        weights["pos_embed"] = resized
-    return f"pos_embed resized {old}x{old} -> {height}x{width}"
+        weights["pos_embed"] = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix_tokens)
+    return f"pos_embed resized {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
 
 
 def _patch_size(weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:

@@ -13,6 +13,7 @@ import torch
 from tests.learning import here
 from tests.toy import difference
 from workloads import artifact, checkpoint
+from workloads.data.views import height_width
 from workloads.evaluate import evaluate
 from workloads.export import export
 from workloads.models.timm_import import timm
@@ -81,6 +82,7 @@ def test_length(toy_job: Make) -> None:
     [
         ("mae", {"name": "vit_tiny_patch16_224", "image_size": 32}),
         ("fine_tune", {"name": "resnet18", "image_size": 32}),
+        ("simclr", {"name": "vit_tiny_patch16_224", "image_size": [32, 16]}),
     ],
 )
 def test_models_of_timm_by_name(toy_job: Make, tmp_path: Path, method: str, model: dict[str, Any]) -> None:
@@ -89,7 +91,7 @@ def test_models_of_timm_by_name(toy_job: Make, tmp_path: Path, method: str, mode
     assert train(spec, run, tmp_path)
     export(spec, run, tmp_path, "j")
     theirs = timm.create_model(f"local-dir:{run.artifact}", pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, *height_width(artifact.read_card(run.artifact).image_size))
     with torch.no_grad():
         assert torch.allclose(artifact.load_model(run.artifact)(images), theirs(images), atol=1e-5)
 

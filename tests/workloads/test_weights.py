@@ -112,7 +112,7 @@ def test_an_artifact_of_a_classifier_at_another_size(tmp_path: Path) -> None:
         f"norm.weight, norm.bias are fresh: not in {label}",
         f"pixels are normalised by mean (0.485, 0.456, 0.406), those of {label} were by (0.5, 0.5, 0.5)",
     ]
-    assert torch.equal(bigger.pos_embed, resize_positions(source.pos_embed, 6))
+    assert torch.equal(bigger.pos_embed, resize_positions(source.pos_embed, (4, 4), (6, 6)))
     assert torch.equal(bigger.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)  # type: ignore[union-attr]
     assert not any("pixels" in note for note in load_initial(bigger, "toy", tmp_path, mean=(0.5, 0.5, 0.5)))
 
@@ -263,3 +263,14 @@ def test_a_job_starts_from_them_and_logs_the_notes(
         method = build_method(spec, DataInfo(num_instances=80, num_classes=4, shape=(3, 16, 16)), tmp_path)
     assert torch.equal(method.get_parameter("encoder.cls_token"), source.cls_token)
     assert "init: norm.weight, norm.bias are fresh" in caplog.text
+
+
+def test_positions_of_images_that_are_not_square(tmp_path: Path) -> None:
+    """The grid is that of the images that they were trained on, not the square of as many patches."""
+    source = encoder(0, image_size=(32, 8))  # 8 x 2 patches, as many as 4 x 4
+    file = saved(tmp_path / "model.safetensors", source.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, 32, 8]}}))
+    square = encoder(1, image_size=16)
+    assert load_initial(square, file, tmp_path)[0] == "pos_embed resized 8x2 -> 4x4"
+    assert torch.equal(square.pos_embed, resize_positions(source.pos_embed, (8, 2), (4, 4)))
+    assert not any("resized" in note for note in load_initial(encoder(1, image_size=(32, 8)), file, tmp_path))

@@ -126,8 +126,8 @@ def collate(views: Views, samples: Sequence[Loaded], keys: Tensor) -> dict[str, 
         keys: int64 [B].
 
     Returns:
-        by the name of each view: of a View uint8 [B, 3, S, S], and as NAME_geometry its packed geometry; of a
-        MaskView int64 [B, S, S]; of a BoxesView float32 [B, most, 4], and as NAME_label int64 [B, most]; of a ClipView
+        by the name of each view: of a View uint8 [B, 3, H, W], and as NAME_geometry its packed geometry; of a
+        MaskView int64 [B, H, W]; of a BoxesView float32 [B, most, 4], and as NAME_label int64 [B, most]; of a ClipView
         uint8 [B, 3, T, S, S], and as NAME_time_s float64 [B, T]; of a VolumeView float32 [B, C, D, H, W]; of a
         LabelsView int64 [B, D, H, W]; of an ArrayView [B, ...]; of a CaptionsView a list of B lists of lines.
         Arrays, clips and volumes, whose shape the samples say, are left out without any: a rank may have no share of
@@ -145,7 +145,7 @@ def collate(views: Views, samples: Sequence[Loaded], keys: Tensor) -> dict[str, 
                 batch[name], geometries[name] = image.execute(view, pixels, keys, salt=name)
                 batch[f"{name}_geometry"] = geometries[name].packed()
             case MaskView() | BoxesView():
-                geometry, size = geometries[view.follows], batch[view.follows].shape[-1]
+                geometry, size = geometries[view.follows], tuple(batch[view.follows].shape[-2:])
                 decoded = [sample[name] for sample in samples]
                 if isinstance(view, MaskView):
                     batch[name] = targets.render_masks(view, decoded, geometry, size)

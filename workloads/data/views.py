@@ -7,28 +7,39 @@ a time, and the geometry that it drew for each sample can travel with the batch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from workloads.data.transforms.erasing import Erasing
 from workloads.data.transforms.photometry import IMAGENET_MEAN, IMAGENET_STD, Photometry
 from workloads.data.transforms.randaugment import RandAugment
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "View"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Size", "View", "height_width"]
+
+Side: TypeAlias = Annotated[int, Field(ge=1)]
+Size: TypeAlias = Annotated[
+    Side | tuple[Side, Side],
+    AfterValidator(lambda size: size[0] if isinstance(size, tuple) and size[0] == size[1] else size),
+]
+"""Of an image, in pixels: the side of a square, or (height, width)."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 class View(BaseModel):
-    """One square view of an image.
+    """One view of an image.
 
     Attributes:
         member: what it looks at.
-        size: side of the result in pixels.
+        size: of the result in pixels.
         crop_scale: share of the image's area that the crop covers, drawn uniformly; (1, 1) keeps the whole image
-            (of one that is not square the centre: the short side is resized to `size`, the middle is cut out).
+            (of one of another shape the centre: the largest part of the shape of `size`, resized).
         crop_ratio: width / height of the crop, drawn uniformly in the logarithm; irrelevant when the scale is (1, 1).
         flip: probability of a horizontal flip.
-        rotate_deg: rotation about the centre, drawn uniformly from [-rotate_deg, rotate_deg].
+        rotate_deg: rotation about the centre, drawn uniformly from [-rotate_deg, rotate_deg]; of squares only.
         interpolation: of the resize; both are antialiased.
         randaugment: drawn changes of shape and colour, first.
         photometry: changes of colour, then.
@@ -39,7 +50,7 @@ class View(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     member: str = "image"
-    size: int = Field(ge=1)
+    size: Size
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.0, ge=0, le=1)
@@ -64,6 +75,8 @@ class View(BaseModel):
     def _in_range(self) -> View:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"got crop_scale={self.crop_scale}, expected 0 < low <= high <= 1, shares of the area")
+        if self.rotate_deg and not isinstance(self.size, int):
+            raise ValueError(f"got rotate_deg={self.rotate_deg} for size={self.size}, expected a square that turns")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"got crop_ratio={self.crop_ratio}, expected 0 < low <= high; it is width / height")
         if min(self.std) <= 0:

@@ -4,7 +4,7 @@ A 1 x 1 convolution learns on maps that are computed once, each channel normalis
 of the mask (bilinear), in training too. The mean is over classes that the test masks or the answers hold, of the
 intersection over the union of all test pixels together (PASCAL VOC, Everingham et al. 2015).
 
-Maps and masks of the whole set are kept in memory: 4 * C * h * w + size * size bytes an image.
+Maps and masks of the whole set are kept in memory: 4 * C * h * w + H * W bytes an image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workloads.data.manifest import Manifest
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.transforms.targets import MaskView
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.evaluation.base import EvaluationConfig, Subject, summary
 from workloads.evaluation.features import device_of, plain_view
 from workloads.parts.feature_maps import dense_features
@@ -36,7 +36,7 @@ class SegmentationConfig(EvaluationConfig):
     """Masks hold a class for each pixel, in files of one channel beside the images.
 
     Attributes:
-        size: of the square views, in pixels; None: what the artifact is served with. Of a ViT a multiple of its patch.
+        size: of the views; None: what the artifact is served with. Of a ViT a multiple of its patch.
         member: suffix of the masks in the shards.
         ignore: class of pixels that do not count.
         epochs: passes of the linear layer.
@@ -44,7 +44,7 @@ class SegmentationConfig(EvaluationConfig):
         lr: of SGD with momentum 0.9, half a cosine.
     """
 
-    size: int | None = Field(default=None, ge=1)
+    size: Size | None = None
     member: str = "seg.png"
     ignore: int = Field(default=255, ge=0)
     epochs: int = Field(default=60, ge=1)
@@ -55,7 +55,7 @@ class SegmentationConfig(EvaluationConfig):
 @dataclass(frozen=True)
 class Dense:
     x: Tensor  # [N, C, h, w] float32
-    y: Tensor  # [N, size, size] uint8, the class of each pixel
+    y: Tensor  # [N, H, W] uint8, the class of each pixel
 
 
 @torch.inference_mode()

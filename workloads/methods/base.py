@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workloads.data.modalities import Views
 from workloads.data.samplers import SamplerConfig
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.parts.frozen import Frozen
 
 Batch: TypeAlias = dict[str, Any]
@@ -48,6 +48,18 @@ class DataInfo:
     num_instances: int
     num_classes: int
     shape: tuple[int, ...]  # of one view: (C, H, W)
+
+    @property
+    def side(self) -> int:
+        """Of a square view, in pixels.
+
+        Raises:
+            ValueError: it is not square.
+        """
+        height, width = self.shape[-2:]
+        if height != width:
+            raise ValueError(f"got image_size=[{height}, {width}], expected a square; this method knows no others")
+        return height
 
     def expect_labels(self) -> None:
         """Refuses data that a method cannot learn classes from.
@@ -105,7 +117,7 @@ class Method(nn.Module):
         self.config = config
 
     @classmethod
-    def views(cls, config: Any, image_size: int) -> Views:
+    def views(cls, config: Any, image_size: Size) -> Views:
         """What the method looks at, as data: geometry is executed at decode, colours are changed in batches."""
         return {"image": View(size=image_size)}
 

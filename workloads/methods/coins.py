@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
@@ -97,7 +97,7 @@ class CoIns(Method):
         nn.init.kaiming_uniform_(self.V, a=math.sqrt(5))  # its fan is C, as in the code
 
     @classmethod
-    def views(cls, config: CoInsConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: CoInsConfig, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view} if config.instance == "queue" else {"image": view}
 

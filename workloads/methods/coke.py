@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT
 from workloads.parts.crop import RandomResizedCrop
@@ -99,10 +99,10 @@ class CoKe(Method):
     def __init__(self, config: CoKeConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         encoder: Any = inputs.encoder
-        if config.small and config.small_size != inputs.data.shape[-1] and _of_one_size(encoder):
+        if config.small and _of_one_size(encoder) and config.small_size != inputs.data.side:
             raise ValueError(
                 f"got {config.small} small views of {config.small_size} pixels for {type(encoder).__name__}, whose "
-                f"positions are of {inputs.data.shape[-1]}, expected a network of convolutions such as resnet50; or "
+                f"positions are of {inputs.data.side}, expected a network of convolutions such as resnet50; or "
                 "leave `small` out"
             )
         self.encoder = encoder
@@ -120,7 +120,7 @@ class CoKe(Method):
         self._waiting = Waiting()
 
     @classmethod
-    def views(cls, config: CoKeConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: CoKeConfig, image_size: Size) -> dict[str, View]:
         large = zip(("image", "other"), config.large, strict=False)
         small = View(size=config.small_size, **config.small_view.model_dump())
         views = {name: View(size=image_size, **view.model_dump()) for name, view in large}

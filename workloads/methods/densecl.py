@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
@@ -118,13 +118,13 @@ class DenseCL(Method):
 
     def __init__(self, config: DenseCLConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
-        self.query = Tower(inputs.encoder, config, inputs.data.shape[-1])
+        self.query = Tower(inputs.encoder, config, inputs.data.side)
         self.key = copy_of(self.query)
         self.queue = Queue(config.queue, config.dim)
         self.dense_queue = Queue(config.queue, config.dim)
 
     @classmethod
-    def views(cls, config: DenseCLConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: DenseCLConfig, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view}
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT
 from workloads.parts.attention_maps import attention_pictures, cls_attention
@@ -105,7 +105,7 @@ class DINO(Method):
         self.centre = Centre(config.out_dim, config.centre_momentum)
 
     @classmethod
-    def views(cls, config: DINOConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: DINOConfig, image_size: Size) -> dict[str, View]:
         local = View(size=config.local_size, **config.local_view.model_dump())
         return {
             "image": View(size=image_size, **config.global_view.model_dump()),
@@ -147,7 +147,7 @@ class DINO(Method):
         images = batch["image"]
         if not isinstance(self.teacher, ViT):
             return {"image": images}
-        brightness = attention_pictures(cls_attention(self.teacher, images), images.shape[-1])
+        brightness = attention_pictures(cls_attention(self.teacher, images), images.shape[-2:])
         return {"image": images, "attention": 4 * brightness - 2}  # about the range of normalised pixels
 
     def export(self) -> nn.Module:

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from workloads.data.keys import uniform
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT, plain_vit
 from workloads.parts.crop import RandomResizedCrop
@@ -111,7 +111,7 @@ class DMAE(Method):
                 )
 
     @classmethod
-    def views(cls, config: DMAEConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: DMAEConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Mask:

@@ -24,7 +24,7 @@ from workloads.data.transforms import mixing
 from workloads.data.transforms.erasing import Erasing
 from workloads.data.transforms.mixing import Mixing
 from workloads.data.transforms.randaugment import RandAugment
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.encoders import classifier_of, layer_ids
 from workloads.parts.crop import RandomResizedCrop
@@ -60,7 +60,7 @@ class FineTune(Method):
         self.classifier.requires_grad_(True)
 
     @classmethod
-    def views(cls, config: FineTuneConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: FineTuneConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mix(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from workloads.data.keys import uniform
 from workloads.data.transforms.mixing import beta
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT, init_transformer, plain_vit
 from workloads.parts.crop import RandomResizedCrop
@@ -146,7 +146,7 @@ class IMAE(Method):
             )
 
     @classmethod
-    def views(cls, config: IMAEConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: IMAEConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Mask:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.encoders import classifier_of
 from workloads.models.vit import ViT
@@ -60,7 +60,7 @@ class LinearProbe(Method):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def views(cls, config: LinearProbeConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: LinearProbeConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def logits(self, images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
@@ -71,7 +71,7 @@ class LOOK(Method):
         self.queue = Queue(config.queue, config.dim, tags=("label", "index"))
 
     @classmethod
-    def views(cls, config: LOOKConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: LOOKConfig, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view}
 

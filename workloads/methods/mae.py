@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.keys import uniform
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import plain_vit
 from workloads.parts.crop import RandomResizedCrop
@@ -53,7 +53,7 @@ class MAE(Method):
         self.decoder = MAEDecoder(config, vit.dim, vit.grid, vit.patch_size**2 * 3)
 
     @classmethod
-    def views(cls, config: MAEConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: MAEConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Mask:

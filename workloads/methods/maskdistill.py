@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.block_masking import block_masking
 from workloads.parts.crop import RandomResizedCrop
@@ -69,7 +69,7 @@ class MaskDistill(Method):
         for name in POOLING:
             if (pooling := getattr(self.encoder, name, None)) is not None:
                 pooling.requires_grad_(False)
-        self.teacher = Teacher(inputs.load(config.teacher), View(size=inputs.data.shape[-1]))
+        self.teacher = Teacher(inputs.load(config.teacher), View(size=inputs.data.side))
         self.teacher_size = size_for(self.teacher.module, self.grid)
         dim = int(self.encoder.num_features)  # type: ignore[arg-type]
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -79,7 +79,7 @@ class MaskDistill(Method):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def views(cls, config: MaskDistillConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: MaskDistillConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import plain_vit
 from workloads.parts.block_masking import block_masking
@@ -82,7 +82,7 @@ class MaskFeat(Method):
         self.head = nn.Sequential(nn.LayerNorm(vit.dim, eps=1e-6), linear)
 
     @classmethod
-    def views(cls, config: MaskFeatConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: MaskFeatConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Tensor:

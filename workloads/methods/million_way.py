@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.gather import Waiting
@@ -64,7 +64,7 @@ class MillionWay(Method):
         self._raw = Waiting()
 
     @classmethod
-    def views(cls, config: MillionWayConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: MillionWayConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def features(self, images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.keys import uniform
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT, plain_vit
 from workloads.parts.crop import RandomResizedCrop
@@ -85,7 +85,7 @@ class MimCo(Method):
         self.image_head = head(vit.dim, config.head_dim, self.teacher.width)
 
     @classmethod
-    def views(cls, config: MimCoConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: MimCoConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def mask(self, keys: Tensor) -> Tensor:

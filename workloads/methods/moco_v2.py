@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
@@ -52,7 +52,7 @@ class MoCoV2(Method):
         self.queue = Queue(config.queue, config.dim)
 
     @classmethod
-    def views(cls, config: MoCoV2Config, image_size: int) -> dict[str, View]:
+    def views(cls, config: MoCoV2Config, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, **config.view.model_dump())
         return {"image": view, "other": view}
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import plain_vit
 from workloads.parts.crop import RandomResizedCrop
@@ -78,7 +78,7 @@ class MoCoV3(Method):
         self.momentum_projector = copy_of(self.projector)
 
     @classmethod
-    def views(cls, config: MoCoV3Config, image_size: int) -> dict[str, View]:
+    def views(cls, config: MoCoV3Config, image_size: Size) -> dict[str, View]:
         return {
             "image": View(size=image_size, **config.view.model_dump()),
             "other": View(size=image_size, **config.other_view.model_dump()),

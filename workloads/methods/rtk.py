@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.encoders import classifier_of
 from workloads.parts.crop import RandomResizedCrop
@@ -64,7 +64,7 @@ class RTK(Method):
 
     def __init__(self, config: RTKConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
-        classes, size = inputs.data.num_classes, inputs.data.shape[-1]
+        classes, size = inputs.data.num_classes, inputs.data.side
         self.teacher = Teacher(inputs.load(config.teacher), View(size=size))
         expect_classes(self.teacher.module, classes, config.teacher)
         self.classifier = classifier_of(inputs.encoder, classes, drop_path=0.0).requires_grad_(True)
@@ -74,7 +74,7 @@ class RTK(Method):
         self.attention = Attention([shape[0] for shape in asking], [shape[0] for shape in answering], config.d)
 
     @classmethod
-    def views(cls, config: RTKConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: RTKConfig, image_size: Size) -> dict[str, View]:
         return {"image": View(size=image_size, **config.view.model_dump())}
 
     def forward(self, batch: Batch, progress: Progress) -> Output:

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from workloads.data.transforms.photometry import Photometry
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.heads import freeze_absorbed_bias, normed_mlp
@@ -78,7 +78,7 @@ class SimCLR(Method):
         self.probe = nn.Linear(encoder.num_features, inputs.data.num_classes) if config.probe else None
 
     @classmethod
-    def views(cls, config: SimCLRConfig, image_size: int) -> dict[str, View]:
+    def views(cls, config: SimCLRConfig, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, mean=(0, 0, 0), std=(1, 1, 1), **config.view.model_dump())
         return {"image": view, "other": view}
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from workloads import catalog
+from workloads.data.views import Size, height_width
 from workloads.models.vit import ViT, ViTConfig
 from workloads.spec import Named
 
@@ -31,7 +32,7 @@ class TimmConfig(BaseModel):
 
     Attributes:
         architecture: a name of timm.
-        image_size: of the images; networks of a fixed size are built for it.
+        image_size: of the images, the side of a square or [height, width]; networks of a fixed size are built for it.
         patch_size: of transformers.
         drop_path_rate: of the last block; earlier ones drop less (stochastic depth).
         options: further arguments of the architecture by timm's names, such as `init_values` of a BEiT.
@@ -40,7 +41,7 @@ class TimmConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str
-    image_size: int = Field(default=224, ge=1)
+    image_size: Size = 224
     patch_size: int | None = None
     drop_path_rate: float | None = None
     options: dict[str, bool | int | float | str] = {}
@@ -71,7 +72,7 @@ class TimmConfig(BaseModel):
         options: dict[str, Any] = {"num_classes": 0} | given
         fixed = timm.models.get_pretrained_cfg(self.architecture)
         if fixed is not None and fixed.fixed_input_size:  # others take images of any size
-            options["img_size"] = self.image_size
+            options["img_size"] = height_width(self.image_size)
         try:
             model = timm.create_model(self.architecture, **options)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -85,7 +86,7 @@ class TimmConfig(BaseModel):
         return plain or model
 
 
-def _plain_vit(model: nn.Module, image_size: int, drop_path: float) -> ViT | None:
+def _plain_vit(model: nn.Module, image_size: Size, drop_path: float) -> ViT | None:
     """Our ViT in the size of timm's, if that is the plain one (no registers, layer scale, other norms, positions)."""
     from timm.models.vision_transformer import VisionTransformer
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from workloads.data.views import Size
 from workloads.models.timm_import import timm
 
 
@@ -26,7 +27,7 @@ class ResNetCifarConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int = Field(default=32, ge=1)
+    image_size: Size = 32
     depth: int = Field(default=20, ge=8)  # 6n + 2: 20, 32, 44, 56, 110 in table 6
 
     @field_validator("depth")

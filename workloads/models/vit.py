@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from workloads.data.views import Size, height_width
+
 
 class ViTConfig(BaseModel):
     """A free size: `{name: vit, image_size: 32, patch_size: 8, dim: 96, depth: 3, heads: 4}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int = Field(default=224, ge=1)
+    image_size: Size = 224
     patch_size: int = Field(default=16, ge=1)
     dim: int = Field(default=768, ge=1)
     depth: int = Field(default=12, ge=1)
@@ -34,10 +36,12 @@ class ViTConfig(BaseModel):
 
     @model_validator(mode="after")
     def _divisible(self) -> ViTConfig:
-        if self.image_size % self.patch_size:
+        size, p = height_width(self.image_size), self.patch_size
+        if any(side % p for side in size):
+            fits = [max(1, side // p) * p for side in size]
             raise ValueError(
-                f"got image_size={self.image_size} for patch_size={self.patch_size}, expected a multiple; "
-                f"use {max(1, self.image_size // self.patch_size) * self.patch_size}"
+                f"got image_size={self.image_size} for patch_size={p}, expected a multiple; "
+                f"use {fits[0] if isinstance(self.image_size, int) else fits}"
             )
         if self.dim % (4 * self.heads):
             raise ValueError(
@@ -47,8 +51,22 @@ class ViTConfig(BaseModel):
         return self
 
     @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = height_width(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def grid(self) -> int:
-        return self.image_size // self.patch_size
+        """Patches in a row of a square image.
+
+        Raises:
+            ValueError: it is not square.
+        """
+        rows, columns = self.grid_shape
+        if rows != columns:
+            raise ValueError(f"got image_size={list(height_width(self.image_size))}, expected a square of patches")
+        return rows
 
     def build(self) -> ViT:
         return ViT(self)
@@ -81,22 +99,23 @@ class ViTHuge(ViTConfig):
     heads: int = 16
 
 
-def sincos_2d(dim: int, grid: int) -> Tensor:
-    """Fixed position table of MAE, [1 + grid * grid, dim]; row 0 (CLS) is zero.
+def sincos_2d(dim: int, grid: int | tuple[int, int]) -> Tensor:
+    """Fixed position table of MAE for patches in rows and columns, [1 + rows * columns, dim]; row 0 (CLS) is zero.
 
     The first half of the channels encodes the column x, the second the row y; each half is
     [sin(pos w_k)..., cos(pos w_k)...] with w_k = 10000^(-k / (d/2)), d the half's width.
     """
-    return _sincos_2d(dim, grid).to(torch.get_default_device(), copy=True)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    return _sincos_2d(dim, rows, columns).to(torch.get_default_device(), copy=True)
 
 
 @lru_cache(maxsize=16)
-def _sincos_2d(dim: int, grid: int) -> Tensor:
+def _sincos_2d(dim: int, rows: int, columns: int) -> Tensor:
     """Computed once: it was a quarter of what the check of a job costs, which builds networks on the meta device."""
     half = dim // 2
     with torch.device("cpu"):
         omega = 10000.0 ** -(torch.arange(half // 2, dtype=torch.float64) / (half / 2))
-        y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         angles = [axis.flatten().double()[:, None] * omega for axis in (x, y)]  # 2 x [L, half/2]
         table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # [L, D]
         return torch.cat([torch.zeros(1, dim), table.float()])
@@ -188,7 +207,7 @@ class ViT(nn.Module):
         self.num_features = dim = config.dim
         self.patch_embed = PatchEmbed(config.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid)[None])  # [1, 1 + L, D]
+        self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid_shape)[None])  # [1, 1 + L, D]
         rates = torch.linspace(0, drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_ratio, rate) for rate in rates)
         self.norm = nn.Identity() if fc_norm else nn.LayerNorm(dim, eps=1e-6)
@@ -206,12 +225,12 @@ class ViT(nn.Module):
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Of the patches of such images, [1, L, D]."""
-        size, p = self.config.image_size, self.config.patch_size
-        if height == width == size:
+        if (height, width) == height_width(self.config.image_size):
             return self.pos_embed[:, 1:]
+        p = self.config.patch_size
         if height % p or width % p:
             raise ValueError(f"got images of {height} x {width} pixels for patches of {p}, expected multiples of it")
-        return resize_positions(self.pos_embed, (height // p, width // p))[:, 1:]
+        return resize_positions(self.pos_embed, self.config.grid_shape, (height // p, width // p))[:, 1:]
 
     def layers(self, tokens: Tensor) -> Iterator[Tensor]:
         """Any subset of embedded patch tokens [B, S, D] -> CLS and tokens after each block, [B, 1 + S, D].
@@ -285,13 +304,11 @@ def plain_vit(encoder: nn.Module, why: str) -> ViT:
     return encoder
 
 
-def resize_positions(table: Tensor, grid: int | tuple[int, int]) -> Tensor:
-    """Bicubic resize of a position table [1, 1 + g * g, D] to another grid, (rows, columns); CLS stays."""
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    cls, patches = table[:, :1], table[:, 1:]
-    old = round(patches.shape[1] ** 0.5)
-    if old == rows == columns:
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a position table [1, 1 + rows * columns, D] to other (rows, columns); CLS stays."""
+    if old == new:
         return table
-    patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", align_corners=False)
+    cls, patches = table[:, :1], table[:, 1:]
+    patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from workloads.data.views import Size
 from workloads.models.resnet_cifar import StagedCNN, conv3x3, expect_depth, three_stages
 from workloads.models.timm_import import timm
 
@@ -27,7 +28,7 @@ class WideResNetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int = Field(default=32, ge=1)
+    image_size: Size = 32
     depth: int = Field(default=28, ge=10)  # 6n + 4; WRN-28-10 is the paper's best
     widen_factor: int = Field(default=10, ge=1)
 

@@ -28,12 +28,12 @@ def cls_attention(vit: ViT, images: Tensor) -> Tensor:
     return scores.softmax(dim=-1)[:, :, 0, 1:]
 
 
-def attention_pictures(attention: Tensor, size: int) -> Tensor:
-    """Mean over heads of [B, heads, L] of square images, as brightness in [0, 1], [B, 3, size, size].
+def attention_pictures(attention: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean over heads of [B, heads, L] as brightness in [0, 1], [B, 3, H, W] of that size.
 
     The brightest patch of an image is white.
     """
     mean = attention.mean(dim=1)
-    side = round(mean.shape[1] ** 0.5)
-    bright = (mean / mean.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
-    return F.interpolate(bright, size=(size, size), mode="nearest").expand(-1, 3, -1, -1)
+    columns = round((mean.shape[1] * size[1] / size[0]) ** 0.5)
+    bright = (mean / mean.amax(dim=1, keepdim=True)).view(len(mean), 1, -1, columns)
+    return F.interpolate(bright, size=size, mode="nearest").expand(-1, 3, -1, -1)

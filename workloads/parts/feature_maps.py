@@ -16,7 +16,7 @@ def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """[B, 3, H, W] -> the last maps [B, C, h, w], and what the encoder makes of them, [B, num_features].
 
     Args:
-        encoder: a network of convolutions, or a transformer whose patches form a square.
+        encoder: a network of convolutions, or a transformer of patches.
         images: normalised.
     """
     model: Any = encoder
@@ -24,7 +24,9 @@ def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     pooled: Tensor = model.forward_head(x, pre_logits=True)
     if x.ndim == 3:  # tokens
         patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
-        return patches.unflatten(2, (math.isqrt(patches.shape[2]),) * 2), pooled
+        H, W = images.shape[-2:]
+        columns = math.isqrt(patches.shape[2] * W // H)
+        return patches.unflatten(2, (-1, columns)), pooled
     return (x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x), pooled
 
 

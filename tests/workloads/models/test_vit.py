@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from workloads import catalog
 from workloads.models.encoders import build_encoder, exported, layer_ids, model_config, timm_folder_config
 from workloads.models.timm_import import _nms, timm
-from workloads.models.vit import ViT, ViTConfig, resize_positions
+from workloads.models.vit import ViT, ViTConfig, resize_positions, sincos_2d
 from workloads.spec import Named
 
 SMALL = ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=4)
@@ -27,6 +28,21 @@ def test_same_weights_in_timm_give_the_same_features(num_classes: int) -> None:
     images = torch.randn(2, 3, 16, 16)
     assert torch.allclose(ours(images), theirs(images), atol=1e-5)
     assert torch.allclose(ours.forward_features(images), theirs.forward_features(images), atol=1e-5)
+
+
+def test_images_that_are_not_square_have_the_same_features_in_timm() -> None:
+    torch.manual_seed(0)
+    ours = ViTConfig(image_size=(16, 8), patch_size=4, dim=32, depth=2, heads=2).build().eval()
+    assert ours.pos_embed.shape == (1, 1 + 8, 32)
+    assert torch.equal(sincos_2d(32, (4, 2))[1:].view(4, 2, 32), sincos_2d(32, 4)[1:].view(4, 4, 32)[:, :2])
+    args = json.loads(json.dumps(timm_folder_config(ours)))["model_args"]
+    theirs = timm.create_model(ours.architecture, num_classes=0, **args).eval()
+    theirs.load_state_dict(ours.state_dict())
+    for size in [(16, 8), (8, 4)]:
+        images = torch.randn(2, 3, *size)
+        assert ours(images).shape == (2, 32)
+    images = torch.randn(2, 3, 16, 8)
+    assert torch.allclose(ours(images), theirs(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +100,17 @@ def test_layer_ids_of_a_timm_network_grow_with_depth() -> None:
 
 def test_resized_positions_keep_cls_and_are_the_identity_on_the_same_grid() -> None:
     table = torch.randn(1, 17, 8)
-    assert resize_positions(table, 4) is table
-    bigger = resize_positions(table, 6)
+    assert resize_positions(table, (4, 4), (4, 4)) is table
+    bigger = resize_positions(table, (4, 4), (6, 6))
     assert bigger.shape == (1, 37, 8)
     assert torch.equal(bigger[:, 0], table[:, 0])
     constant = torch.cat([torch.zeros(1, 1, 8), torch.full((1, 16, 8), 3.0)], dim=1)
-    assert torch.allclose(resize_positions(constant, 7)[:, 1:], torch.tensor(3.0))
+    assert torch.allclose(resize_positions(constant, (4, 4), (7, 7))[:, 1:], torch.tensor(3.0))
 
 
 def test_positions_resize_to_grids_that_are_not_square() -> None:
-    table = torch.randn(1, 17, 8)
-    assert torch.equal(resize_positions(table, (6, 6)), resize_positions(table, 6))
     rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(1, 16, 1)
-    wide = resize_positions(torch.cat([torch.zeros(1, 1, 1), rows], dim=1), (2, 8))[0, 1:, 0].view(2, 8)
+    wide = resize_positions(torch.cat([torch.zeros(1, 1, 1), rows], dim=1), (4, 4), (2, 8))[0, 1:, 0].view(2, 8)
     assert torch.allclose(wide, wide[:, :1].expand(2, 8), atol=1e-6), "all columns of a row are alike"
     assert wide[0, 0] < 1.5 < wide[1, 0]
 
@@ -107,7 +121,7 @@ def test_images_of_the_own_size_are_embedded_as_ever_and_others_with_resized_pos
     assert torch.equal(vit.embed(images), vit.patch_embed(images) + vit.pos_embed[:, 1:])
     for height, width in [(8, 8), (24, 24), (16, 8)]:
         other = torch.randn(2, 3, height, width)
-        positions = resize_positions(vit.pos_embed, (height // 4, width // 4))[:, 1:]
+        positions = resize_positions(vit.pos_embed, (4, 4), (height // 4, width // 4))[:, 1:]
         assert torch.equal(vit.embed(other), vit.patch_embed(other) + positions)
         assert vit(other).shape == (2, 32)
     vit(torch.randn(2, 3, 8, 8)).sum().backward()

@@ -26,10 +26,11 @@ def test_the_shares_weigh_the_values_that_cls_takes_up() -> None:
 def test_pictures_are_bright_where_cls_looks() -> None:
     attention = torch.zeros(1, 2, 4)
     attention[0, 0, 1], attention[0, 1, 2] = 0.4, 0.2
-    drawn = attention_pictures(attention, 4)
+    drawn = attention_pictures(attention, (4, 4))
     assert drawn.shape == (1, 3, 4, 4)
     assert drawn[0, 0].tolist() == [[0, 0, 1, 1]] * 2 + [[0.5, 0.5, 0, 0]] * 2
     assert torch.equal(drawn[0, 0], drawn[0, 2])
+    assert attention_pictures(attention, (8, 2))[0, 0, :, 0].tolist() == [0, 0, 1, 1, 0.5, 0.5, 0, 0]
 
 
 def test_attention_for_noise_hides_what_cls_looks_at_most() -> None:

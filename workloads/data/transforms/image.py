@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from workloads.data.keys import uniform
 from workloads.data.transforms import erasing, photometry, randaugment
-from workloads.data.views import View
+from workloads.data.views import View, height_width
 
 MAX_BATCHED_SIZE = 40  # 32 px: 10 us an image by batch, 18 one by one
 # What F.interpolate(antialias=True) calls, with a place to write to.
@@ -72,7 +72,7 @@ def execute(
         salt: makes two views of one sample independent.
 
     Returns:
-        uint8 [B, 3, size, size] and the geometry.
+        uint8 [B, 3, H, W] of the size of the view, and the geometry.
     """
     if keys is None:
         assert not view.draws, "a view that draws needs keys"
@@ -87,7 +87,7 @@ def draw(view: View, size: Tensor, keys: Tensor, salt: str = "") -> Geometry:
 
     The crop is torchvision's RandomResizedCrop: a share of the area, uniform, and an aspect ratio, uniform in the
     logarithm; drawn again up to 10 times until it fits, else the largest centred crop within the ratios. A view of
-    scale (1, 1) takes the centred square of the short side: the short side resized, the middle cut out.
+    scale (1, 1) takes the largest centred part of its shape; of a square view that is as wide as the short side.
 
     Args:
         view: what to draw for.
@@ -99,8 +99,10 @@ def draw(view: View, size: Tensor, keys: Tensor, salt: str = "") -> Geometry:
     if view.crops:
         crop = _resized_crop(view, size, u[:, 4:], u[:, :2])
     else:
-        side = size.min(dim=1, keepdim=True).values
-        crop = torch.cat([(size - side) // 2, side, side], dim=1)
+        height, width = height_width(view.size)
+        W, H = size.unbind(1)
+        extent = torch.stack([W.minimum(H * width // height), H.minimum(W * height // width)], dim=1).clamp(min=1)
+        crop = torch.cat([(size - extent) // 2, extent], dim=1)
     return Geometry(size, crop, u[:, 2] < view.flip, (2 * u[:, 3] - 1) * view.rotate_deg)
 
 
@@ -126,17 +128,17 @@ def _resized_crop(view: View, size: Tensor, shape_draws: Tensor, place_draws: Te
 
 
 def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) -> Tensor:
-    """Cuts, resizes, flips and rotates -> uint8 [B, 3, size, size].
+    """Cuts, resizes, flips and rotates -> uint8 [B, 3, H, W].
 
     Crops are resized one by one with antialiasing; those that are enlarged bilinearly to a small size, where the calls
     would cost more than the pixels, go through one sampling for all images of a shape: the same resize, up to rounding.
     Rotation fills with black, as torchvision does.
     """
-    S = view.size
-    batched = view.interpolation == "bilinear" and S <= MAX_BATCHED_SIZE
+    H, W = height_width(view.size)
+    batched = view.interpolation == "bilinear" and max(H, W) <= MAX_BATCHED_SIZE
     # One by one, the resize writes channels last, directly and twice as fast as into another layout.
     layout = torch.contiguous_format if batched else torch.channels_last
-    pixels = torch.empty(len(images), 3, S, S, dtype=torch.uint8, memory_format=layout)
+    pixels = torch.empty(len(images), 3, H, W, dtype=torch.uint8, memory_format=layout)
     resize = _RESIZE[view.interpolation].out
     whole: list[int] = []  # nothing to resize
     enlarged: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -148,23 +150,23 @@ def render(view: View, images: Sequence[NDArray[np.uint8]], geometry: Geometry) 
         return cut_out[:, ::-1] if flips[i] else cut_out  # costs nothing: it is copied anyway
 
     for i, (_, _, w, h) in enumerate(crops):
-        if w == h == S and not (batched and view.crops):
+        if (h, w) == (H, W) and not (batched and view.crops):
             whole.append(i)
-        elif w <= S and h <= S and batched:
+        elif w <= W and h <= H and batched:
             enlarged[images[i].shape].append(i)
         else:
             # In a channels-last layout torch has a vectorised uint8 kernel; a contiguous copy of the cut keeps it.
             source = _channels_first(np.ascontiguousarray(cut(i))[None])
-            resize(source, [S, S], False, None, None, out=pixels[i : i + 1])
+            resize(source, [H, W], False, None, None, out=pixels[i : i + 1])
     if whole:
         pixels[torch.tensor(whole)] = _channels_first(np.stack([cut(i) for i in whole]))
     for group in enlarged.values():
         stacked = np.stack([images[i] for i in group])
         if len(group) == len(images):  # saves to put them in their places
-            pixels = _enlarge(stacked, geometry.crop, geometry.flip, S)
+            pixels = _enlarge(stacked, geometry.crop, geometry.flip, (H, W))
         else:
             places = torch.tensor(group)
-            pixels[places] = _enlarge(stacked, geometry.crop[places], geometry.flip[places], S)
+            pixels[places] = _enlarge(stacked, geometry.crop[places], geometry.flip[places], (H, W))
     if view.rotate_deg:
         pixels = _rotate(pixels, geometry.rotate_deg)
     return pixels
@@ -174,16 +176,16 @@ def _channels_first(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _enlarge(images: NDArray[np.uint8], crop: Tensor, flip: Tensor, S: int) -> Tensor:
-    """Bilinear resize of one crop an image: uint8 [b, H, W, 3], int64 [b, 4], bool [b] -> uint8 [b, 3, S, S]."""
+def _enlarge(images: NDArray[np.uint8], crop: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of one crop an image: uint8 [b, H, W, 3], int64 [b, 4], bool [b] -> uint8 [b, 3, *size]."""
     _, H, W, _ = images.shape
-    centre = (torch.arange(S) + 0.5) / S
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in size)
     x, y, w, h = crop.float()[:, :, None].unbind(1)  # each [b, 1]
-    grid = torch.empty(len(images), S, S, 2)  # filled in place: `stack` of expanded views costs twice the sampling
+    grid = torch.empty(len(images), *size, 2)  # filled in place: `stack` of expanded views costs twice the sampling
     # Sampling stops at the centres of the outer pixels of the crop, as if there were nothing beyond.
-    across = x + (w * centre).clamp(min=0.5).minimum(w - 0.5)
+    across = x + (w * columns).clamp(min=0.5).minimum(w - 0.5)
     grid[..., 0] = (2 * torch.where(flip[:, None], across.flip(1), across) / W - 1)[:, None, :]
-    grid[..., 1] = (2 * (y + (h * centre).clamp(min=0.5).minimum(h - 0.5)) / H - 1)[:, :, None]
+    grid[..., 1] = (2 * (y + (h * rows).clamp(min=0.5).minimum(h - 0.5)) / H - 1)[:, :, None]
     sampled = F.grid_sample(_channels_first(images).float(), grid, padding_mode="border", align_corners=False)
     return sampled.add_(0.5).to(torch.uint8)
 

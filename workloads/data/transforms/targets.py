@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workloads.data.records import Annotation, MediaError, boxes, mask
 from workloads.data.transforms.image import Geometry
+from workloads.data.views import Size, height_width
 
 NO_LABEL = -1  # fills the rows of a sample that has fewer boxes than others
 
@@ -54,12 +55,12 @@ class BoxesView(BaseModel):
     min_visible: float = Field(default=0.25, ge=0, le=1)
 
 
-def execute_masks(view: MaskView, data: Sequence[bytes], geometry: Geometry, size: int) -> Tensor:
-    """Looks at encoded masks through an image view's geometry: int64 [B, size, size]; see `render_masks`."""
+def execute_masks(view: MaskView, data: Sequence[bytes], geometry: Geometry, size: Size) -> Tensor:
+    """Looks at encoded masks through an image view's geometry: int64 [B, H, W]; see `render_masks`."""
     return render_masks(view, [mask(member) for member in data], geometry, size)
 
 
-def execute_boxes(view: BoxesView, data: Sequence[bytes], geometry: Geometry, size: int) -> tuple[Tensor, Tensor]:
+def execute_boxes(view: BoxesView, data: Sequence[bytes], geometry: Geometry, size: Size) -> tuple[Tensor, Tensor]:
     """Looks at encoded boxes through an image view's geometry: float32 [B, most, 4], int64 [B, most]."""
     return render_boxes(view, [boxes(member) for member in data], geometry, size)
 
@@ -115,34 +116,36 @@ def _row(geometry: Geometry, i: int) -> Geometry:
     return Geometry(geometry.size[rows], geometry.crop[rows], geometry.flip[rows], geometry.rotate_deg[rows])
 
 
-def render_masks(view: MaskView, masks: Sequence[NDArray[np.int32]], geometry: Geometry, size: int) -> Tensor:
+def render_masks(view: MaskView, masks: Sequence[NDArray[np.int32]], geometry: Geometry, size: Size) -> Tensor:
     """Cuts, resizes (nearest), flips and rotates class masks as the image view did its pixels.
 
     Args:
         view: what to fill with.
         masks: B arrays of integers [H, W], of the sizes of the images.
         geometry: of the image view.
-        size: side of the image view in pixels.
+        size: of the image view.
 
     Returns:
-        int64 [B, size, size].
+        int64 [B, H, W].
 
     Raises:
         MediaError: a mask is not of its image's size.
     """
-    centres = (torch.arange(size).double() + 0.5) / size
-    result = torch.empty(len(masks), size, size, dtype=torch.int64)
+    H, W = height_width(size)
+    down, across = ((torch.arange(n).double() + 0.5) / n for n in (H, W))
+    result = torch.empty(len(masks), H, W, dtype=torch.int64)
     for i, classes in enumerate(masks):
         row = _row(geometry, i)
         _expect_size(classes.shape[1], classes.shape[0], row, "mask")
         if row.rotate_deg[0] == 0:  # columns and rows can be looked up apart
-            points, seen = to_image(row, torch.stack([centres, centres], dim=1)[None])
-            x, y, seen = points[0, None, :, 0], points[0, :, None, 1], torch.tensor(True)
+            places = (torch.stack([each, each], dim=1)[None] for each in (across, down))
+            x, y = (to_image(row, each)[0][0, :, axis] for axis, each in enumerate(places))
+            x, y, seen = x[None], y[:, None], torch.tensor(True)
         else:
-            grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=2)  # [S, S, 2]
+            grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=2)  # [H, W, 2]
             points, seen = to_image(row, grid.reshape(1, -1, 2))
-            x, y = points[0].reshape(size, size, 2).unbind(2)
-            seen = seen.reshape(size, size)
+            x, y = points[0].reshape(H, W, 2).unbind(2)
+            seen = seen.reshape(H, W)
         # A position on the right edge of the crop, after rounding, belongs to the last pixel.
         left, top, w, h = row.crop[0].tolist()
         x, y = x.floor().long().clamp(left, left + w - 1), y.floor().long().clamp(top, top + h - 1)
@@ -151,7 +154,7 @@ def render_masks(view: MaskView, masks: Sequence[NDArray[np.int32]], geometry: G
 
 
 def render_boxes(
-    view: BoxesView, annotations: Sequence[Annotation], geometry: Geometry, size: int
+    view: BoxesView, annotations: Sequence[Annotation], geometry: Geometry, size: Size
 ) -> tuple[Tensor, Tensor]:
     """Moves boxes into an image view, clips them and drops those of which too little is left.
 
@@ -162,7 +165,7 @@ def render_boxes(
         view: how many boxes, and when one is dropped.
         annotations: of B images.
         geometry: of the image view.
-        size: side of the image view in pixels.
+        size: of the image view.
 
     Returns:
         float32 [B, most, 4], x1, y1, x2, y2 in pixels of the view, zeros where there is no box; int64 [B, most] labels,
@@ -171,6 +174,7 @@ def render_boxes(
     Raises:
         MediaError: the boxes were drawn on an image of another size.
     """
+    far = torch.tensor(height_width(size)[::-1])  # the corner at the right below
     placed = torch.zeros(len(annotations), view.most, 4)
     labels = torch.full((len(annotations), view.most), NO_LABEL)
     for i, annotation in enumerate(annotations):
@@ -178,9 +182,9 @@ def render_boxes(
         _expect_size(annotation.width, annotation.height, row, "file of boxes")
         corners = torch.tensor(annotation.boxes, dtype=torch.float64).reshape(-1, 4)
         points = corners[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(1, -1, 2)
-        points = to_view(row, points)[0].reshape(-1, 4, 2) * size  # [N, 4, 2]
+        points = to_view(row, points)[0].reshape(-1, 4, 2) * far  # [N, 4, 2]
         whole = torch.cat([points.amin(dim=1), points.amax(dim=1)], dim=1)
-        clipped = whole.clamp(0, size)
+        clipped = whole.clamp(torch.zeros(4), far.repeat(2))
         extent = clipped[:, 2:] - clipped[:, :2]
         area, whole_area = extent.prod(dim=1), (whole[:, 2:] - whole[:, :2]).prod(dim=1)
         kept = ((extent >= 1).all(dim=1) & (area >= view.min_visible * whole_area)).nonzero()[:, 0]

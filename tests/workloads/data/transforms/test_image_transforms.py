@@ -62,9 +62,44 @@ def test_draws_cover_what_the_view_says():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", [(32, 16), (16, 40), (96, 48)])
+def test_views_of_another_shape_are_the_crop_resized(size, interpolation):
+    image = ramp(60, 90)
+    pixels, geometry = execute(View(size=size, interpolation=interpolation, **CROP), [image] * 8, torch.arange(8))
+    assert pixels.shape == (8, 3, *size)
+    for i, (x, y, w, h) in enumerate(geometry.crop.tolist()):
+        how = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
+        wanted = np.asarray(Image.fromarray(image[y : y + h, x : x + w]).resize(size[::-1], how)).astype(int)
+        assert np.abs(wanted - pixels[i].permute(1, 2, 0).numpy()).max() <= 2
+
+
+def test_without_a_crop_the_largest_centred_part_of_the_shape_is_resized():
+    for (height, width), (top, left, h, w) in {
+        (100, 100): (0, 25, 100, 50),
+        (100, 30): (20, 0, 60, 30),
+        (64, 32): (0, 0, 64, 32),
+    }.items():
+        image = ramp(height, width)
+        pixels, geometry = execute(View(size=(64, 32)), [image])
+        assert geometry.crop.tolist() == [[left, top, w, h]]
+        wanted = np.asarray(Image.fromarray(image[top : top + h, left : left + w]).resize((32, 64), 2)).astype(int)
+        assert np.abs(wanted - pixels[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_sizes():
+    assert View(size=(8, 8)) == View(size=8) and View(size=[8, 4]).size == (8, 4)
+    assert View.model_validate_json(View(size=(8, 4)).model_dump_json()).size == (8, 4)
+    with pytest.raises(ValueError, match="expected a square that turns"):
+        View(size=(8, 4), rotate_deg=5)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        View(size=(8, 0))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [16, 32, 64, (32, 16), (64, 32)])
 def test_a_sample_does_not_depend_on_its_batch(size, interpolation):
-    view = View(size=size, flip=0.5, rotate_deg=15, interpolation=interpolation, **CROP)
+    rotate_deg = 15 if isinstance(size, int) else 0
+    view = View(size=size, flip=0.5, rotate_deg=rotate_deg, interpolation=interpolation, **CROP)
     images = [noise(32, 32) for _ in range(20)] + [noise(40, 70), noise(20, 16), noise(300, 200), noise(32, 32)]
     keys = torch.arange(len(images)) * 7919
     together, geometry = execute(view, images, keys, "v")

@@ -36,8 +36,7 @@ def painted():
     return image, classes, Annotation(boxes=[tuple(map(float, RECTANGLE))], labels=[5])
 
 
-@pytest.mark.parametrize("rotate_deg", [0, 40])
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(("size", "rotate_deg"), [(32, 0), (64, 0), (32, 40), (64, 40), ((64, 40), 0)])
 def test_mask_and_box_match_the_pixels(size, rotate_deg):
     image, classes, annotation = painted()
     view = View(size=size, crop_scale=(0.3, 1), flip=0.5, rotate_deg=rotate_deg)
