@@ -48,6 +48,7 @@ EVALUATIONS = {
     "knn": "workloads.evaluation.knn:KNN",
     "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
     "linear_probe_augmented": "workloads.evaluation.linear_probe_augmented:LinearProbeAugmented",
+    "retrieval": "workloads.evaluation.retrieval:Retrieval",
     "segmentation": "workloads.evaluation.segmentation:Segmentation",
     "separability": "workloads.evaluation.separability:Separability",
     "sweep": "workloads.evaluation.sweep:Sweep",

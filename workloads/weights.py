@@ -17,6 +17,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +37,13 @@ FRESH = (*HEADS, "norm.", "mask_token")  # an encoder of averaged tokens has `fc
 
 @dataclass(frozen=True)
 class Found:
-    """Weights before they meet a model; `mean` and `std` of their pixels, and the height and width of their images, where
-    these are known.
-    """
+    """Weights before they meet a model; `mean` and `std` of their pixels and `size` of their images where known."""
 
     label: str
     tensors: dict[str, Tensor]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    size: tuple[int, int] = (1, 1)  # known or not, most are square
+    size: tuple[int, int] = (1, 1)  # height and width; most are square
 
 
 def load_initial(
@@ -161,8 +160,13 @@ def _from_file(path: Path, shapes_only: bool) -> Found:
     if path.name != "model.safetensors" or not config.is_file():
         return Found(str(path), tensors)
     pretrained = json.loads(config.read_text()).get("pretrained_cfg", {})
+    return Found(str(path), tensors, pretrained.get("mean"), pretrained.get("std"), _image_size(pretrained))
+
+
+def _image_size(pretrained: dict[str, Any]) -> tuple[int, int]:
+    """Height and width by a `pretrained_cfg` of timm."""
     _, height, width = pretrained.get("input_size", (3, 1, 1))
-    return Found(str(path), tensors, pretrained.get("mean"), pretrained.get("std"), (height, width))
+    return height, width
 
 
 def _from_timm(name: str, shapes_only: bool) -> Found:
@@ -177,7 +181,7 @@ def _from_timm(name: str, shapes_only: bool) -> Found:
         except (OSError, httpx.HTTPError) as error:
             raise ArtifactError(_not_downloaded(name, error)) from error
     config = model.pretrained_cfg
-    return Found(f"timm:{name}", model.state_dict(), config["mean"], config["std"], config["input_size"][1:])
+    return Found(f"timm:{name}", model.state_dict(), config["mean"], config["std"], _image_size(config))
 
 
 def _not_downloaded(name: str, error: Exception) -> str:

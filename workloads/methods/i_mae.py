@@ -93,7 +93,7 @@ def partners(keys: Tensor, label: Tensor | None = None, s: float | None = None) 
     return (cost + 2 * torch.eye(len(keys), device=keys.device)).argmin(dim=1)
 
 
-def _sizes(encoder: ViT, decoder: MAEDecoder) -> dict[str, int]:
+def _sizes(encoder: ViT, decoder: MAEDecoder) -> dict[str, object]:
     """What teacher and student must have in common to compare tokens."""
     vit = encoder.config
     return {"image_size": vit.image_size, "patch_size": vit.patch_size, "decoder_dim": decoder.embed.out_features}
