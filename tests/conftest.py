@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from cluster import embedded
 from cluster.embedded import Head
 
+os.environ.setdefault("FAULTS_SEED", str(time.time_ns() % 100_000))  # all processes of a run inherit it
 settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test by the clock
 settings.load_profile("manta")
 

@@ -1,15 +1,12 @@
-"""The seed of all faults, the job that they happen to, and the table at the end."""
+"""The seed of all faults, and the job that they happen to."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from tests.faults.faults import EVERY, SEED, STEPS
-from tests.faults.table import FAULT, Row, table
 from tests.faults.trial import Weights, final_weights
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.record import RunFolder
@@ -17,26 +14,10 @@ from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
-    rows = [
-        value for report in reports if report.when == "call" for name, value in report.user_properties if name == FAULT
-    ]
-    if rows:
-        terminalreporter.section(f"faults, FAULTS_SEED={SEED}")
-        for line in table(rows):
-            terminalreporter.write_line(line)
-
-
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Of this test: the same for the same FAULTS_SEED, whichever tests run beside it."""
     return random.Random(f"{SEED}/{request.node.name}")
-
-
-@pytest.fixture
-def record_row(record_property: Callable[[str, object], None]) -> Callable[[Row], None]:
-    return lambda row: record_property(FAULT, row)
 
 
 @pytest.fixture(scope="session")

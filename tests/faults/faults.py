@@ -17,7 +17,7 @@ from tests.faults.trial import Trial, Weights, final_weights, same, until
 from tests.s3 import S3
 from workloads.run import FAILED
 
-SEED = os.environ.get("FAULTS_SEED") or str(time.time_ns() % 100_000)
+SEED = os.environ["FAULTS_SEED"]  # of the whole run: see tests/conftest.py
 STEPS, EVERY = 150, 10  # of the job: its length, and the steps between two checkpoints
 
 

@@ -1,12 +1,17 @@
 """What came of injected faults: a row for each job, and the table of them at the end of a test run.
 
-A test hands its rows over by pytest's own `record_property(FAULT, row)`, so any test of the suite can.
+A plugin of pytest: any test of the suite hands its rows over by `record_row`. They travel with its report, as plain
+tuples, from whichever process it ran in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import pytest
 
 FAULT = "fault"
 TITLES = ("fault", "injected", "jobs finished", "steps lost", "final weights bit-equal")
@@ -29,6 +34,21 @@ class Row:
     finished: bool
     lost: int
     equal: bool
+
+
+@pytest.fixture
+def record_row(record_property: Callable[[str, object], None]) -> Callable[[Row], None]:
+    return lambda row: record_property(FAULT, astuple(row))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    calls = [report for report in reports if report.when == "call"]
+    rows = [Row(*value) for report in calls for name, value in report.user_properties if name == FAULT]
+    if rows:
+        terminalreporter.section(f"faults, FAULTS_SEED={os.environ['FAULTS_SEED']}")
+        for line in table(rows):
+            terminalreporter.write_line(line)
 
 
 def table(rows: Iterable[Row]) -> list[str]:

@@ -22,7 +22,7 @@ from cluster.embedded import Head
 from service.client import ApiError, Client
 from tests.faults.faults import SEED
 from tests.faults.ray_faults import replica_killed
-from tests.faults.table import FAULT
+from tests.faults.table import Row
 from tests.faults.trial import final_weights
 from tests.toy import TOY_MAE
 from workloads.record import RunFolder
@@ -130,12 +130,12 @@ def test_a_student_learns_from_a_job_and_from_a_registered_model(home: Path, toy
 
 
 def test_a_killed_replica_costs_a_job_nothing(
-    home: Path, toy_job: Callable[..., JobSpec], tmp_path: Path, record_property: Callable[[str, object], None]
+    home: Path, toy_job: Callable[..., JobSpec], tmp_path: Path, record_row: Callable[[Row], None]
 ) -> None:
     spec = toy_job(epochs=None, steps=400, log_steps=1, checkpoint={"every_steps": 50})
     assert run_local(spec, tmp_path / "alone") == SUCCEEDED
     row = replica_killed(head_of(home), spec, random.Random(SEED), final_weights(RunFolder(tmp_path / "alone")))
-    record_property(FAULT, row)
+    record_row(row)
 
 
 def test_everything_comes_back_after_a_restart(
