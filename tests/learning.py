@@ -97,6 +97,14 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> RealImages:
     return RealImages("digits", str(digits / "train-{000000..000001}.tar"), str(digits / "test-000000.tar"))
 
 
+@pytest.fixture
+def photographs(real_images: RealImages) -> RealImages:
+    """CIFAR-10: digits do not show every effect."""
+    if real_images.name != "cifar10":
+        pytest.skip("its effect is one of photographs: set MANTA_TEST_DATA to a folder with cifar10")
+    return real_images
+
+
 def pretrained(spec: JobSpec, home: Path, name: str) -> Path:
     """Trains `spec` as job `name` of `home`: the folder of its artifact, which `job:NAME` names too."""
     run = RunFolder(home / "runs" / name)

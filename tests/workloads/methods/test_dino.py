@@ -236,7 +236,7 @@ def tiny(**config: object) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_centre_and_sharpening_together_prevent_collapse(real_images: RealImages, tmp_path: Path) -> None:
+def test_centre_and_sharpening_together_prevent_collapse(photographs: RealImages, tmp_path: Path) -> None:
     """Figure 7 on 2,000 images of CIFAR-10: entropy of the teacher and divergence after 62 steps, log K = 5.545.
 
     Both 5.04, .267; the centre alone ends in all places alike, 5.54, .006; sharpening alone in one, .07, .066.
@@ -248,7 +248,7 @@ def test_centre_and_sharpening_together_prevent_collapse(real_images: RealImages
         "sharpening alone": {"centre_momentum": 1.0},
     }
     for way, changed in ways.items():
-        spec = real_images.contrast(tiny(local_crops=2, **changed)).model_copy(update={"epochs": 2})
+        spec = photographs.contrast(tiny(local_crops=2, **changed)).model_copy(update={"epochs": 2})
         pretrained(spec, tmp_path, way)
         points[way] = list(RunFolder(tmp_path / "runs" / way).read_metrics())[-1]
     h = {way: point["teacher_entropy"] for way, point in points.items()}

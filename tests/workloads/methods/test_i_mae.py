@@ -262,7 +262,7 @@ def test_semantics_without_labels_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_subordinate_image_is_found_again(real_images: RealImages, tmp_path: Path) -> None:
+def test_the_subordinate_image_is_found_again(photographs: RealImages, tmp_path: Path) -> None:
     """On held-out mixtures with a = 0.3 its hidden patches are half as far as those of the dominant image.
 
     Most of that is won by not taking the dominant image for it: after so few steps what is found of the subordinate
@@ -274,10 +274,10 @@ def test_the_subordinate_image_is_found_again(real_images: RealImages, tmp_path:
         "batch_size": 32,
         "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]},
     }
-    pretrained(real_images.job({"name": "mae", "norm_pix": False} | sizes, epochs=1, **changes), tmp_path, "mae")
-    job = real_images.job({"name": "i_mae", "teacher": "job:mae"} | sizes, epochs=4, **changes)
+    pretrained(photographs.job({"name": "mae", "norm_pix": False} | sizes, epochs=1, **changes), tmp_path, "mae")
+    job = photographs.job({"name": "i_mae", "teacher": "job:mae"} | sizes, epochs=4, **changes)
     method: Any = assemble.restore_method(pretrained(job, tmp_path, "i-mae"), tmp_path)
-    manifest, view = assemble.open_stream(Stream(shards=real_images.test)), View(size=32)
+    manifest, view = assemble.open_stream(Stream(shards=photographs.test)), View(size=32)
     data = Reader(manifest, {"image": view}, batch_size=256).batch(0)
     one, keys = normalise(data["image"], view), data["key"]
     two, mask = one[partners(keys)], method.mask(keys)

@@ -173,7 +173,7 @@ def test_the_memory_that_the_docstring_states() -> None:
 
 
 @pytest.mark.slow
-def test_rows_that_start_as_features_are_found_sooner(real_images: RealImages, tmp_path: Path) -> None:
+def test_rows_that_start_as_features_are_found_sooner(photographs: RealImages, tmp_path: Path) -> None:
     """2,000 images of CIFAR-10: the share of views that find their row, by epoch of training, and kNN after the sixth.
 
     raw: .001, .0015, .0035, .0071, .0091, .0101, kNN .287; random: .0000 to .001 and .0005 at the end, which is a
@@ -182,8 +182,8 @@ def test_rows_that_start_as_features_are_found_sooner(real_images: RealImages, t
     found, scores = {}, {}
     for init, filling in (("raw", 1), ("random", 0)):
         method = {"name": "million_way", "dim": 64, "init": init, "view": {"photometry": JITTER}}
-        spec = real_images.contrast(method).model_copy(update={"epochs": 6 + filling, "log_steps": 31})  # an epoch
-        scores[init] = real_images.knn(encoder_of(pretrained(spec, tmp_path, init)))
+        spec = photographs.contrast(method).model_copy(update={"epochs": 6 + filling, "log_steps": 31})  # an epoch
+        scores[init] = photographs.knn(encoder_of(pretrained(spec, tmp_path, init)))
         found[init] = [*RunFolder(tmp_path / "runs" / init).read_metrics()][-1]["instance_top1"]
     assert found["raw"] > 3 * found["random"], found
-    assert scores["raw"] > real_images.knn(untrained(spec)), scores
+    assert scores["raw"] > photographs.knn(untrained(spec)), scores
