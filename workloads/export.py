@@ -18,7 +18,7 @@ from workloads.record import RunFolder
 from workloads.sheet import contact_sheet
 from workloads.spec import JobSpec
 
-DRAWN = 8  # images on the sheet of pictures
+LOOKED_AT = 256  # images that the sheet of pictures may choose from
 
 
 def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.Card:
@@ -43,18 +43,18 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
         "datasets": {n: {"samples": len(m), "content_hash": m.content_hash} for n, m in manifests.items()},
     }
     method.eval()
-    if cls.pictures is Method.pictures:
-        return artifact.write(run.artifact, method.export(), card, None)
-    return artifact.write(run.artifact, method.export(), card, method, _pictures(run, method, first, view))
+    draws = cls.pictures is not Method.pictures
+    sheet = _sheet(run, method, first, view) if draws or cls.sheet is not Method.sheet else None
+    return artifact.write(run.artifact, method.export(), card, method if draws else None, sheet)
 
 
-def _pictures(run: RunFolder, method: Method, manifest: Manifest, view: View) -> bytes | None:
+def _sheet(run: RunFolder, method: Method, manifest: Manifest, view: View) -> bytes | None:
     """What the method draws of a few random images, cropped in the middle; an error is an event, not worth the run."""
     plain = View(size=view.size, mean=view.mean, std=view.std)
     try:
-        batch = Reader(manifest, {"image": plain}, batch_size=min(DRAWN, len(manifest))).batch(0)
+        batch = Reader(manifest, {"image": plain}, batch_size=min(LOOKED_AT, len(manifest))).batch(0)
         with torch.inference_mode():
-            drawn = method.pictures({"image": normalise(batch["image"], plain), "key": batch["key"]})
+            drawn = method.sheet({"image": normalise(batch["image"], plain), "key": batch["key"]})
         return contact_sheet(pngs(drawn, plain))
     except Exception as error:
         run.event("pictures_failed", f"{type(error).__name__}: {error}")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from workloads import artifact
-from workloads.export import DRAWN, export
+from workloads.export import export
+from workloads.methods.base import DRAWN
 from workloads.methods.mae import MAE
 from workloads.record import RunFolder
 from workloads.sheet import GAP, PIXELS

@@ -35,6 +35,9 @@ label: int64 [B], -1 where there is none.
 """
 
 
+DRAWN = 8  # images in a row of the picture that is kept
+
+
 class MethodConfig(BaseModel):
     """Beside its user, frozen; a typo in a job is an error, not a default."""
 
@@ -151,6 +154,10 @@ class Method(nn.Module):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Optional: reconstructions, masks, attention, each [B, 3, H, W] in the range of the normalised input."""
         return {}
+
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        """Optional: rows of the picture that the artifact keeps, out of some hundred images; each [n, 3, H, W]."""
+        return self.pictures({name: batch[name][:DRAWN] for name in ("image", "key")})
 
     def export(self) -> nn.Module:
         """What is evaluated, registered and served."""

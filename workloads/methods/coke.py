@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import Size, View
-from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.methods.base import DRAWN, Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.gather import Waiting
@@ -45,6 +45,9 @@ from workloads.parts.online_kmeans import OnlineKMeans
 
 STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "jitter_p": 0.8, "gray_p": 0.2}
 WEAK = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
+
+
+SHOWN = 6  # clusters on the sheet
 
 
 class Augmentation(RandomResizedCrop):
@@ -193,6 +196,16 @@ class CoKe(Method):
     def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
         for k in self.clusterings:
             k.turn(self._averaged(progress))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def sheet(self, batch: Batch) -> dict[str, Tensor]:
+        """The images that are nearest to the centres of the first clustering which own the most of them, best first."""
+        first: Any = self.clusterings[0]
+        similarity = unit(self.project(batch["image"])) @ first.C.T  # [B, K]
+        owned = similarity.argmax(dim=1).bincount(minlength=similarity.shape[1])
+        largest = owned.topk(min(SHOWN, len(owned))).indices.tolist()
+        n = min(DRAWN, len(similarity))
+        return {f"cluster_{c}": batch["image"][similarity[:, c].topk(n).indices] for c in largest}
 
     def export(self) -> nn.Module:
         return self.encoder

@@ -180,6 +180,21 @@ def test_gradients_reach_the_network_and_not_the_clusters() -> None:
     assert not grouped & {id(b) for b in method.buffers()}
 
 
+def test_the_sheet_shows_whom_the_largest_clusters_own() -> None:
+    method = filled().eval()
+    images = random_images(20)
+    rows = method.sheet(images)
+    similarity = F.normalize(method.project(images["image"]), dim=1) @ method.clusterings[0].C.T
+    owned = similarity.argmax(dim=1).bincount(minlength=3)
+    numbers = [int(name.removeprefix("cluster_")) for name in rows]
+    assert [int(owned[c]) for c in numbers] == sorted(owned.tolist(), reverse=True)
+    for c, row in zip(numbers, rows.values(), strict=True):
+        assert row.shape == (8, 3, 16, 16)
+        nearest = similarity[:, c].sort(descending=True).indices[:8]
+        assert torch.equal(row, images["image"][nearest])
+    assert next(iter(method.sheet(random_images(3)).values())).shape == (3, 3, 16, 16)
+
+
 def test_biases_before_batch_norm_mean_nothing_and_are_not_trained() -> None:
     method, data = filled(**SINGLE), batch()
     frozen = [name for name, p in method.named_parameters() if not p.requires_grad]
