@@ -95,7 +95,7 @@ def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reade
 
 def data_info(spec: JobSpec, manifest: Manifest) -> DataInfo:
     size = height_width(image_size(spec))
-    return DataInfo(num_instances=len(manifest), num_classes=manifest.num_classes, shape=(3, *size))
+    return DataInfo(len(manifest), manifest.num_classes, shape=(3, *size), indexed=manifest.indexed)
 
 
 def build_method(spec: JobSpec, info: DataInfo, home: Path) -> Method:

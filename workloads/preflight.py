@@ -149,7 +149,9 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
     from workloads.models.encoders import build_encoder
 
     size = height_width(assemble.image_size(spec))
-    info = DataInfo(num_instances=spec.batch_size, num_classes=2, shape=(3, *size))  # the data itself is not read yet
+    cls, _ = assemble.method_of(spec)
+    indexed = not spec.data[cls.streams[0]].piped
+    info = DataInfo(spec.batch_size, num_classes=2, shape=(3, *size), indexed=indexed)  # the data is not read yet
     try:
         with torch.device("meta"):
             assemble.build_method(spec.model_copy(update={"init": None}), info, home)

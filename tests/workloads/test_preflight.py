@@ -44,6 +44,18 @@ def test_refusals(
     assert message in problems[0].message
 
 
+@pytest.mark.parametrize("method", ["look", "coke", "million_way"])
+def test_methods_that_know_images_again_refuse_a_pipe(
+    toy_job: Callable[..., JobSpec], tmp_path: Path, method: str
+) -> None:
+    spec = toy_job(
+        data={"train": {"shards": "pipe:cat x.tar", "epoch_samples": 24, "num_classes": 4}}, method={"name": method}
+    )
+    problems = check(spec, tmp_path)
+    assert [problem.loc for problem in problems] == [["method"]]
+    assert problems[0].message.startswith("got `pipe:`") and problems[0].message.endswith("write shards")
+
+
 def test_a_good_job_has_no_problem(toy_job: Callable[..., JobSpec], toy_shards: dict[str, str], tmp_path: Path) -> None:
     data = {"train": {"shards": toy_shards["train"]}, "test": {"shards": toy_shards["test"]}}
     assert check(toy_job(evaluate=[{"name": "knn", "data": data}]), tmp_path) == []

@@ -51,6 +51,19 @@ class DataInfo:
     num_instances: int
     num_classes: int
     shape: tuple[int, ...]  # of one view: (C, H, W)
+    indexed: bool = True  # whether `index` names the same sample in each epoch; that of `pipe:` does not
+
+    def expect_index(self) -> None:
+        """Refuses data of which a method cannot know a sample again.
+
+        Raises:
+            ValueError: samples come by `pipe:`.
+        """
+        if not self.indexed:
+            raise ValueError(
+                "got `pipe:`, which numbers samples as they come, expected files, whose samples are known again in the "
+                "next epoch; write shards"
+            )
 
     @property
     def side(self) -> int:

@@ -91,6 +91,7 @@ class CoIns(Method):
             self.key = copy_of(self.query)
             self.queue = Queue(config.queue, config.dim)
         else:
+            inputs.data.expect_index()
             self.instances = Instances(inputs.data.num_instances, config.dim)
         self.register_buffer("coarse", torch.tensor(coarse))
         self.V = nn.Parameter(torch.empty(config.dim, max(coarse) + 1))  # last: before it, all is drawn as in MoCo v2

@@ -20,7 +20,7 @@ label and its share of that loss is 0, where in the code it counts for cluster 1
 nor has the last norm of a ViT, nor the projection with beta 1, since BatchNorm takes it out again; labels are given in
 float32 after the step. In its second stage a label can take two slots of an image, here it takes one.
 
-Labels belong to rows of the manifest, so the data must be indexed shards. BatchNorm and the duals go by the batch of
+Labels belong to rows of the manifest, so `pipe:` is refused. BatchNorm and the duals go by the batch of
 all ranks: leave `micro_batch_size` unset.
 """
 
@@ -101,6 +101,7 @@ class CoKe(Method):
 
     def __init__(self, config: CoKeConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
+        inputs.data.expect_index()
         encoder: Any = inputs.encoder
         if config.small and _of_one_size(encoder) and config.small_size != inputs.data.side:
             raise ValueError(

@@ -64,6 +64,7 @@ class LOOK(Method):
     def __init__(self, config: LOOKConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         inputs.data.expect_labels()
+        inputs.data.expect_index()
         encoder: Any = inputs.encoder
         width = encoder.num_features
         self.query = Tower(encoder, mlp(*[width] * config.layers, config.dim))

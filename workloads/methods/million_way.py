@@ -14,8 +14,7 @@ step turns a row by.
 With `init: raw` the first epoch only fills rows: forward without gradients, BatchNorm by the batch, nothing trained;
 so a job has one epoch more than the paper says, and the cosine of its rate is one epoch in when training starts. Rows
 are features of views as changed as those of training, since the views of a job are the same in all epochs. Images that
-this epoch leaves out (the rest of N / batch) keep their random rows. Shards must be indexed: a `pipe:` numbers samples
-as they come, so that a number is not an image.
+this epoch leaves out (the rest of N / batch) keep their random rows. A `pipe:` is refused: its numbers are no images.
 
 Memory of a rank: n = N / ranks rows of 128 floats, 1,536 n bytes with gradient and momentum of SGD (AdamW: 2,048 n),
 1,024 n more within a step, and 3 GiB for logits at most.
@@ -56,6 +55,7 @@ class MillionWay(Method):
 
     def __init__(self, config: MillionWayConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
+        inputs.data.expect_index()
         encoder: Any = inputs.encoder
         width = encoder.num_features
         self.encoder = encoder
