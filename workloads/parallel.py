@@ -64,9 +64,9 @@ class Spread:
                 block.forward = torch.compile(block.forward)
             if engine.activation_checkpointing:  # around what is compiled: dynamo passes over a block with it inside
                 _recompute(block)
-        self._model = self._wrapped(blocks)
+        self._model = self._wrapped(blocks, engine)
 
-    def _wrapped(self, blocks: list[nn.Module]) -> nn.Module:
+    def _wrapped(self, blocks: list[nn.Module], engine: Engine) -> nn.Module:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
@@ -80,7 +80,11 @@ class Spread:
 
         device = self._ranks.device
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.method, list(self._apart))
-        return DistributedDataParallel(self.method, device_ids=[device] if device.type == "cuda" else None)
+        return DistributedDataParallel(
+            self.method,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=not engine.sync_batchnorm,  # else they are equal, and queues are tens of MB a step
+        )
 
     def __call__(self, *args: Any) -> Any:
         return self._model(*args)
