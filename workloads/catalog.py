@@ -33,6 +33,10 @@ METHODS = {
     "simclr": "workloads.methods.simclr:SimCLR",
 }
 MODELS = {
+    "genet": "workloads.models.genet:GENetConfig",
+    "genet_light": "workloads.models.genet:GENetLight",
+    "genet_normal": "workloads.models.genet:GENetNormal",
+    "genet_large": "workloads.models.genet:GENetLarge",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from workloads.data.views import Size
+from workloads.models.pooled_cnn import PooledCNN
 from workloads.models.timm_import import timm
 
 
@@ -66,17 +67,8 @@ class Block(nn.Module):
         return F.relu(residual + shortcut)
 
 
-class StagedCNN(nn.Module):
-    """A stem, stages `layer1` to `layer3` of residual blocks, the mean over all places, and the classifier `fc`.
-
-    What timm's ResNets offer beside that is offered here by the same names, so whoever uses those can use these.
-
-    Attributes:
-        num_features: width of the last stage.
-        num_classes: 0: an encoder, which returns the mean.
-        default_cfg: the name of the architecture in timm.
-        manta_args: arguments with which timm builds the same network.
-    """
+class StagedCNN(PooledCNN):
+    """A stem, and stages `layer1` to `layer3` of residual blocks."""
 
     def __init__(
         self,
@@ -88,20 +80,10 @@ class StagedCNN(nn.Module):
         architecture: str,
         args: dict[str, Any],
     ) -> None:
-        super().__init__()
-        self.default_cfg, self.manta_args = {"architecture": architecture}, args
-        self.num_features = num_features
+        super().__init__(num_features, architecture=architecture, args=args)
         self.stem = stem
         self.layer1, self.layer2, self.layer3 = stages
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # He et al. 2015, by the number of outputs
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.reset_classifier(num_classes)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh classifier of so many classes; 0 takes it away."""
-        self.num_classes = num_classes
-        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.finish(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, blocks or stages, the rest."""
@@ -110,14 +92,6 @@ class StagedCNN(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 4, W / 4]."""
         return self.layer3(self.layer2(self.layer1(self.stem(images))))
-
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = maps.mean(dim=(2, 3))
-        return pooled if pre_logits else self.fc(pooled)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> features [B, num_features], or logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(images))
 
 
 def three_stages(block: Callable[[int, int, int], nn.Module], n: int, widths: Sequence[int]) -> list[nn.Sequential]:
