@@ -44,6 +44,7 @@ MODELS = {
     "vit_base": "workloads.models.vit:ViTBase",
     "vit_large": "workloads.models.vit:ViTLarge",
     "vit_huge": "workloads.models.vit:ViTHuge",
+    "zennet": "workloads.models.zennet:ZenNetConfig",
     "wide_resnet": "workloads.models.wide_resnet:WideResNetConfig",
 }
 EVALUATIONS = {

@@ -1,0 +1,210 @@
+"""Structure strings of Zen-NAS (Lin et al. 2021, arXiv 2102.01063): a network of convolutions as one line of text.
+
+A string is a chain of parts, `Type(in,out,stride,layers)` of stem and tail and `Type(in,out,stride,bottleneck,layers)`
+of the body, without anything between them:
+
+    SuperConvK{1,3,5,7}BNRELU   convolutions
+    SuperResK{3,5,7}K{same}     a layer is two full convolutions, in -> bottleneck -> out
+    SuperResK1K{3,5,7}K1        a layer is two bottlenecks of 1 x 1, k x k and 1 x 1
+    SuperResIDWE{1,2,4,6}K{3,5,7}
+                                a layer is two inverted bottlenecks, whose k x k convolution is by channel and wider by
+                                E: in -> bottleneck, bottleneck -> out
+
+What a part is made of, and what it counts, is here; `models.zennet` builds it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+KERNELS, EXPANSIONS = (3, 5, 7), (1, 2, 4, 6)
+BODY = [
+    *(f"SuperResK{k}K{k}" for k in KERNELS),
+    *(f"SuperResK1K{k}K1" for k in KERNELS),
+    *(f"SuperResIDWE{e}K{k}" for k in KERNELS for e in EXPANSIONS),
+]
+CONV = [f"SuperConvK{k}BNRELU" for k in (1, *KERNELS)]
+
+
+class StructureError(ValueError):
+    """A string that is no structure: says where, what was got and expected."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution and its BatchNorm."""
+
+    width_in: int
+    width: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Convolutions in a row, a ReLU behind each; the last ReLU is behind the sum with the shortcut, if there is one.
+
+    Attributes:
+        convs: one or more.
+        residual: whether its input is added.
+        projects: whether that goes through a convolution of 1 x 1 with bias and a BatchNorm before.
+    """
+
+    convs: tuple[Conv, ...]
+    residual: bool
+    projects: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """`Type(...)` of a structure string.
+
+    Attributes:
+        type: one of `CONV` and `BODY`.
+        width_in, width: channels.
+        stride: of its first layer.
+        layers: in number.
+        bottleneck: channels inside; None of stem and tail.
+    """
+
+    type: str
+    width_in: int
+    width: int
+    stride: int
+    layers: int
+    bottleneck: int | None = None
+
+    def __str__(self) -> str:
+        inner = () if self.bottleneck is None else (self.bottleneck,)
+        return f"{self.type}({','.join(map(str, (self.width_in, self.width, self.stride, *inner, self.layers)))})"
+
+    @property
+    def kernel(self) -> int:
+        return max(int(k) for k in re.findall(r"K(\d)", self.type))
+
+    def branches(self) -> Iterator[Branch]:
+        """What it computes, in order."""
+        if self.bottleneck is None:
+            for i in range(self.layers):
+                width_in, stride = (self.width, 1) if i else (self.width_in, self.stride)
+                yield Branch((Conv(width_in, self.width, self.kernel, stride),), residual=False)
+            return
+        for i in range(self.layers):
+            width_in, stride = (self.width, 1) if i else (self.width_in, self.stride)
+            for j, convs in enumerate(self._layer(width_in, stride, self.bottleneck)):
+                differ = convs[0].width_in != convs[-1].width
+                yield Branch(convs, residual=True, projects=differ or i == j == 0)
+
+    def _layer(self, width_in: int, stride: int, inner: int) -> list[tuple[Conv, ...]]:
+        k = self.kernel
+        if "IDW" in self.type:
+            expansion = int(re.findall(r"E(\d)", self.type)[0])
+            halves: list[tuple[Conv, ...]] = []
+            for a, b, s in ((width_in, inner, stride), (inner, self.width, 1)):
+                wide = round8(b * expansion)
+                halves.append((Conv(a, wide, 1), Conv(wide, wide, k, s, groups=wide), Conv(wide, b, 1)))
+            return halves
+        if "K1" in self.type:
+            return [
+                (Conv(a, inner, 1), Conv(inner, inner, k, s), Conv(inner, self.width, 1))
+                for a, s in ((width_in, stride), (self.width, 1))
+            ]
+        return [(Conv(width_in, inner, k, stride), Conv(inner, self.width, k))]
+
+
+Structure = tuple[Part, ...]
+
+
+def round8(channels: float) -> int:
+    """To the nearest multiple of 8, at least 8."""
+    return max(8, round(channels / 8) * 8)
+
+
+def text(structure: Sequence[Part]) -> str:
+    return "".join(map(str, structure))
+
+
+def parse(string: str) -> Structure:
+    """The parts of a structure string; `text` is the inverse.
+
+    Raises:
+        StructureError: what is wrong, and at which character.
+    """
+    parts: list[Part] = []
+    at = 0
+    while at < len(string):
+        parts.append(_part(string, at, parts[-1].width if parts else None))
+        at += len(str(parts[-1]))
+    if not parts:
+        raise StructureError("got an empty structure, expected parts such as SuperConvK3BNRELU(3,8,1,1)")
+    return tuple(parts)
+
+
+def _part(string: str, at: int, width_before: int | None) -> Part:
+    found = re.compile(r"(\w+)\(([^()]*)\)").match(string, at)
+    if found is None:
+        raise StructureError(f"got {string[at : at + 30]!r} at character {at}, expected Type(numbers)")
+    name, inside = found.groups()
+    if name not in CONV and name not in BODY:
+        near = difflib.get_close_matches(name, [*CONV, *BODY], n=3, cutoff=0)
+        raise StructureError(f"got type {name!r} at character {at}, expected one such as {', '.join(near)}")
+    fields = ["in", "out", "stride", *(["bottleneck"] if name in BODY else []), "layers"]
+    numbers = inside.split(",")
+    if len(numbers) != len(fields) or not all(re.fullmatch(r"[1-9]\d*", number) for number in numbers):
+        raise StructureError(
+            f"got {name}({inside}) at character {at}, expected {name}({','.join(fields)}), 1 or more each"
+        )
+    values = dict(zip(fields, map(int, numbers), strict=True))
+    part = Part(name, values["in"], values["out"], values["stride"], values["layers"], values.get("bottleneck"))
+    if part.stride > 2:
+        raise StructureError(f"got {part} at character {at}, expected a stride of 1 or 2")
+    if width_before not in (None, part.width_in):
+        raise StructureError(
+            f"got {part} at character {at}, behind a part of {width_before} channels, expected as many to come in; "
+            f"write {replace(part, width_in=width_before)}"
+        )
+    return part
+
+
+def layers(structure: Sequence[Part]) -> int:
+    """As the budgets of the paper count them: two bottlenecks of one layer are one."""
+    return sum(part.layers for part in structure)
+
+
+def parameters(structure: Sequence[Part], classes: int, *, residual: bool = True) -> int:
+    """As the released code counts: a BatchNorm as its channels, of a shortcut as none, a classifier's biases as one."""
+    return sum(_of_branches(structure, None, residual)) + structure[-1].width * classes + 1
+
+
+def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool = True) -> int:
+    """Multiply-adds as the released code counts them, in whose units the paper's budgets are.
+
+    A BatchNorm counts as one for each value; a shortcut by its output's resolution divided by the stride once more.
+
+    Args:
+        structure: of the network.
+        classes: of the classifier.
+        size: side of the images.
+        residual: whether shortcuts count.
+    """
+    return sum(_of_branches(structure, size, residual)) + structure[-1].width * classes
+
+
+def _of_branches(structure: Sequence[Part], size: int | None, residual: bool) -> Iterator[int]:
+    """Parameters of each convolution (`size` None), else its multiply-adds."""
+    for part in structure:
+        for branch in part.branches():
+            stride = 1
+            for conv in branch.convs:
+                stride *= conv.stride
+                if size is not None:
+                    size = -(-size // conv.stride)
+                places = 1 if size is None else size**2
+                yield (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
+            if residual and branch.projects:
+                weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
+                yield weights if size is None else weights * size**2 // stride**2
