@@ -160,7 +160,7 @@ class MedicalCL(Method):
             centre = (low + (u[:, :2] * (high - low + 1)).floor()) / H + config.crop / 2
             images = window(images, centre, torch.full_like(u[:, 0], config.crop), torch.zeros_like(u[:, 0]))
         shift, factor = config.brightness * (2 * u[:, 2] - 1), 1 + config.contrast * (2 * u[:, 3] - 1)
-        return jitter(images, shift, factor).view_as(slices)
+        return jitter(images, shift, factor).unflatten(0, (B, S))
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         x = self.slices(batch)
