@@ -46,6 +46,7 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
     "medical_cl": {
         "micro_batch_size": None,
         "model": {"name": "unet", "image_size": 16, "channels": [4, 8, 8]},
+        "optimizer": {"lr": 1e-4},  # as of rtk
     },
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},

@@ -13,7 +13,7 @@ from workloads.data.shard_writer import Members, ShardLimit, Source, Split, nobo
 
 
 def scan(seed: int, size: int = 16) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Voxels and classes [D, size, size], D of 10 to 14: 1 is the bright organ of the lower half, 2 that of the upper."""
+    """Voxels and classes [D, size, size], D of 10 to 14: 1 is the brighter organ, below, 2 the one above."""
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(10, 15)), size, size)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")

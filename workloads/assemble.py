@@ -63,7 +63,7 @@ def views_of(spec: JobSpec) -> Views:
 
 
 def served_view(spec: JobSpec) -> View:
-    """What the export of a job is shown images through: its first view of images, else a plain one of values in [0, 1]."""
+    """What the export of a job sees images through: its first view of images, else a plain one of values in [0, 1]."""
     size = image_size(spec)
     plain = View(size=size, mean=(0, 0, 0), std=(1, 1, 1))  # as the slices of volumes that are scaled to their bounds
     return next((view for view in views_of(spec).values() if isinstance(view, View)), plain)

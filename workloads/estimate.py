@@ -110,7 +110,7 @@ def estimate(spec: JobSpec, home: Path, *, samples: int | None = None, num_class
 
 
 def _batch(spec: JobSpec, n: int) -> Any:
-    """A micro-batch of images or volumes of one channel as the method gets it, on the meta device; for each stream one."""
+    """A micro-batch of images, or volumes of one channel, as the method gets it, on meta; one for each stream."""
     from workloads.data.transforms.volume import VolumeView  # nibabel costs what it costs only here
 
     views = assemble.views_of(spec)

@@ -130,7 +130,9 @@ def fine_tuned_dice(
         optimizer.step()
     network.eval()
     with torch.inference_mode():
-        answers = [torch.cat([network(part.to(device)).argmax(dim=1).cpu() for part in x.split(CHUNK)]) for x, _ in asked]
+        answers = [
+            torch.cat([network(part.to(device)).argmax(dim=1).cpu() for part in x.split(CHUNK)]) for x, _ in asked
+        ]
     return statistics.fmean(dice(answer, truth, classes) for answer, (_, truth) in zip(answers, asked, strict=True))
 
 

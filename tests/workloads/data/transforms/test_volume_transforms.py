@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from workloads.data.records import MediaError
-from workloads.data.transforms.volume import NNUNET, LabelsView, VolumeGeometry, VolumeView, draw, execute, execute_labels
+from workloads.data.transforms.volume import (
+    NNUNET,
+    LabelsView,
+    VolumeGeometry,
+    VolumeView,
+    draw,
+    execute,
+    execute_labels,
+)
 
 RNG = np.random.default_rng(0)
 ALWAYS_ZOOM = NNUNET["zoom"].model_copy(update={"p": 1.0})
