@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 
 from workloads.data.shard_writer import Members, ShardLimit, Source, Split, nobody, write_dataset
 
+Scan = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-def scan(seed: int, size: int = 16) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Voxels and classes [D, size, size], D of 10 to 14: 1 is the brighter organ, below, 2 the one above."""
+
+def scan(seed: int) -> Scan:
+    """Voxels and classes [D, 16, 16], D of 10 to 14: 1 is the brighter organ, below, 2 the one above."""
     rng = np.random.default_rng(seed)
-    shape = (int(rng.integers(10, 15)), size, size)
+    shape = (int(rng.integers(10, 15)), 16, 16)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     voxels = np.where(y**2 + x**2 < 0.9, 60.0, 10.0)  # the body
     labels = np.zeros(shape, np.uint8)
@@ -33,13 +36,13 @@ def nifti(voxels: NDArray[np.uint8]) -> bytes:
     return gzip.compress(nibabel.Nifti1Image(voxels.T, np.diag([1, 1, 3, 1])).to_bytes(), mtime=0)
 
 
-def write_volumes(folder: Path, splits: dict[str, int], *, size: int = 16) -> dict[str, str]:
-    """So many scans in each split of the new `folder`, no two alike; their shards by split."""
+def write_volumes(folder: Path, splits: dict[str, int], make: Callable[[int], Scan] = scan) -> dict[str, str]:
+    """So many scans of `make` in each split of the new `folder`, no two of a seed; their shards by split."""
     seeds = iter(range(sum(splits.values())))
 
     def source(seed: int) -> Source:
         def read() -> Members:
-            voxels, labels = scan(seed, size)
+            voxels, labels = make(seed)
             return {"nii.gz": nifti(voxels), "seg.nii.gz": nifti(labels)}
 
         return Source(f"scan {seed}", lambda number: f"{number:04d}", read)

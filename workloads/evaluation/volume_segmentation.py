@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from workloads import assemble
 from workloads.data.manifest import DataError, Manifest
+from workloads.data.modalities import Views
 from workloads.data.order import permutation
 from workloads.data.reader import Reader
 from workloads.data.transforms.volume import LabelsView, VolumeGeometry, VolumeView
@@ -71,7 +72,7 @@ def seen_volume(spec: JobSpec) -> VolumeView:
 
 def read(manifest: Manifest, view: VolumeView, member: str) -> list[tuple[Tensor, Tensor]]:
     """The slices [n, C, H, W] of each volume and their classes, uint8 [n, H, W]."""
-    views = {"volume": view, "labels": LabelsView(member=member, fill=0)}
+    views: Views = {"volume": view, "labels": LabelsView(member=member, fill=0)}
     reader = Reader(manifest, views, batch_size=1, shuffle=False, drop_last=False)
     volumes = []
     with closing(reader.batches(0, reader.steps_per_epoch)) as stream:

@@ -56,7 +56,7 @@ class MedicalCLConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _inside(self) -> MedicalCLConfig:
-        if not 0 <= self.corner[0] <= self.corner[1] <= 1 - self.crop:
+        if not 0 <= self.corner[0] <= self.corner[1] <= 1 - self.crop + 1e-6:  # 1 - 0.8 is less than 0.2
             raise ValueError(f"got corner={self.corner} for crop={self.crop}, expected 0 <= low <= high <= 1 - crop")
         return self
 

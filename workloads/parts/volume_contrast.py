@@ -6,6 +6,7 @@ M volumes, V views of a slice of each of S partitions.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +86,10 @@ def regions(height: int, width: int) -> tuple[list[tuple[int, int]], dict[int, l
             f"got maps of {height} x {width}, expected at least {SIDE + 4} pixels a side for 13 regions; use a larger "
             "image_size or more decoder_blocks"
         )
-    last = height - SIDE, width - SIDE
-    wide, between = ([[n * i // 4 for i in quarters] for n in last] for quarters in ((0, 2, 4), (1, 3)))
-    corners = [*itertools.product(*wide), *itertools.product(*between)]
+    y, x = ([(side - SIDE) * quarter // 4 for quarter in range(5)] for side in (height, width))
+    corners = [*itertools.product(y[::2], x[::2]), *itertools.product(y[1::2], x[1::2])]
 
     def nearest(u: int) -> list[int]:
-        y, x = corners[u]
-        return sorted(range(len(corners)), key=lambda v: (corners[v][0] - y) ** 2 + (corners[v][1] - x) ** 2)
+        return sorted(range(len(corners)), key=lambda v: math.dist(corners[u], corners[v]))
 
     return corners, {u: [v for v in nearest(u) if v != u][:NEGATIVES] for u in range(len(corners))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tests.learning import encoder_of, pretrained, untrained
-from tests.toy import difference, no_load
+from tests.toy import difference, no_load, png
 from tests.toy_methods import toy_method_job
-from tests.toy_volumes import write_volumes
+from tests.toy_volumes import Scan, write_volumes
 from tests.two_ranks import TwoRanks
 from workloads import artifact, assemble, checkpoint
 from workloads.data.keys import sample_keys
@@ -26,6 +27,7 @@ from workloads.estimate import estimate
 from workloads.evaluation.features import Features
 from workloads.evaluation.knn import knn_accuracy
 from workloads.evaluation.volume_segmentation import read
+from workloads.inference import Model
 from workloads.methods.base import DataInfo, Inputs, Progress
 from workloads.methods.medical_cl import MedicalCL, MedicalCLConfig
 from workloads.models.resnet_cifar import ResNetCifar
@@ -244,6 +246,10 @@ def test_both_stages_and_what_they_export(toy_shards: dict[str, str], tmp_path: 
     before: Any = encoder_of(pretrained(first, tmp_path, "first"))
     card = artifact.read_card(tmp_path / "runs" / "first" / "artifact")
     assert (card.image_size, card.mean, card.std) == (16, (0, 0, 0), (1, 1, 1)), "images are served as slices are seen"
+    slices = np.full((20, 20, 3), 51, np.uint8)
+    (served,) = Model(tmp_path / "runs" / "first" / "artifact").embed([png(slices)])
+    with torch.no_grad():
+        assert torch.allclose(before(torch.full((1, 1, 16, 16), 0.2))[0], torch.tensor(served), atol=1e-5)
     second = toy_method_job(toy_shards, "medical_cl", epochs=None, steps=3, init="job:first", **LOCAL)
     assert check(second, tmp_path) == []
     assert estimate(second, tmp_path).trained < estimate(second, tmp_path).parameters
@@ -286,26 +292,45 @@ def partitions_of(encoder: nn.Module, shards: str, spec: JobSpec) -> Features:
         return Features(encoder.eval()(torch.cat(x)), torch.cat(y))
 
 
+def figures(seed: int) -> Scan:
+    """16 slices of 32 x 32: a disc, a ring, a cross and two discs for four slices each.
+
+    Every slice has its own place, size and brightness, which say nothing of the figure.
+    """
+    rng = np.random.default_rng(seed)
+    slices = []
+    for z in range(16):
+        y, x = np.meshgrid(*(np.arange(32) - 15.5 - rng.uniform(-4, 4) for _ in "yx"), indexing="ij")
+        r, size = np.hypot(y, x), rng.uniform(6, 9)
+        apart = np.minimum(np.hypot(y, x - size), np.hypot(y, x + size))
+        cross = (np.minimum(abs(y), abs(x)) < size / 4) & (r < size)
+        figure = [r < size * 0.7, (r < size) & (r > size * 0.6), cross, apart < size / 2][z // 4]
+        slices.append(rng.uniform(10, 60) + rng.uniform(80, 180) * figure + rng.normal(0, 8, figure.shape))
+    return np.stack(slices).clip(0, 255).astype(np.uint8), np.zeros((16, 32, 32), np.uint8)
+
+
 @pytest.mark.slow
 def test_slices_of_a_partition_have_like_features(tmp_path: Path) -> None:
-    """Which partition a slice of another scan is of, by its neighbours."""
-    shards = write_volumes(tmp_path / "scans", {"train": 48, "test": 24}, size=32)
+    """Which partition a slice of another scan is of, by its neighbours: .76 -> .99.
+
+    On `toy_volumes.scan`, whose organs are much alike on both sides of their middle and whose untrained features say as
+    much as can be said (.63), 150 steps gain .02 and 400 steps .03.
+    """
+    shards = write_volumes(tmp_path / "scans", {"train": 48, "test": 24}, figures)
     spec = JobSpec.model_validate(
         {
             "name": "learning",
-            "method": {"name": "medical_cl", "depth": 14, "dim": 32, "hidden_dim": 64},
+            "method": {"name": "medical_cl", "depth": 16, "dim": 32, "hidden_dim": 64},
             "model": {"name": "unet", "image_size": 32, "channels": [8, 16, 16]},
             "data": {"train": {"shards": shards["train"]}},
             "steps": 150,
             "batch_size": 6,
-            "optimizer": {"lr": 1e-3, "weight_decay": 0},
+            "optimizer": {"lr": 3e-3, "weight_decay": 0},
         }
     )
     after = encoder_of(pretrained(spec, tmp_path, "job"))
-    values = [
-        knn_accuracy(
-            *(partitions_of(encoder, shards[name], spec) for name in ("train", "test")), k=20, temperature=0.07
-        )
+    before, now = (
+        knn_accuracy(*(partitions_of(encoder, shards[n], spec) for n in ("train", "test")), k=20, temperature=0.07)
         for encoder in (untrained(spec), after)
-    ]
-    assert values[1] > values[0] + 0.1, values
+    )
+    assert now > before + 0.1, (before, now)
