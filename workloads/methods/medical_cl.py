@@ -15,8 +15,9 @@ are compared too, and its random operations have a fixed seed: neither is copied
 rows as in the code, not of terms; Adam does not see it. A crop of 192 pixels is given as shares of the side; it is
 sampled where it lies instead of being cut out first. Not at hand, and chosen: of a region, the negatives are the
 five nearest ones, where the code lists five neighbours of each; g2 is as wide as the map; L^D takes the pairs of G^D.
-Parts are those of the slices that a volume has, so `depth` must hold the deepest one; what it cuts off is lost.
-Bias correction (N4) is up to whoever packs the data.
+Regions are always projected. Partitions are those of the slices that a volume has, so `depth` must hold the deepest
+one; what it cuts off is lost. Bias correction (N4) is up to whoever packs the data. Volumes of a batch are compared
+with each other: leave `micro_batch_size` unset.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class GlobalStage(nn.Module):
             )
         self.config, self.encoder = config, encoder
         width = encoder.num_features * (image_size // encoder.stride) ** 2
-        hidden, last = nn.Linear(width, config.hidden_dim, bias=False), nn.Linear(config.hidden_dim, config.dim, False)
-        self.g1 = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last)
+        hidden = nn.Linear(width, config.hidden_dim, bias=False)
+        self.g1 = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(config.hidden_dim, config.dim, bias=False))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, V, S, C, H, W] -> loss, and its terms."""
@@ -103,10 +104,8 @@ class LocalStage(nn.Module):
         encoder.levels.requires_grad_(False)
         side = image_size // encoder.stride * 2**l
         self._corners, self._negatives = regions(side, side)
-        norm = nn.BatchNorm2d(width)
-        self.g2 = nn.Sequential(
-            nn.Conv2d(width, width, 1, bias=False), norm, nn.ReLU(), nn.Conv2d(width, width, 1, bias=False)
-        )
+        first, last = (nn.Conv2d(width, width, 1, bias=False) for _ in range(2))
+        self.g2 = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), last)
         self.project = nn.Linear(SIDE**2 * width, config.dim, bias=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,9 +113,8 @@ class LocalStage(nn.Module):
         maps = self.g2(self.encoder.forward_features(images.flatten(0, 2)))
         windows = maps.unfold(2, SIDE, 1).unfold(3, SIDE, 1)  # [N, C, h - 2, w - 2, 3, 3]
         y, x = (list(axis) for axis in zip(*self._corners, strict=True))
-        f = self.project(windows[:, :, y, x].transpose(1, 2).flatten(2)).unflatten(
-            0, images.shape[:3]
-        )  # [B, 2, S, 13, D]
+        f = self.project(windows[:, :, y, x].transpose(1, 2).flatten(2))  # [N, 13, D]
+        f = f.unflatten(0, images.shape[:3])
         pairs = [(f[:, 0], f[:, 1])] if self.config.loss == "lr" else ring(gather_with_gradient(f))
         both = [pair for f, g in pairs for pair in ((f, g), (g, f))]
         terms = torch.stack([local_terms(f, g, self._negatives, self.config.temperature) for f, g in both])
