@@ -41,9 +41,12 @@ def write_shards(folder: Path, prefix: str, samples: int, shards: int, *, seed: 
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`train`: 80 images in 3 shards, `test`: 40 in one; 16 x 16 pixels, 4 classes."""
+    """`train`: 80 images in 3 shards, `test`: 40 in one; 16 x 16 pixels, 4 classes. `volumes`: 80 of them."""
+    from tests.toy_volumes import write_volumes  # nibabel, which few runs need
+
     folder = tmp_path_factory.mktemp("toy")
-    return {"train": write_shards(folder, "train", 80, 3), "test": write_shards(folder, "test", 40, 1, seed=1)}
+    images = {"train": write_shards(folder, "train", 80, 3), "test": write_shards(folder, "test", 40, 1, seed=1)}
+    return images | {"volumes": write_volumes(folder / "volumes", {"train": 80})["train"]}
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -31,6 +31,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "maskdistill": {"teacher": "job:toy-mae", "min_block": 1},
     "maskfeat": {"cell": 4},
     "million_way": {"dim": 8, "hardest": 5, "init": "random"},  # raw: its first epoch trains nothing, see its tests
+    "medical_cl": {"depth": 14, "dim": 8, "hidden_dim": 16},
     "mimco": {"teacher": "job:toy-mae", "head_dim": 16},
     "moco_v2": {"dim": 8, "queue": 20},
     "moco_v3": {"dim": 8, "mlp_dim": 16},
@@ -42,6 +43,11 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
     "coke": {"micro_batch_size": None},
     "linear_probe": {"micro_batch_size": None},
     "look": {"micro_batch_size": None},  # the mean is over images that have a neighbour of their class
+    "medical_cl": {
+        "micro_batch_size": None,
+        "model": {"name": "unet", "image_size": 16, "channels": [4, 8, 8]},
+        "optimizer": {"lr": 1e-4},  # as of rtk
+    },
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},
     "simclr": {"micro_batch_size": None},
@@ -52,6 +58,8 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of the job of a method where they differ: methods that compare samples of a batch have no micro-batches."""
+TOY_DATA = {"medical_cl": "volumes"}
+"""Which of the toy shards a method trains on, where it is not `train`."""
 
 
 @pytest.fixture(scope="session")
@@ -69,4 +77,5 @@ def toy_method_job(toy_shards: dict[str, str], name: str, **fields: Any) -> JobS
     """A job of a method over the toy shards; `fields` replace those of the spec."""
     assert name in TOY_CONFIGS, f"add a toy config of {name} to TOY_CONFIGS"
     own = {"micro_batch_size": 4, "method": {"name": name} | TOY_CONFIGS[name]} | TOY_JOBS.get(name, {})
+    own["data"] = {"train": {"shards": toy_shards[TOY_DATA.get(name, "train")]}}
     return make_job(toy_shards, **(own | fields))

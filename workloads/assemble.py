@@ -63,6 +63,13 @@ def views_of(spec: JobSpec) -> Views:
     return cls.views(config, image_size(spec))
 
 
+def served_view(spec: JobSpec) -> View:
+    """What the export of a job sees images through: its first view of images, else a plain one of values in [0, 1]."""
+    size = image_size(spec)
+    plain = View(size=size, mean=(0, 0, 0), std=(1, 1, 1))  # as the slices of volumes that are scaled to their bounds
+    return next((view for view in views_of(spec).values() if isinstance(view, View)), plain)
+
+
 def readers_of(spec: JobSpec, manifests: dict[str, Manifest]) -> dict[str, Reader | StreamReader]:
     """A reader for each stream of the method; the sampler of the method is for the first.
 
@@ -107,7 +114,7 @@ def build_method(spec: JobSpec, info: DataInfo, home: Path) -> Method:
     torch.manual_seed(spec.seed)
     encoder = build_encoder(spec.model)
     if spec.init is not None:
-        view = next((view for view in views_of(spec).values() if isinstance(view, View)), View(size=1))
+        view = served_view(spec)
         for note in weights.load_initial(encoder, spec.init, home, mean=view.mean, std=view.std):
             logger.info("init: %s", note)
 

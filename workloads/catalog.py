@@ -26,6 +26,7 @@ METHODS = {
     "maskdistill": "workloads.methods.maskdistill:MaskDistill",
     "maskfeat": "workloads.methods.maskfeat:MaskFeat",
     "million_way": "workloads.methods.million_way:MillionWay",
+    "medical_cl": "workloads.methods.medical_cl:MedicalCL",
     "mimco": "workloads.methods.mimco:MimCo",
     "moco_v2": "workloads.methods.moco_v2:MoCoV2",
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",
@@ -38,6 +39,7 @@ MODELS = {
     "genet_normal": "workloads.models.genet:GENetNormal",
     "genet_large": "workloads.models.genet:GENetLarge",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
+    "unet": "workloads.models.unet:UNetConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",
     "vit_small": "workloads.models.vit:ViTSmall",
@@ -57,6 +59,7 @@ EVALUATIONS = {
     "segmentation": "workloads.evaluation.segmentation:Segmentation",
     "separability": "workloads.evaluation.separability:Separability",
     "sweep": "workloads.evaluation.sweep:Sweep",
+    "volume_segmentation": "workloads.evaluation.volume_segmentation:VolumeSegmentation",
 }
 KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS}
 

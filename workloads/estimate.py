@@ -110,7 +110,9 @@ def estimate(spec: JobSpec, home: Path, *, samples: int | None = None, num_class
 
 
 def _batch(spec: JobSpec, n: int) -> Any:
-    """A micro-batch of images as the method gets it, on the meta device; one for each stream."""
+    """A micro-batch of images, or volumes of one channel, as the method gets it, on meta; one for each stream."""
+    from workloads.data.transforms.volume import VolumeView  # nibabel costs what it costs only here
+
     views = assemble.views_of(spec)
     cls, _ = assemble.method_of(spec)
     batch: Batch = {
@@ -118,6 +120,10 @@ def _batch(spec: JobSpec, n: int) -> Any:
         for name, view in views.items()
         if isinstance(view, View)
     }
+    for name, view in views.items():
+        if isinstance(view, VolumeView):
+            batch[name] = torch.empty(n, 1, *view.size, device="meta")
+            batch[f"{name}_geometry"] = torch.empty(n, 5, 3, dtype=torch.float64, device="meta")
     batch |= {name: torch.empty(n, dtype=torch.int64, device="meta") for name in ("index", "key", "label")}
     return batch if len(cls.streams) == 1 else dict.fromkeys(cls.streams, batch)
 

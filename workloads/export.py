@@ -29,7 +29,7 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
     trained = spec.model_copy(update={"init": None})  # its weights would be loaded to be overwritten
     method = assemble.build_method(trained, assemble.data_info(spec, first), home)
     checkpoint.restore_weights(run.checkpoints, method)
-    view = next(view for view in assemble.views_of(spec).values() if isinstance(view, View))
+    view = assemble.served_view(spec)
     card: dict[str, Any] = {
         "kind": cls.exports,
         "job_id": job_id,

@@ -32,7 +32,8 @@ WRAPPERS = ("module.", "encoder.", "backbone.", "model.")  # DDP, methods, detec
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "last_linear.")
 PRETEXT = ("decoder", "mask_token")  # of MAE and its kin: what the encoder trained with
 COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")  # older files of Swin store these
-FRESH = (*HEADS, "norm.", "mask_token")  # an encoder of averaged tokens has `fc_norm`, others have `norm`
+FRESH = (*HEADS, "norm.", "mask_token", "decoder.")
+"""What weights may lack: an encoder of averaged tokens has `fc_norm`, others `norm`; a U-Net may grow a decoder."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_model
 
 import workloads
 from workloads import assemble, catalog
@@ -23,7 +24,7 @@ from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec, read_spec
 
 RECIPES = sorted((Path(workloads.__file__).parent / "recipes").glob("*.yaml"))
-FULL = [path for path in RECIPES if path.stem.startswith(("imagenet_", "cifar100_"))]
+FULL = [path for path in RECIPES if path.stem.startswith(("imagenet_", "cifar100_", "acdc_"))]
 SMALL = [path for path in RECIPES if path not in FULL]
 IMAGENET = 1_281_167
 GIB = 2**30
@@ -38,14 +39,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An installation in which every recipe has registered its model, without any weights."""
+    """An installation in which every recipe has registered its model; only what another starts from has weights."""
     home = tmp_path_factory.mktemp("home")
-    for path in RECIPES:
-        spec = read_spec(path)
+    specs = [(path, read_spec(path)) for path in RECIPES]
+    starts = {spec.init for _, spec in specs}
+    for path, spec in specs:
         if spec.register_as is None:
             continue
         cls, _ = assemble.method_of(spec)
-        with torch.device("meta"):
+        with torch.device("cpu" if spec.register_as in starts else "meta"):
             model = build_encoder(spec.model)
         card = Card(
             kind=cls.exports,
@@ -67,6 +69,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True)
         (folder / "manta.json").write_text(card.model_dump_json())
         (folder / "config.json").write_text(json.dumps(timm_folder_config(model)))
+        if spec.register_as in starts:
+            save_model(model, str(folder / "model.safetensors"))
     return home
 
 
@@ -77,7 +81,7 @@ def classes_of(path: Path) -> int:
 def load(path: Path, digits: Path) -> dict[str, Any]:
     """The recipe on the digits, which have CIFAR-10's size and number of classes."""
     text = path.read_text()
-    for pattern in re.findall(r"data/\w+/(?:train|test)-[^\s\"]+tar", text):
+    for pattern in re.findall(r"data/\w+/(?:train|val|test)-[^\s\"]+tar", text):
         split = "train-{000000..000001}" if "train" in pattern else "test-000000"
         text = text.replace(pattern, f"{digits}/{split}.tar")
     document: dict[str, Any] = yaml.safe_load(text)

@@ -128,8 +128,9 @@ def collate(views: Views, samples: Sequence[Loaded], keys: Tensor) -> dict[str, 
     Returns:
         by the name of each view: of a View uint8 [B, 3, H, W], and as NAME_geometry its packed geometry; of a
         MaskView int64 [B, H, W]; of a BoxesView float32 [B, most, 4], and as NAME_label int64 [B, most]; of a ClipView
-        uint8 [B, 3, T, S, S], and as NAME_time_s float64 [B, T]; of a VolumeView float32 [B, C, D, H, W]; of a
-        LabelsView int64 [B, D, H, W]; of an ArrayView [B, ...]; of a CaptionsView a list of B lists of lines.
+        uint8 [B, 3, T, S, S], and as NAME_time_s float64 [B, T]; of a VolumeView float32 [B, C, D, H, W], and as
+        NAME_geometry its packed geometry; of a LabelsView int64 [B, D, H, W]; of an ArrayView [B, ...]; of a
+        CaptionsView a list of B lists of lines.
         Arrays, clips and volumes, whose shape the samples say, are left out without any: a rank may have no share of
         the short last batch of an epoch.
 
@@ -164,9 +165,10 @@ def _collate_media(name: str, looked: list[Any]) -> dict[str, Tensor]:
     if isinstance(looked[0], Tensor):
         return {name: torch.cat(looked)}
     batch = {name: torch.cat([pixels for pixels, _ in looked])}
-    if hasattr(looked[0][1], "times_s"):
-        batch[f"{name}_time_s"] = torch.cat([geometry.times_s for _, geometry in looked])
-    return batch
+    geometries = [geometry for _, geometry in looked]
+    if hasattr(geometries[0], "times_s"):
+        return batch | {f"{name}_time_s": torch.cat([geometry.times_s for geometry in geometries])}
+    return batch | {f"{name}_geometry": torch.cat([geometry.packed() for geometry in geometries])}
 
 
 def _stacked(name: str, arrays: list[Any]) -> Tensor:

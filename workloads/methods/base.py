@@ -4,7 +4,7 @@ A method is told everything it may use (`Inputs`), says as data what it looks at
 (`views`), and is otherwise an `nn.Module` whose forward is the loss of one
 micro-batch. Its state is parameters and persistent buffers under one name;
 schedules are functions of `Progress`; randomness comes from the sample
-(`batch["key"]`, see `workloads.parts.randomness`) or from torch's generators, which the
+(`batch["key"]`, see `workloads.data.keys`) or from torch's generators, which the
 loop seeds from (seed, step, micro-batch, rank). So a resumed run has nothing else to restore, and
 two ranks compute what one would.
 """

@@ -107,6 +107,7 @@ def test_volumes_and_their_labels(tmp_path, write_tar):
     }
     batch = Reader(manifest, views, batch_size=4).batch(0)
     assert batch["volume"].shape == (4, 1, 6, 8, 8) and batch["labels"].shape == (4, 6, 8, 8)
+    assert batch["volume_geometry"][:, 0].tolist() == [[10, 12, 9]] * 4, "the sizes of the volumes"
     for volume, labels in zip(batch["volume"][:, 0], batch["labels"], strict=True):
         values = [volume[labels == label] for label in range(3)]
         assert all(float(value.max() - value.min()) < 1e-5 for value in values), "a voxel keeps its label"

@@ -50,7 +50,7 @@ class VolumeView(BaseModel):
         member: suffix of the shard member that holds the volume.
         size: of the result in voxels; what the volume does not cover is 0, that is the mean or the lower bound.
         crop: where the box lies; along an axis on which the volume is smaller, it is in the middle of the box.
-        spacing_mm: distance of the result's voxels; None keeps that of the file.
+        spacing_mm: distance of the result's voxels; None, of all axes or of one, keeps that of the file.
         clip_percentiles: values outside are clipped, by volume and channel: (0.5, 99.5) is nnU-Net's for CT.
         window: values outside are clipped: (-175, 250) Hounsfield units shows soft tissue.
         normalise: to mean 0 and deviation 1 of the clipped volume, by channel; or from the bounds to [0, 1].
@@ -66,7 +66,7 @@ class VolumeView(BaseModel):
     member: str = "nii.gz"
     size: tuple[int, int, int]
     crop: Literal["random", "center"] = "center"
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[float | None, float | None, float | None] | None = None
     clip_percentiles: tuple[float, float] | None = None
     window: tuple[float, float] | None = None
     normalise: Literal["zscore", "minmax"] = "zscore"
@@ -86,7 +86,7 @@ class VolumeView(BaseModel):
     def _in_range(self) -> VolumeView:
         if min(self.size) < 1:
             raise ValueError(f"got size={self.size}, expected at least 1 voxel on each axis")
-        if self.spacing_mm is not None and not 0 < min(self.spacing_mm) <= max(self.spacing_mm) < math.inf:
+        if any(step is not None and not 0 < step < math.inf for step in self.spacing_mm or ()):
             raise ValueError(f"got spacing_mm={self.spacing_mm}, expected positive numbers")
         if not 0 <= min(self.flip) <= max(self.flip) <= 1:
             raise ValueError(f"got flip={self.flip}, expected probabilities of D, H and W")
@@ -126,6 +126,25 @@ class VolumeGeometry:
     extent: Tensor
     flip: Tensor
     spacing_mm: Tensor
+
+    def packed(self) -> Tensor:
+        """As one float64 [B, 5, 3], which travels in a batch: the fields in their order."""
+        return torch.stack([getattr(self, field.name).double() for field in fields(self)], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> VolumeGeometry:
+        """The inverse of `packed`."""
+        size, corner, extent, flip, spacing_mm = packed.unbind(1)
+        return cls(size.long(), corner, extent, flip > 0, spacing_mm)
+
+    def covered(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Which part of a box of so many voxels the volume covers: the first voxel and how many, int64 [B, 3] each."""
+        n = torch.tensor(shape, device=self.corner.device)
+        step = self.extent / n
+        first, after = (
+            ((edge - self.corner) / step - 0.5).ceil().clamp(min=0).minimum(n).long() for edge in (0, self.size)
+        )
+        return torch.where(self.flip, n - after, first), after - first
 
 
 def execute(
@@ -175,7 +194,9 @@ def draw(view: VolumeView, size: Tensor, spacing_mm: Tensor, keys: Tensor, salt:
     u = uniform(keys, 8, salt)
     wanted_mm = spacing_mm
     if view.spacing_mm is not None:
-        wanted_mm = torch.tensor(view.spacing_mm, dtype=torch.float64).expand_as(spacing_mm)
+        kept = torch.tensor([step is None for step in view.spacing_mm])
+        given_mm = torch.tensor([step or 0.0 for step in view.spacing_mm], dtype=torch.float64)
+        wanted_mm = torch.where(kept, spacing_mm, given_mm)
     zoom = _factor(view.zoom, u[:, 6:7], u[:, 7:8])
     extent = torch.tensor(view.size) * wanted_mm / spacing_mm / zoom
     room = size - extent

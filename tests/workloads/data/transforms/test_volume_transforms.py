@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from workloads.data.records import MediaError
-from workloads.data.transforms.volume import NNUNET, LabelsView, VolumeView, draw, execute, execute_labels
+from workloads.data.transforms.volume import (
+    NNUNET,
+    LabelsView,
+    VolumeGeometry,
+    VolumeView,
+    draw,
+    execute,
+    execute_labels,
+)
 
 RNG = np.random.default_rng(0)
 ALWAYS_ZOOM = NNUNET["zoom"].model_copy(update={"p": 1.0})
@@ -82,6 +90,32 @@ def test_resampling_keeps_millimetres():
     boxes, geometry = execute(view, [nifti(ramp, (1.0, 1.0, 2.0))])
     assert geometry.extent[0].tolist() == [4, 4, 16]
     assert torch.allclose(boxes[0, 0, 0, 0, 1:-1].diff(), torch.full((29,), 1 / 32))
+
+
+def test_an_axis_may_keep_its_spacing():
+    """In plane at 1 mm, along D as in the file: slices are not mixed."""
+    voxels = RNG.random((5, 6, 8)).astype(np.float32)
+    view = VolumeView(size=(5, 12, 8), spacing_mm=(None, 1, 1), **RAW)
+    boxes, geometry = execute(view, [nifti(voxels, (7.5, 2.0, 1.0))])
+    assert geometry.spacing_mm[0].tolist() == [7.5, 1, 1] and geometry.extent[0].tolist() == [5, 6, 8]
+    for box, plane in zip(boxes[0, 0], torch.from_numpy(voxels), strict=True):
+        wide = torch.nn.functional.interpolate(plane[None, None], size=(12, 8), mode="bilinear")[0, 0]
+        assert torch.allclose(box, wide, atol=1e-5)
+
+
+def test_the_geometry_says_what_the_volume_covers():
+    """Every voxel of a bright volume within the box, and none outside, whichever way it is cut, resampled or turned."""
+    shapes = [(4, 9, 6), (12, 3, 6), (6, 6, 6)]
+    data = [nifti(np.ones(shape, np.float32), (1.0, 2.0, 1.5)) for shape in shapes]
+    for spacing_mm in (None, (1.0, 1.0, 1.0), (None, 0.7, 3.1)):
+        view = VolumeView(size=(8, 7, 5), crop="random", flip=(0.5, 0.5, 0.5), spacing_mm=spacing_mm, **RAW)
+        boxes, geometry = execute(view, data, torch.arange(3))
+        packed = geometry.packed()
+        assert packed.shape == (3, 5, 3) and packed.dtype == torch.float64
+        first, count = VolumeGeometry.unpacked(packed).covered(view.size)
+        for box, begin, n in zip(boxes[:, 0], first.tolist(), count.tolist(), strict=True):
+            part = tuple(slice(b, b + c) for b, c in zip(begin, n, strict=True))
+            assert box[part].gt(0).all() and box.gt(0).sum() == box[part].numel()
 
 
 def test_normalisation():
@@ -176,6 +210,7 @@ def test_what_does_not_fit_together_is_refused():
     [
         ({"size": (0, 1, 1)}, "size"),
         ({"spacing_mm": (0, 1, 1)}, "spacing_mm"),
+        ({"spacing_mm": (None, float("inf"), 1)}, "spacing_mm"),
         ({"flip": (0, 2, 0)}, "flip"),
         ({"window": (1, 0)}, "low < high"),
         ({"clip_percentiles": (50, 101)}, "clip_percentiles"),
