@@ -31,9 +31,11 @@ METHODS = {
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",
     "rtk": "workloads.methods.rtk:RTK",
     "simclr": "workloads.methods.simclr:SimCLR",
+    "solider": "workloads.methods.solider:SOLIDER",
 }
 MODELS = {
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
+    "swin_semantic": "workloads.models.swin_semantic:SwinSemanticConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",
     "vit_small": "workloads.models.vit:ViTSmall",
