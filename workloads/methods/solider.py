@@ -1,4 +1,4 @@
-"""SOLIDER: Beyond Appearance, a semantic controllable self-supervised learning framework for human-centric visual tasks.
+"""SOLIDER: Beyond Appearance, semantic controllable self-supervised learning for human-centric visual tasks.
 
 Chen et al., CVPR 2023, arXiv 2303.17602. DINO learns what persons look like, little of what their parts mean. People
 stand upright, so the clusters of a teacher's tokens, numbered from top to bottom, are labels of parts: the student
@@ -17,8 +17,8 @@ view as scikit-learn does; of the two clusters of lengths the best is found rath
 is a function of the step, hence the same on all ranks.
 
 Differences that may: token lengths that differ by less than 1e-4 of the longest count as equal, and such views are not
-accepted: a fresh LayerNorm makes all tokens equally long, and the code clusters what its epsilon left over in the first
-steps. Weights start as timm's Swin, truncated normals of .02; in the code, the controller aside, as torch's layers. The
+accepted: a fresh LayerNorm makes all tokens equally long (in a Swin-T up to 2e-6), and the code clusters what rounding
+left over in its first steps. Weights start as timm's Swin, truncated normals of .02; in the code, the controller aside, as torch's layers. The
 pair of layers of the controller behind the last stage, which acts on nothing, is not built. While the last layer of the
 head is frozen its gradient is zero rather than absent, see `methods.dino`. The path-dropping of the student is set with
 the model (`drop_path_rate`); the teacher has none.

@@ -1,9 +1,9 @@
 """A Swin transformer that is told how much semantics its features shall hold (SOLIDER, Chen et al. 2023).
 
-arXiv 2303.17602. Swin (Liu et al. 2021, arXiv 2103.14030) is timm's. A number lambda of each image, 1 for semantics and
-0 for appearance, scales and shifts the channels of what leaves a stage, behind the merging of patches, which timm counts
-as the beginning of the next stage. What leaves the last stage is left alone: SOLIDER takes its features before that
-modulation, so its fourth pair of layers changes nothing, gets no gradient, which DDP would wait for, and is not built.
+arXiv 2303.17602. Swin (Liu et al. 2021, arXiv 2103.14030) is timm's. A number lambda of each image, 1 for semantics
+and 0 for appearance, scales and shifts the channels of what leaves a stage, behind the merging of patches, with which
+timm begins the next stage. What leaves the last stage is left alone: SOLIDER takes its features before that modulation,
+so its fourth pair of layers changes nothing, gets no gradient, which DDP would wait for, and is not built.
 
 Who uses the weights chooses lambda; the authors took 0.2 to tell persons apart and 1 to detect them:
 
@@ -72,9 +72,13 @@ class SwinSemanticConfig(BaseModel):
             raise ValueError(f"got image_size={list(size)} for patch_size={self.patch_size}, expected {fits}")
         depths, heads, width = list(sizes["depths"]), list(sizes["num_heads"]), sizes["embed_dim"]
         if len(depths) < 2 or len(heads) != len(depths) or min(depths + heads) < 1:
-            raise ValueError(f"got depths={depths} and num_heads={heads}, expected a number for each of 2 or more stages")
+            raise ValueError(
+                f"got depths={depths} and num_heads={heads}, expected a number for each of 2 or more stages"
+            )
         if wrong := [h for i, h in enumerate(heads) if width * 2**i % h]:
-            raise ValueError(f"got num_heads={heads}, of which {wrong} do not divide embed_dim={width}, doubled each stage")
+            raise ValueError(
+                f"got num_heads={heads}, of which {wrong} do not divide embed_dim={width}, doubled each stage"
+            )
         return self
 
     def _sizes(self) -> dict[str, Any]:
@@ -163,7 +167,7 @@ class SwinSemantic(swin.SwinTransformer):  # type: ignore[misc]
             stage.controller.semantic_weight = value
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of the names of parameters by depth, for layer-wise decay: controllers are of their stage's start."""
+        """Patterns of the names of parameters by depth, for layer-wise decay; a controller begins its stage."""
         matcher: dict[str, Any] = super().group_matcher(coarse)
         if not coarse:
             matcher["blocks"][0] = (r"^layers\.(\d+)\.(?:downsample|controller)", (0,))

@@ -25,7 +25,7 @@ def bands(bounds: tuple[int, ...], order: tuple[int, ...] = (0, 1, 2), columns: 
     return x
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_parts_are_numbered_from_top_to_bottom(order: tuple[int, ...]) -> None:
     """The card of SOLIDER: rows 0 to 2, 3 to 5, 6 to 7, whatever k-means calls its clusters."""
     x = bands((0, 3, 6, 8), order)[None].expand(8, -1, -1, -1).clone()
@@ -54,6 +54,7 @@ def test_views_without_enough_foreground_are_not_accepted() -> None:
 def test_two_means_of_numbers_is_the_best_split() -> None:
     lengths = torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) ** 2
     for row, above in zip(lengths, foreground(lengths), strict=True):
+
         def inertia(upper: Tensor, row: Tensor = row) -> float:
             return sum(float((part - part.mean()).square().sum()) for part in (row[upper], row[~upper]))
 
