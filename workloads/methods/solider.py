@@ -18,10 +18,11 @@ is a function of the step, hence the same on all ranks.
 
 Differences that may: token lengths that differ by less than 1e-4 of the longest count as equal, and such views are not
 accepted: a fresh LayerNorm makes all tokens equally long (in a Swin-T up to 2e-6), and the code clusters what rounding
-left over in its first steps. Weights start as timm's Swin, truncated normals of .02; in the code, the controller aside, as torch's layers. The
-pair of layers of the controller behind the last stage, which acts on nothing, is not built. While the last layer of the
-head is frozen its gradient is zero rather than absent, see `methods.dino`. The path-dropping of the student is set with
-the model (`drop_path_rate`); the teacher has none.
+left over in its first steps. Weights start as those of timm's Swin, truncated normals of .02; in the code all but the
+controller's as torch's layers do. The pair of layers of the controller behind the last stage, which acts on nothing, is
+not built. While the last layer of the head is frozen its gradient is zero rather than absent, since DDP waits for each:
+AdamW decays its rows, whose length says nothing, and counts the steps. The path-dropping of the student is set with the
+model (`drop_path_rate`); the teacher has none.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from workloads.data.views import Size, height_width
 from workloads.models.timm_import import timm
 
-swin = timm.models.swin_transformer
+SwinTransformer: Any = timm.models.swin_transformer.SwinTransformer
+SwinTransformerBlock: Any = timm.models.swin_transformer.SwinTransformerBlock
 
 SIZES: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
@@ -117,7 +118,7 @@ class Controller(nn.Module):
         return x * F.softplus(self.scale(s))[:, None, None] + self.shift(s)[:, None, None]
 
 
-class Block(swin.SwinTransformerBlock):  # type: ignore[misc]
+class Block(SwinTransformerBlock):  # type: ignore[misc]
     def _attn(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         h, w = self.window_size
@@ -139,12 +140,14 @@ class Stage(nn.Module):
         return self.blocks(self.controller(self.downsample(x), weight))
 
 
-class SwinSemantic(swin.SwinTransformer):  # type: ignore[misc]
+class SwinSemantic(SwinTransformer):  # type: ignore[misc]
     """timm's Swin of `sizes` with a controller behind each stage but the last.
 
     Attributes:
         manta_args: arguments with which timm builds the same network.
     """
+
+    layers: Any
 
     def __init__(self, semantic_weight: float = 0.0, **sizes: Any) -> None:
         super().__init__(**sizes, strict_img_size=False, always_partition=True)
@@ -153,7 +156,7 @@ class SwinSemantic(swin.SwinTransformer):  # type: ignore[misc]
         first, *others = self.layers
         self.layers = nn.Sequential(first, *(Stage(stage, semantic_weight) for stage in others))
         for part in self.modules():
-            if type(part) is swin.SwinTransformerBlock:  # the stages of timm know no other
+            if type(part) is SwinTransformerBlock:  # the stages of timm know no other
                 part.__class__ = Block
 
     @property

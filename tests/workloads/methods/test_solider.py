@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from workloads.spec import JobSpec, Named
 START = Progress(step=0, epoch=0, total_steps=10)
 MODEL = TOY_JOBS["solider"]["model"]
 SIZE = (16, 8)
-STEPS = 120
 
 
 def solider(encoder: nn.Module | None = None, **config: object) -> SOLIDER:
@@ -281,54 +281,69 @@ def same_of_the_next(maps: Tensor, name: Tensor) -> float:
     return (name[similar.argmax(dim=1)] == name).float().mean().item()
 
 
-@pytest.mark.slow
-def test_lambda_moves_features_between_colours_and_parts(tmp_path: Path) -> None:
-    """TODO."""
+@dataclass(frozen=True)
+class Learned:
+    """Of 128 persons that were not trained on; the first of a pair is at lambda = 0, the second at 1."""
+
+    chance: float  # share of the commonest label
+    accuracy: tuple[float, float]  # of the parts that the student names, where the teacher's view is accepted
+    same_colour: tuple[float, float]  # of the teacher's tokens
+    same_part: tuple[float, float]
+
+
+def learned(tmp_path: Path, steps: int, seed: int = 0) -> Learned:
+    """From 512 persons, by the loop."""
+    crop = {"crop_scale": [0.8, 1.0]}
+    sizes = {"out_dim": 64, "hidden_dim": 64, "bottleneck_dim": 32, "local_crops": 1, "local_size": [16, 8]}
+    views = {"global_view": crop, "other_view": crop, "local_view": {"crop_scale": [0.2, 0.8]}}
     spec = JobSpec.model_validate(
         {
             "name": "persons",
-            "method": TOY_CONFIGS["solider"]
-            | {
-                "name": "solider",
-                "out_dim": 64,
-                "hidden_dim": 64,
-                "bottleneck_dim": 32,
-                "momentum": 0.9,
-                "local_size": [16, 8],
-                "global_view": {"crop_scale": [0.8, 1.0]},
-                "other_view": {"crop_scale": [0.8, 1.0]},
-                "local_view": {"crop_scale": [0.2, 0.8]},
-            },
+            "method": {"name": "solider", "momentum": 0.95, "freeze_last_layer": 0} | sizes | views,
             "model": MODEL | {"image_size": [32, 16], "embed_dim": 16, "window_size": 4},
             "data": {"train": {"shards": pack(persons(512, 0)[0], tmp_path)}},
-            "steps": STEPS,
-            "batch_size": 32,
+            "steps": steps,
+            "batch_size": 16,
+            "seed": seed,
             "optimizer": {"lr": 3e-3, "weight_decay": 0.04, "clip_parameter_norm": 3.0},
+            "schedule": {"warmup_epochs": 0.6},
             "checkpoint": {"every_steps": 10000},
         }
     )
     method: Any = assemble.restore_method(pretrained(spec, tmp_path, "solider"), tmp_path)
     pixels, part, colour = persons(128, 1)
-    view = View(size=(32, 16))
-    images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), view)
-    tokens = torch.from_numpy(part[:, 2::4, 2::4])  # the middle of each
-    seen = tokens.flatten(1)
-    coloured = torch.where(seen > 0, torch.from_numpy(colour).gather(1, (seen - 1).clamp(min=0)), -1)
-    placed = torch.where(seen > 0, seen, -1)
-    results = {}
+    images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), View(size=(32, 16)))
+    seen = torch.from_numpy(part[:, 2::4, 2::4]).flatten(1)  # at the middle of each token
+    colours = torch.from_numpy(colour).gather(1, (seen - 1).clamp(min=0)).where(seen > 0, -1)
+    pairs: list[tuple[float, float, float]] = []
     with torch.no_grad():
-        labels, accepted = find_parts(
-            method.teacher.forward_features(images, torch.ones(128)), sample_keys(0, 0, torch.arange(128)), 3, salt="t"
-        )
-        for lam in (0, 1):
-            weight = torch.full((128,), float(lam))
-            maps = method.encoder.forward_features(images, weight)
-            right = method.part_head(maps).argmax(dim=-1) == labels
-            exported = method.teacher.forward_features(images, weight)
-            results[lam] = {
-                "accuracy": right[accepted].float().mean().item(),
-                "same colour": same_of_the_next(exported, coloured),
-                "same part": same_of_the_next(exported, placed),
-            }
-    print(results, accepted.float().mean(), labels[accepted].flatten().bincount())
-    print((labels[accepted] == tokens[accepted]).float().mean())
+        keys, ones = sample_keys(0, 0, torch.arange(128)), torch.ones(128)
+        labels, accepted = find_parts(method.teacher.forward_features(images, ones), keys, 3, salt="test")
+        for lam in (0 * ones, ones):
+            named = method.part_head(method.encoder.forward_features(images, lam)).argmax(dim=-1)
+            maps = method.teacher.forward_features(images, lam)
+            same = same_of_the_next(maps, colours), same_of_the_next(maps, seen.where(seen > 0, -1))
+            pairs.append(((named == labels)[accepted].float().mean().item(), *same))
+    chance = labels[accepted].flatten().bincount().max().item() / labels[accepted].numel()
+    return Learned(chance, *zip(*pairs, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_parts_are_named_better_than_by_chance(tmp_path: Path) -> None:
+    """After 100 steps .41 of the teacher's labels, the commonest of which is .28; at lambda = 0 as many.
+
+    The commonest label is what a classifier without eyes would say.
+    """
+    got = learned(tmp_path, 100)
+    assert min(got.accuracy) > got.chance + 0.05, got
+
+
+@pytest.mark.soak
+def test_parts_are_named_better_where_semantics_is_wanted(tmp_path: Path) -> None:
+    """After 720 steps .469 of the labels at lambda = 1, .402 at 0; the commonest is .302.
+
+    What neighbours the teacher's tokens have does not change hands: the most similar one of another image is of the
+    same part for .651 and .643, of the same colour for .978 and .975, so appearance did not come forward at 0.
+    """
+    got = learned(tmp_path, 720)
+    assert got.accuracy[1] > got.accuracy[0] + 0.03 > got.chance, got

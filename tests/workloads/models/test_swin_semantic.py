@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from tests.toy_artifact import write_artifact
 from workloads import artifact
 from workloads.models.encoders import build_encoder, classifier_of, layer_ids
-from workloads.models.swin_semantic import Block, Controller, SwinSemantic, SwinSemanticConfig, swin
+from workloads.models.swin_semantic import (
+    Block,
+    Controller,
+    SwinSemantic,
+    SwinSemanticConfig,
+    SwinTransformer,
+    SwinTransformerBlock,
+)
 from workloads.models.timm_import import timm
 from workloads.parts.feature_maps import dense_features
 from workloads.parts.tokens import patch_tokens
@@ -113,7 +120,7 @@ def test_without_modulation_it_is_timms(size: tuple[int, int], window: int) -> N
             nn.init.zeros_(layer.weight)
         nn.init.constant_(stage.controller.scale.bias, math.log(math.e - 1))  # softplus: 1
     args = {name: value for name, value in network.manta_args.items() if name != "semantic_weight"}
-    plain = swin.SwinTransformer(**args, num_classes=0, always_partition=True, strict_img_size=False).eval()
+    plain = SwinTransformer(**args, num_classes=0, always_partition=True, strict_img_size=False).eval()
     names = [name for name in network.state_dict() if "controller" not in name]
     plain.load_state_dict({name: network.state_dict()[name] for name in names})
     images = torch.randn(2, 3, *size)
@@ -124,7 +131,7 @@ def test_the_top_of_an_image_does_not_see_its_bottom() -> None:
     """Windows of 4 shifted by 2 over 5 rows: 0 to 1 and 2 to 4 are apart. timm's fill comes behind the shift."""
     torch.manual_seed(0)
     args = {"dim": 8, "input_resolution": (5, 4), "num_heads": 2, "window_size": 4, "shift_size": 2}
-    block = swin.SwinTransformerBlock(**args, always_partition=True, dynamic_mask=True)
+    block = SwinTransformerBlock(**args, always_partition=True, dynamic_mask=True)
     x = torch.randn(1, 5, 4, 8)
     other = x.clone()
     other[:, 0] = torch.randn(4, 8)
