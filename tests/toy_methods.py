@@ -37,6 +37,15 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "moco_v3": {"dim": 8, "mlp_dim": 16},
     "rtk": {"teacher": "job:toy-classifier", "d": 8},
     "simclr": {"dim": 8, "probe": True},
+    "solider": {
+        "out_dim": 16,
+        "hidden_dim": 16,
+        "bottleneck_dim": 8,
+        "local_crops": 2,
+        "local_size": [8, 4],
+        "momentum": 0.9,
+        "freeze_last_layer": 0,
+    },
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
@@ -51,6 +60,19 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
     "mimco": {"micro_batch_size": None},
     "moco_v3": {"micro_batch_size": None},
     "simclr": {"micro_batch_size": None},
+    "solider": {  # the mean is over the views that are accepted
+        "micro_batch_size": None,
+        "model": {
+            "name": "swin_semantic",
+            "image_size": [16, 8],
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [1, 2],
+            "num_heads": [2, 2],
+            "window_size": 3,
+            "drop_path_rate": 0,
+        },
+    },
     "rtk": {
         "micro_batch_size": None,
         "model": {"name": "resnet_cifar", "image_size": 16, "depth": 8},

@@ -32,6 +32,7 @@ METHODS = {
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",
     "rtk": "workloads.methods.rtk:RTK",
     "simclr": "workloads.methods.simclr:SimCLR",
+    "solider": "workloads.methods.solider:SOLIDER",
 }
 MODELS = {
     "genet": "workloads.models.genet:GENetConfig",
@@ -40,6 +41,7 @@ MODELS = {
     "genet_large": "workloads.models.genet:GENetLarge",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "unet": "workloads.models.unet:UNetConfig",
+    "swin_semantic": "workloads.models.swin_semantic:SwinSemanticConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",
     "vit_small": "workloads.models.vit:ViTSmall",
