@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 METHODS = {
     "coins": "workloads.methods.coins:CoIns",
+    "cp2": "workloads.methods.cp2:CP2",
     "densecl": "workloads.methods.densecl:DenseCL",
     "dino": "workloads.methods.dino:DINO",
     "coke": "workloads.methods.coke:CoKe",
@@ -33,6 +34,7 @@ METHODS = {
     "simclr": "workloads.methods.simclr:SimCLR",
 }
 MODELS = {
+    "deeplab": "workloads.models.deeplab:DeepLabConfig",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "vit": "workloads.models.vit:ViTConfig",
     "vit_tiny": "workloads.models.vit:ViTTiny",
