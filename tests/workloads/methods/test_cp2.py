@@ -109,7 +109,7 @@ def test_background_of_the_query_gets_a_gradient_from_the_dense_loss_only() -> N
     assert of_places.all()
 
 
-@pytest.mark.parametrize("size", [2, 3, 16, 18, 32, 224])
+@pytest.mark.parametrize("size", [8, 16, 18, 32, 224])
 def test_a_rectangle_is_as_large_as_the_code_s_and_holds_the_middle_of_a_place(size: int) -> None:
     keys = sample_keys(0, 0, torch.arange(400))
     M = foreground(keys, size, "a")
@@ -194,7 +194,7 @@ def test_a_step_is_the_algorithm_of_the_paper() -> None:
 
 
 def test_without_the_dense_loss_and_a_background_it_is_moco_of_mean_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cp2, "foreground", lambda keys, size, salt: torch.ones(len(keys), size, size).bool())
+    monkeypatch.setattr(cp2, "foreground", lambda keys, size, _: torch.ones(len(keys), size, size).bool())
     method, data = method_of(dense_weight=0), batch()
     q, k = (tower(data[name]).mean(dim=2) for tower, name in ((method.query, "image"), (method.key, "other")))
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
@@ -314,7 +314,9 @@ def test_pictures_are_what_is_seen_and_what_is_found(n: int) -> None:
 
 def test_views_are_four_of_a_kind() -> None:
     views = CP2.views(CP2Config(), 224)
-    assert list(views) == ["image", "other", "background", "other_background"] and len(set(map(str, views.values()))) == 1
+    assert (
+        list(views) == ["image", "other", "background", "other_background"] and len(set(map(str, views.values()))) == 1
+    )
     view = views["background"]
     assert (view.crop_scale, view.flip) == ((0.2, 1.0), 0.5)
     assert view.photometry.jitter == (0.4, 0.4, 0.4, 0.1) and view.photometry.jitter_p == 0.8

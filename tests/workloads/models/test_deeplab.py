@@ -31,7 +31,12 @@ SMALL: list[dict[str, Any]] = [
     {"image_size": 16, "backbone": "resnet_cifar", "options": {"depth": 8}, "output_stride": 4, **HEAD},
     {"image_size": 16, "backbone": "vit", "options": VIT, "output_stride": 4, **HEAD},
     {"image_size": 64, "backbone": "resnet18", **HEAD},
-    {"image_size": 64, "backbone": "mobilenetv3_small_050", **HEAD},  # with a layer behind its maps
+    {
+        "image_size": 64,
+        "backbone": "mobilenetv3_small_050",
+        "output_stride": 32,
+        **HEAD,
+    },  # with a layer behind its maps
 ]
 IDS = [model["backbone"] for model in SMALL]
 
