@@ -52,7 +52,6 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
             "channels": 8,
             "rates": [1, 2],
         },
-        "optimizer": {"lr": 1e-4},
     },
     "linear_probe": {"micro_batch_size": None},
     "look": {"micro_batch_size": None},  # the mean is over images that have a neighbour of their class
