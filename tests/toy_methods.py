@@ -14,6 +14,7 @@ from workloads.spec import JobSpec
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
     "coins": {"dim": 8, "queue": 20, "coarse": [0, 1, 1, 0]},
+    "cp2": {"dim": 8, "queue": 20},
     "densecl": {"dim": 8, "queue": 20, "warmup_steps": 5},
     "dino": {"out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2, "local_size": 8},
     "coke": {"dim": 8, "clusters": [4, 6]},
@@ -50,6 +51,18 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
     "coke": {"micro_batch_size": None},
+    "cp2": {
+        "micro_batch_size": None,
+        "model": {
+            "name": "deeplab",
+            "image_size": 16,
+            "backbone": "resnet_cifar",
+            "options": {"depth": 8},
+            "output_stride": 4,
+            "channels": 8,
+            "rates": [1, 2],
+        },
+    },
     "linear_probe": {"micro_batch_size": None},
     "look": {"micro_batch_size": None},  # the mean is over images that have a neighbour of their class
     "medical_cl": {

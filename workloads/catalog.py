@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 METHODS = {
     "coins": "workloads.methods.coins:CoIns",
+    "cp2": "workloads.methods.cp2:CP2",
     "densecl": "workloads.methods.densecl:DenseCL",
     "dino": "workloads.methods.dino:DINO",
     "coke": "workloads.methods.coke:CoKe",
@@ -39,6 +40,7 @@ MODELS = {
     "genet_light": "workloads.models.genet:GENetLight",
     "genet_normal": "workloads.models.genet:GENetNormal",
     "genet_large": "workloads.models.genet:GENetLarge",
+    "deeplab": "workloads.models.deeplab:DeepLabConfig",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "unet": "workloads.models.unet:UNetConfig",
     "swin_semantic": "workloads.models.swin_semantic:SwinSemanticConfig",

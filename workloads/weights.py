@@ -60,7 +60,8 @@ def load_initial(
     On the meta device only names and shapes are compared: nothing is downloaded and no weight is read.
 
     Args:
-        encoder: a ViT of ours or a model of timm, without a head; changed in place.
+        encoder: a ViT of ours or a model of timm, without a head; or a network with such a `backbone`, which may be
+            started alone. Changed in place.
         reference: what the module says.
         home: where registry and runs are.
         mean: of the job's pixels in [0, 1], by channel.
@@ -75,7 +76,10 @@ def load_initial(
     where = locate(reference, home)
     shapes_only = next(encoder.parameters()).is_meta
     found = _from_timm(where, shapes_only) if isinstance(where, str) else _from_file(where, shapes_only)
-    notes = _fit(encoder, found)
+    part = _part(encoder, found)
+    notes = _fit(part, found)
+    if part is not encoder:
+        notes.append(f"what is behind the backbone is fresh: {found.label} has the backbone alone")
     for name, theirs, ours in (("mean", found.mean, mean), ("std", found.std, std)):
         if theirs is not None and not _close(theirs, ours):
             notes.append(f"pixels are normalised by {name} {ours}, those of {found.label} were by {tuple(theirs)}")
@@ -197,6 +201,16 @@ def _not_downloaded(name: str, error: Exception) -> str:
     )
 
 
+def _part(encoder: nn.Module, found: Found) -> nn.Module:
+    """The backbone of a network that has one, where the weights are of a backbone; else the whole network."""
+    backbone = getattr(encoder, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        return encoder
+    names, both = found.tensors, (encoder.state_dict(), backbone.state_dict())
+    of_all, of_part = (_fitting(names, own, _prefix(names, own)) for own in both)
+    return backbone if of_part >= of_all else encoder
+
+
 def _fit(encoder: nn.Module, found: Found) -> list[str]:
     """Loads what belongs to the encoder; see `load_initial`."""
     own = encoder.state_dict()
@@ -248,10 +262,13 @@ def _prefix(names: dict[str, Tensor], own: dict[str, Tensor]) -> str:
             at += len(wrapper)
             prefixes.add(name[:at])
 
-    def fitting(prefix: str) -> int:
-        return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in names)
+    shortest_first = sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
+    return max(shortest_first, key=lambda prefix: _fitting(names, own, prefix))
 
-    return max(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)), key=fitting)
+
+def _fitting(names: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> int:
+    """How many names are the encoder's behind the prefix."""
+    return sum(name.startswith(prefix) and name[len(prefix) :] in own for name in names)
 
 
 def _resize(encoder: nn.Module, weights: dict[str, Tensor], size: tuple[int, int]) -> str | None:
