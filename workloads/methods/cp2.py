@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.transforms import erasing
-from workloads.data.views import View
+from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.maps import last_maps, unread
 from workloads.parts.crop import MoCoCrop
@@ -123,12 +123,12 @@ class CP2(Method):
 
     def __init__(self, config: CP2Config, inputs: Inputs) -> None:
         super().__init__(config, inputs)
-        self.query = Tower(inputs.encoder, config.dim, inputs.data.shape[-1])
+        self.query = Tower(inputs.encoder, config.dim, inputs.data.side)
         self.key = copy_of(self.query)
         self.queue = Queue(config.queue, config.dim)
 
     @classmethod
-    def views(cls, config: CP2Config, image_size: int) -> dict[str, View]:
+    def views(cls, config: CP2Config, image_size: Size) -> dict[str, View]:
         view = View(size=image_size, **config.view.model_dump())
         return dict.fromkeys(("image", "other", "background", "other_background"), view)
 

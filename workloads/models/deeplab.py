@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from workloads.models.encoders import TimmConfig, build_encoder, model_config
 from workloads.models.maps import last_maps, unread
+from workloads.models.pooled_cnn import PooledCNN
 from workloads.models.timm_import import timm
 from workloads.spec import Named
 
@@ -103,19 +104,11 @@ class ConvNormReLU(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(channels), nn.ReLU())
 
 
-class DeepLab(nn.Module):
-    """What timm's networks offer beside their forward is offered here by the same names.
-
-    Attributes:
-        num_features: channels of the head.
-        num_classes: 0: an encoder, which returns the mean of the maps; else of whole images.
-        default_cfg: the name of the architecture in timm.
-        manta_args: arguments with which timm builds the same network.
-    """
+class DeepLab(PooledCNN):
+    """Backbone and head; a classifier, if there is one, is of whole images."""
 
     def __init__(self, config: DeepLabConfig, num_classes: int = 0) -> None:
-        super().__init__()
-        self.default_cfg, self.manta_args = {"architecture": "deeplab"}, config.model_dump(mode="json")
+        super().__init__(config.channels, architecture="deeplab", args=config.model_dump(mode="json"))
         model, C, idle = config.settled()
         self.backbone = build_encoder(model)
         for name in idle:
@@ -124,13 +117,7 @@ class DeepLab(nn.Module):
         self.pool = ConvNormReLU(C, width, 1)
         self.branches = nn.ModuleList(ConvNormReLU(C, width, 1 if rate == 1 else 3, rate) for rate in config.rates)
         self.bottleneck = ConvNormReLU(branches * width, width, 3)
-        self.num_features = width
         self.reset_classifier(num_classes)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh classifier of so many classes; 0 takes it away."""
-        self.num_classes = num_classes
-        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the names of parameters by depth: stem and blocks as backbones usually call them, the rest."""
@@ -147,14 +134,6 @@ class DeepLab(nn.Module):
         x = last_maps(self.backbone, images)
         pooled = self.pool(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
         return self.bottleneck(torch.cat([pooled, *(branch(x) for branch in self.branches)], dim=1))
-
-    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = maps.mean(dim=(2, 3))
-        return pooled if pre_logits else self.fc(pooled)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> features [B, num_features], or logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(images))
 
 
 def _network(num_classes: int = 0, **config: Any) -> DeepLab:

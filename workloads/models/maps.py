@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,20 @@ from torch import Tensor, nn
 
 
 def last_maps(encoder: nn.Module, images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> what the encoder computes before it pools, [B, C, h, w]; tokens are laid out as the image is."""
+    """[B, 3, H, W] -> what the encoder computes before it pools, [B, C, h, w]."""
     model: Any = encoder
-    x: Tensor = model.forward_features(images)
-    if x.ndim == 3:  # tokens of square patches
+    return laid_out(model, model.forward_features(images), images.shape[-2:])
+
+
+def laid_out(encoder: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
+    """What `forward_features` gives of images of that height and width, as maps [B, C, h, w].
+
+    Tokens, of square patches, are laid out as the image is.
+    """
+    model: Any = encoder
+    if x.ndim == 3:
         patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
-        height, width = images.shape[-2:]
-        return patches.unflatten(2, (round((patches.shape[2] * height / width) ** 0.5), -1))
+        return patches.unflatten(2, (round((patches.shape[2] * size[0] / size[1]) ** 0.5), -1))
     return x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x
 
 

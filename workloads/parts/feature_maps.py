@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from workloads.models.maps import laid_out
 
 
 def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,12 +23,7 @@ def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     model: Any = encoder
     x: Tensor = model.forward_features(images)
     pooled: Tensor = model.forward_head(x, pre_logits=True)
-    if x.ndim == 3:  # tokens
-        patches = x[:, model.num_prefix_tokens :].transpose(1, 2)
-        H, W = images.shape[-2:]
-        columns = math.isqrt(patches.shape[2] * W // H)
-        return patches.unflatten(2, (-1, columns)), pooled
-    return (x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x), pooled
+    return laid_out(model, x, images.shape[-2:]), pooled
 
 
 def residual_blocks(network: nn.Module) -> list[nn.Module]:

@@ -18,8 +18,9 @@ def gather(x: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x.detach()
+    x = x.contiguous()  # memory in another order, as of images, cannot be sent
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 

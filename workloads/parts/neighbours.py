@@ -22,7 +22,7 @@ def following(x: Tensor, n: int) -> Tensor:
     Raises:
         ValueError: the batch has no more than n rows, so that some would be their own neighbours.
     """
-    first = x[:n].contiguous()  # channels-last memory cannot be sent
+    first = x[:n]
     of_all = gather(first)
     ranks = len(of_all) // len(first)
     if len(x) * ranks <= n:
