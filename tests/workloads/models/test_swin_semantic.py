@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.toy_artifact import write_artifact
@@ -26,6 +27,7 @@ from workloads.models.timm_import import timm
 from workloads.parts.feature_maps import dense_features
 from workloads.parts.tokens import patch_tokens
 from workloads.spec import Named
+from workloads.weights import load_initial
 
 TINY: dict[str, Any] = {
     "name": "swin_semantic",
@@ -207,3 +209,16 @@ def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
     config = {name: value for name, value in (TINY | fields).items() if name != "name"}
     with pytest.raises(ValidationError, match=message):
         SwinSemanticConfig.model_validate(config)
+
+
+def test_it_starts_from_a_plain_swin(tmp_path: Path) -> None:
+    """The controller is fresh, all else is timm's."""
+    sizes = {name: TINY[name] for name in ("patch_size", "embed_dim", "depths", "num_heads", "window_size")}
+    torch.manual_seed(1)
+    plain = SwinTransformer(img_size=(16, 8), num_classes=0, always_partition=True, strict_img_size=False, **sizes)
+    save_file(plain.state_dict(), tmp_path / "swin.safetensors")
+    network = tiny()
+    notes = load_initial(network, str(tmp_path / "swin.safetensors"), tmp_path)
+    assert any("controller" in note and "fresh" in note for note in notes)
+    own = network.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())
