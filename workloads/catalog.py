@@ -31,6 +31,7 @@ METHODS = {
     "moco_v3": "workloads.methods.moco_v3:MoCoV3",
     "rtk": "workloads.methods.rtk:RTK",
     "simclr": "workloads.methods.simclr:SimCLR",
+    "transreid_ssl": "workloads.methods.transreid_ssl:TransReIDSSL",
 }
 MODELS = {
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
@@ -40,11 +41,15 @@ MODELS = {
     "vit_base": "workloads.models.vit:ViTBase",
     "vit_large": "workloads.models.vit:ViTLarge",
     "vit_huge": "workloads.models.vit:ViTHuge",
+    "vit_ics": "workloads.models.vit_ics:ViTICSConfig",
+    "vit_small_ics": "workloads.models.vit_ics:ViTSmallICS",
+    "vit_base_ics": "workloads.models.vit_ics:ViTBaseICS",
     "wide_resnet": "workloads.models.wide_resnet:WideResNetConfig",
 }
 EVALUATIONS = {
     "accuracy": "workloads.evaluation.accuracy:Accuracy",
     "fine_tune": "workloads.evaluation.fine_tune:FineTuneEvaluation",
+    "forgetting": "workloads.evaluation.forgetting:Forgetting",
     "knn": "workloads.evaluation.knn:KNN",
     "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
     "linear_probe_augmented": "workloads.evaluation.linear_probe_augmented:LinearProbeAugmented",

@@ -23,7 +23,7 @@ from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec, read_spec
 
 RECIPES = sorted((Path(workloads.__file__).parent / "recipes").glob("*.yaml"))
-FULL = [path for path in RECIPES if path.stem.startswith(("imagenet_", "cifar100_"))]
+FULL = [path for path in RECIPES if path.stem.startswith(("imagenet_", "cifar100_", "luperson_"))]
 SMALL = [path for path in RECIPES if path not in FULL]
 IMAGENET = 1_281_167
 GIB = 2**30
