@@ -36,9 +36,7 @@ FRESH = (*HEADS, "norm.", "mask_token")  # an encoder of averaged tokens has `fc
 
 @dataclass(frozen=True)
 class Found:
-    """Weights before they meet a model; `mean` and `std` of their pixels, and the height and width of their images, where
-    these are known.
-    """
+    """Weights before they meet a model; `mean`, `std` of their pixels, height and width of their images where known."""
 
     label: str
     tensors: dict[str, Tensor]

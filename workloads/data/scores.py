@@ -65,9 +65,9 @@ def best(path: str, manifest: Manifest, share: float) -> Rows:
     file, facts = _open(path)
     if facts["content_hash"] != manifest.content_hash:
         raise DataError(
-            f"got scores {path} of {facts['samples']} samples with content {facts['content_hash'][:12]}, expected those "
-            f"of these shards: {len(manifest)} samples with content {manifest.content_hash[:12]}; score these shards, "
-            "or name the ones that were scored"
+            f"got scores {path} of {facts['samples']} samples with content {facts['content_hash'][:12]}, expected "
+            f"those of these shards: {len(manifest)} samples with content {manifest.content_hash[:12]}; score these "
+            "shards, or name the ones that were scored"
         )
     rows: Rows = file.read(["row"])["row"].to_numpy()
     return np.sort(rows[: max(1, round(share * len(manifest)))])

@@ -5,7 +5,7 @@ and fine-tuned on the target domain. What that changes least lies nearest to the
 large network is pretrained on: the paper keeps 50 or 60 % of its 4.18 million images. The score of an image says how
 far its neighbours under one network are those under the other:
 
-    CFS = |R_s & R_t| / |R_s | R_t|    R: its k-reciprocal neighbours by cosine, those that have it among their k nearest
+    CFS = |R_s & R_t| / |R_s | R_t|    R: its k-reciprocal neighbours by cosine, which have it among their k nearest
 
 An image that has none under both goes by its plain k nearest. Neighbours, unlike features, do not mind that fine-tuning
 turns all features together; `by: features` is the cosine of the two features instead, for networks of one origin.
@@ -168,7 +168,9 @@ class Forgetting:
         results = {who: _means(of_source) for who, (of_source, _) in found.items()}
         of_source, of_target = found["pretrained"]
         results["target"] = _means(of_target)
-        how = config.model_dump(mode="json", include={"reference", "by", "k", "bank", "seeds"}) | {"job": subject.job_id}
+        how = config.model_dump(mode="json", include={"reference", "by", "k", "bank", "seeds"}) | {
+            "job": subject.job_id
+        }
         file = subject.folder / "scores.parquet"
         write_scores(file, source, np.asarray(of_source.mean(dim=0)), how)
         auc = statistics.fmean(above(high, low) for high, low in zip(of_target, of_source, strict=True))

@@ -20,7 +20,7 @@ by a tenth of a patch). While the last layer is frozen its gradient is zero rath
 each, so AdamW decays its rows, whose length says nothing, and counts the steps.
 
 Not built: the stages after pretraining. `fine_tune` trains a classifier of identities; the baseline of ReID (BNNeck,
-triplet loss, batches of P x K), and the clustering that learns a target without labels (Cluster-Contrast), are not here.
+triplet loss, batches of P x K) and the clustering that learns a target without labels (Cluster-Contrast) are not here.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
@@ -66,12 +67,12 @@ def test_scores_of_other_samples_are_refused(scored: str, toy_shards: dict[str, 
 
 
 def test_files_that_hold_no_scores_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="got no file .*, expected scores there"):
+    with pytest.raises(DataError, match=r"got no file .*, expected scores there"):
         expect_scores(str(tmp_path / "scores.parquet"))
     (tmp_path / "text").write_text("a,b")
-    pq.write_table(pq.pa.table({"row": [1]}), tmp_path / "table.parquet")
+    pq.write_table(pa.table({"row": [1]}), tmp_path / "table.parquet")
     for name in ("text", "table.parquet"):
-        with pytest.raises(DataError, match="holds no scores .*name its scores.parquet"):
+        with pytest.raises(DataError, match=r"holds no scores .*name its scores.parquet"):
             expect_scores(str(tmp_path / name))
 
 

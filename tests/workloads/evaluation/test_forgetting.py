@@ -47,7 +47,12 @@ def test_neighbours_are_mutual_ones() -> None:
     assert found.rows[:, 0].tolist() == [1, 0, 1, 2]
     assert found.mutual[:, 0].tolist() == [True, True, False, False]
     two = neighbours(x, x, torch.arange(4), k=2)
-    assert [sorted(row[m].tolist()) for row, m in zip(two.rows, two.mutual, strict=True)] == [[1, 2], [0, 2], [0, 1], []]
+    assert [sorted(row[m].tolist()) for row, m in zip(two.rows, two.mutual, strict=True)] == [
+        [1, 2],
+        [0, 2],
+        [0, 1],
+        [],
+    ]
     between = torch.tensor([[1.0, 0.05], [-1.0, 0.0]])  # 3 and 180 degrees, not of the bank
     found = neighbours(between, x, torch.tensor([-1, -1]), k=1)
     assert found.rows[:, 0].tolist() == [0, 3]
@@ -113,7 +118,7 @@ def test_of_pairs_equal_ones_count_half() -> None:
 def test_features_of_other_widths_have_no_cosine_but_neighbours() -> None:
     x, y = (features(), features(9)), (features(width=6), features(9, 6))
     assert scores(config(k=5), x, y)[0].shape == (1, 60)
-    with pytest.raises(ValueError, match="got features of 8 and 6 channels.*compare by: neighbours"):
+    with pytest.raises(ValueError, match=r"got features of 8 and 6 channels.*compare by: neighbours"):
         scores(config(by="features"), x, y)
 
 
@@ -158,7 +163,10 @@ def test_a_job_is_scored_and_the_file_says_what_to_keep(
 def test_the_network_itself_as_reference_scores_1(measure: Callable[..., dict[str, Any]]) -> None:
     found = measure(job="source", untrained=False)["results"]
     assert set(found) == {"pretrained", "target"} and found["pretrained"]["mean"] == found["target"]["mean"] == 1.0
-    both = [measure(job=a, reference=f"job:{b}")["results"]["pretrained"] for a, b in (("source", "tuned"), ("tuned", "source"))]
+    both = [
+        measure(job=a, reference=f"job:{b}")["results"]["pretrained"]
+        for a, b in (("source", "tuned"), ("tuned", "source"))
+    ]
     assert both[0] == both[1], "the score is the same both ways"
 
 

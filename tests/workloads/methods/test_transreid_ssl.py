@@ -32,7 +32,7 @@ SMALL = {"out_dim": 12, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2,
 
 
 def wave(*shape: int, k: float) -> Tensor:
-    return torch.sin(k * torch.arange(math.prod(shape), dtype=torch.float64)).view(shape)
+    return torch.sin(k * torch.arange(1, 1 + math.prod(shape), dtype=torch.float64)).view(shape)
 
 
 def method_of(encoder: nn.Module | None = None, **config: object) -> TransReIDSSL:
@@ -50,8 +50,8 @@ def batch(n: int = 4) -> dict[str, Tensor]:
 def test_the_loss_and_the_centre_are_the_golden_numbers() -> None:
     """2 images, 4 crops, K = 5: 6 pairs."""
     method = method_of(out_dim=5, freeze_last_layer=0)
-    method.student_logits = lambda crops, frozen: wave(8, 5, k=1.1)  # type: ignore[method-assign]
-    method.teacher_logits = lambda crops: wave(4, 5, k=0.6)  # type: ignore[method-assign]
+    method.student_logits = lambda *_, **__: wave(8, 5, k=1.1)  # type: ignore[method-assign]
+    method.teacher_logits = lambda *_: wave(4, 5, k=0.6)  # type: ignore[method-assign]
     loss = method(batch(2), START).loss
     assert loss.item() == pytest.approx(8.513079134, rel=1e-6)
     method.after_step(START)
@@ -142,7 +142,9 @@ def test_views_are_those_of_the_code() -> None:
 
 
 def test_local_crops_that_patches_do_not_fill_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got local_size=\(10, 4\) for patches of 4, expected a multiple; use \[8, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"got local_size=\(10, 4\) for patches of 4, expected a multiple; use \[8, 4\]"
+    ):
         method_of(local_size=[10, 4])
 
 
@@ -189,7 +191,7 @@ def write_people(folder: Path, split: str, each: int, seed: int) -> str:
 @pytest.mark.slow
 def test_neighbours_are_more_often_of_a_person_than_before(tmp_path: Path) -> None:
     """Toy people."""
-    shards = [write_people(tmp_path, split, each, seed) for seed, (split, each) in enumerate((("train", 40), ("test", 20)))]
+    shards = write_people(tmp_path, "train", 40, seed=0), write_people(tmp_path, "test", 20, seed=1)
     crop = {"photometry": JITTER}
     spec = JobSpec.model_validate(
         {
@@ -219,7 +221,9 @@ def test_neighbours_are_more_often_of_a_person_than_before(tmp_path: Path) -> No
 
     def knn(encoder: nn.Module) -> float:
         manifests = [assemble.open_stream(Stream(shards=part)) for part in shards]
-        return knn_accuracy(*(extract(encoder.eval(), m, View(size=(32, 16))) for m in manifests), k=20, temperature=0.07)
+        return knn_accuracy(
+            *(extract(encoder.eval(), m, View(size=(32, 16))) for m in manifests), k=20, temperature=0.07
+        )
 
     before, after = knn(untrained(spec)), knn(encoder_of(pretrained(spec, tmp_path, "people")))
     entropies = [point["teacher_entropy"] for point in RunFolder(tmp_path / "runs" / "people").read_metrics()]
