@@ -176,12 +176,13 @@ def test_a_stopped_job_leaves_nothing(measure: Callable[..., Any], tmp_path: Pat
 
 
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
+ANIMALS = {"bird", "cat", "deer", "dog", "frog", "horse"}
 
 
-def write_vehicles(shards: str, folder: Path, half: int) -> str:
-    """Every second vehicle, from the first or the second on, in a shard of its own."""
+def write_part(shards: str, folder: Path, classes: set[str], half: int) -> str:
+    """Every second image of some classes, from the first or the second on, in a shard of its own."""
     manifest = assemble.open_stream(Stream(shards=shards))
-    rows = np.array([row for row in range(len(manifest)) if manifest.classes[manifest.label[row]] in VEHICLES])[half::2]
+    rows = np.flatnonzero([manifest.classes[label] in classes for label in manifest.label])[half::2]
     folder.mkdir()
     with webdataset.TarWriter(str(folder / "part-000000.tar"), mtime=0) as writer:
         for row, data in zip(rows, read_members(manifest, manifest.primary, rows), strict=True):
@@ -191,27 +192,33 @@ def write_vehicles(shards: str, folder: Path, half: int) -> str:
 
 
 @pytest.mark.slow
-def test_images_of_the_target_domain_are_forgotten_less(real_images: RealImages, tmp_path: Path) -> None:
-    """CIFAR-10."""
+def test_features_of_the_target_domain_are_forgotten_less_whichever_it_is(
+    real_images: RealImages, tmp_path: Path
+) -> None:
+    """SimCLR on 2,000 images of CIFAR-10, then 100 steps more on 200 vehicles, or on 300 animals.
+
+    How often a source image of the target's kind scores above one of the other (two seeds): FIGURES
+    """
     if real_images.name != "cifar10":
-        pytest.skip("needs CIFAR-10")
-    tuning, held_out = (write_vehicles(real_images.test, tmp_path / f"half{half}", half) for half in (0, 1))
+        pytest.skip("needs vehicles and animals")
     source = real_images.contrast({"name": "simclr"}).model_copy(update={"epochs": 3})
     pretrained(source, tmp_path, "source")
-    tune = {"method": {"name": "fine_tune", "drop_path": 0}, "data": {"train": {"shards": tuning}}, "epochs": 10}
-    tuned = JobSpec.model_validate(source.model_dump() | tune | {"init": "job:source"})
-    artifact = pretrained(tuned, tmp_path, "tuned")
-    subject = Subject(tuned, artifact, tmp_path, tmp_path / "0", "tuned", lambda: False, here(tmp_path))
     manifest = assemble.open_stream(Stream(shards=real_images.train))
-    near = np.array([manifest.classes[label] in VEHICLES for label in manifest.label])
     told = {}
-    for by in ("neighbours", "features"):
+    for domain, classes in (("vehicles", VEHICLES), ("animals", ANIMALS)):
+        tuning, held_out = (
+            write_part(real_images.test, tmp_path / f"{domain}{half}", classes, half) for half in (0, 1)
+        )
+        length = {"data": {"train": {"shards": tuning}}, "epochs": None, "steps": 100}
+        tuned = JobSpec.model_validate(source.model_dump() | length | {"init": "job:source"})
+        artifact = pretrained(tuned, tmp_path, domain)
+        subject = Subject(tuned, artifact, tmp_path, tmp_path / "0", domain, lambda: False, here(tmp_path))
         data = {"train": {"shards": real_images.train}, "test": {"shards": held_out}}
-        asked = ForgettingConfig.model_validate({"reference": "job:source", "data": data, "by": by})
-        found = Forgetting().run(asked, subject)
+        asked = {"reference": "job:source", "data": data, "by": "features", "untrained": False}
+        found = Forgetting().run(ForgettingConfig.model_validate(asked), subject)
         assert found is not None
         table = pq.read_table(tmp_path / "0" / found["scores"]).to_pydict()
-        value, of = torch.tensor(table["score"]), torch.from_numpy(near[table["row"]])
-        told[by] = above(value[of], value[~of]), found["auc"]
-    print(told)
-    assert all(auc > 0.5 for pair in told.values() for auc in pair), told
+        score, of = torch.tensor(table["score"]), manifest.label[table["row"]]
+        near = torch.tensor([manifest.classes[label] in classes for label in of])
+        told[domain] = above(score[near], score[~near]), found["auc"]
+    assert all(auc > 0.55 for pair in told.values() for auc in pair), told
