@@ -195,9 +195,15 @@ def write_part(shards: str, folder: Path, classes: set[str], half: int) -> str:
 def test_features_of_the_target_domain_are_forgotten_less_whichever_it_is(
     real_images: RealImages, tmp_path: Path
 ) -> None:
-    """SimCLR on 2,000 images of CIFAR-10, then 100 steps more on 200 vehicles, or on 300 animals.
+    """SimCLR on 2,000 images of CIFAR-10, then 100 steps more on 200 vehicles, or on 300 animals, with seeds 0 and 1.
 
-    How often a source image of the target's kind scores above one of the other (two seeds): FIGURES
+    How often a source image of the target's kind scores above one of the other kind (and, held-out ones, above any
+    source image), of all pairs: vehicles .689, .755 (.599, .648), animals .680, .631 (.584, .562). That both are above
+    chance says that it is the domain, not that vehicles are simple.
+
+    The rest of what was tried does not show it. Neighbours with k = 30: vehicles .562, .492, animals .452, .511.
+    Features after 30 steps: .307, .729, .576, .593. After fine-tuning by labels, 10 epochs, the kind that was tuned on
+    is forgotten more: by features vehicles have .668, .685 where they are the target, and .742, .739 where animals are.
     """
     if real_images.name != "cifar10":
         pytest.skip("needs vehicles and animals")
@@ -221,4 +227,4 @@ def test_features_of_the_target_domain_are_forgotten_less_whichever_it_is(
         score, of = torch.tensor(table["score"]), manifest.label[table["row"]]
         near = torch.tensor([manifest.classes[label] in classes for label in of])
         told[domain] = above(score[near], score[~near]), found["auc"]
-    assert all(auc > 0.55 for pair in told.values() for auc in pair), told
+    assert all(of_source > 0.6 and of_held_out > 0.5 for of_source, of_held_out in told.values()), told

@@ -190,7 +190,7 @@ def write_people(folder: Path, split: str, each: int, seed: int) -> str:
 
 @pytest.mark.slow
 def test_neighbours_are_more_often_of_a_person_than_before(tmp_path: Path) -> None:
-    """Toy people."""
+    """12 toy people, 384 images, 60 steps: kNN .308 (untrained; its CLS .279) -> .429; entropy 1.4 to 4.7 of 4.85."""
     shards = write_people(tmp_path, "train", 32, seed=0), write_people(tmp_path, "test", 20, seed=1)
     crop = {"photometry": JITTER}
     spec = JobSpec.model_validate(
@@ -230,6 +230,5 @@ def test_neighbours_are_more_often_of_a_person_than_before(tmp_path: Path) -> No
     before = knn(by_mean), knn(by_cls)
     after = knn(encoder_of(pretrained(spec, tmp_path, "people")))
     points = list(RunFolder(tmp_path / "runs" / "people").read_metrics())
-    print(before, after, [(p["teacher_entropy"], p["kl"]) for p in points])
     assert all(0.2 < point["teacher_entropy"] < math.log(128) - 0.02 for point in points), points
     assert after > max(before), (before, after)
