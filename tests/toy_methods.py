@@ -47,6 +47,7 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
         "momentum": 0.9,
         "freeze_last_layer": 0,
     },
+    "transreid_ssl": {"out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8, "local_crops": 2, "local_size": [8, 4]},
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,11 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
         "micro_batch_size": None,
         "model": {"name": "resnet_cifar", "image_size": 16, "depth": 8},
         "optimizer": {"lr": 1e-4},  # where rounding opens a ReLU on one side only, a small step keeps the trouble small
+    },
+    "transreid_ssl": {
+        "micro_batch_size": None,  # BatchNorm
+        "model": {"name": "vit_ics", "image_size": [16, 8], "patch_size": 4, "dim": 16, "depth": 2, "heads": 2},
+        "optimizer": {"lr": 1e-4},  # as above
     },
 }
 """Fields of the job of a method where they differ: methods that compare samples of a batch have no micro-batches."""

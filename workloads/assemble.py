@@ -13,6 +13,7 @@ from workloads.data.indexing import Mapper, here
 from workloads.data.manifest import Manifest, open_manifest
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
+from workloads.data.scores import best
 from workloads.data.shards import DataError, some
 from workloads.data.streaming import StreamReader, stream_manifest
 from workloads.data.views import Size, View, height_width
@@ -26,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
-    """The manifest of a stream, cut down to `per_class` where the spec says so.
+    """The manifest of a stream, cut down to `per_class` or to the best by `scores` where the spec says so.
 
     Args:
         stream: what to open.
         mapper: where shards are scanned that have no manifest yet.
 
     Raises:
-        DataError: the shards cannot be used, or more than `max_bad_share` of what they hold is damaged.
+        DataError: the shards or the scores cannot be used, or more than `max_bad_share` of what the shards hold is
+            damaged.
     """
     if stream.piped:
         return stream_manifest(stream.shards, stream.epoch_samples or 0, stream.num_classes)
@@ -44,6 +46,8 @@ def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
             f"got {bad} damaged members beside {good} samples, expected at most a share of {stream.max_bad_share}; "
             f"repair the shards or raise max_bad_share: {some(manifest.quarantined, 20)}"
         )
+    if stream.scores is not None and stream.keep is not None:
+        return manifest.take(best(stream.scores, manifest, stream.keep))
     return manifest if stream.per_class is None else manifest.select(stream.per_class, stream.subset_seed)
 
 

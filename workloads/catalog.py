@@ -34,6 +34,7 @@ METHODS = {
     "rtk": "workloads.methods.rtk:RTK",
     "simclr": "workloads.methods.simclr:SimCLR",
     "solider": "workloads.methods.solider:SOLIDER",
+    "transreid_ssl": "workloads.methods.transreid_ssl:TransReIDSSL",
 }
 MODELS = {
     "genet": "workloads.models.genet:GENetConfig",
@@ -51,11 +52,15 @@ MODELS = {
     "vit_large": "workloads.models.vit:ViTLarge",
     "vit_huge": "workloads.models.vit:ViTHuge",
     "zennet": "workloads.models.zennet:ZenNetConfig",
+    "vit_ics": "workloads.models.vit_ics:ViTICSConfig",
+    "vit_small_ics": "workloads.models.vit_ics:ViTSmallICS",
+    "vit_base_ics": "workloads.models.vit_ics:ViTBaseICS",
     "wide_resnet": "workloads.models.wide_resnet:WideResNetConfig",
 }
 EVALUATIONS = {
     "accuracy": "workloads.evaluation.accuracy:Accuracy",
     "fine_tune": "workloads.evaluation.fine_tune:FineTuneEvaluation",
+    "forgetting": "workloads.evaluation.forgetting:Forgetting",
     "knn": "workloads.evaluation.knn:KNN",
     "linear_probe": "workloads.evaluation.linear_probe:LinearProbe",
     "linear_probe_augmented": "workloads.evaluation.linear_probe_augmented:LinearProbeAugmented",

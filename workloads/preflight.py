@@ -106,21 +106,22 @@ def _streams(spec: JobSpec) -> list[Problem]:
 
 
 def _data(spec: JobSpec) -> list[Problem]:
-    """Shards that cannot be read or hold no image, without a scan of all of them."""
+    """Shards that cannot be read or hold no image, without a scan of all of them, and files that hold no scores."""
     from workloads.data.manifest import DataError, peek
+    from workloads.data.scores import expect_scores
 
-    streams: list[tuple[list[str | int], Any]] = [
-        (["data", name], s.shards) for name, s in spec.data.items() if not s.piped
-    ]
+    streams: list[tuple[list[str | int], Any]] = [(["data", name], s) for name, s in spec.data.items() if not s.piped]
     for i, evaluation in enumerate(spec.evaluate):
         config = catalog.load("evaluation", evaluation.name).Config.model_validate(evaluation.config)
-        streams += [(["evaluate", i, "data", name], getattr(config.data, name).shards) for name in ("train", "test")]
+        streams += [(["evaluate", i, "data", name], getattr(config.data, name)) for name in ("train", "test")]
     problems = []
-    for loc, shards in streams:
-        try:
-            peek(shards)
-        except DataError as error:
-            problems.append(Problem(loc=[*loc, "shards"], message=str(error)))
+    for loc, stream in streams:
+        for field, look_at in (("shards", peek), ("scores", expect_scores)):
+            try:
+                if (given := getattr(stream, field)) is not None:
+                    look_at(given)
+            except DataError as error:
+                problems.append(Problem(loc=[*loc, field], message=str(error)))
     return problems
 
 

@@ -51,6 +51,8 @@ class Stream(Strict):
         batch_size: of this stream, where it is not the job's.
         shuffle_window: about how many samples are mixed one by one; blocks are permuted over the whole set anyway.
         per_class: keep this many samples of each class, drawn by `subset_seed`.
+        scores: a file that an evaluation such as `forgetting` wrote of these shards, for `keep`.
+        keep: this share of the samples, the best by `scores`.
         max_bad_share: the job fails once more than this share of the samples is damaged or cannot be decoded.
     """
 
@@ -61,6 +63,8 @@ class Stream(Strict):
     shuffle_window: int = Field(default=16384, ge=1)
     per_class: int | None = Field(default=None, ge=1)
     subset_seed: int = Field(default=0, ge=0)
+    scores: str | None = None
+    keep: float | None = Field(default=None, gt=0, le=1)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
 
     @property
@@ -72,8 +76,13 @@ class Stream(Strict):
     def _counted(self) -> Stream:
         if self.piped and self.epoch_samples is None:
             raise ValueError("got `pipe:` without epoch_samples, expected how many samples an epoch has; set it")
-        if self.piped and self.per_class is not None:
-            raise ValueError("got per_class for `pipe:`, whose samples cannot be chosen; leave it out, or use files")
+        if (self.scores is None) != (self.keep is None):
+            raise ValueError(f"got scores={self.scores} with keep={self.keep}, expected both; say what share to keep")
+        chosen = [name for name in ("per_class", "scores") if getattr(self, name) is not None]
+        if self.piped and chosen:
+            raise ValueError(f"got {chosen[0]} for `pipe:`, whose samples cannot be chosen; leave it out, or use files")
+        if len(chosen) > 1:
+            raise ValueError("got per_class and scores, expected one way to choose samples; leave one out")
         if not self.piped and (self.epoch_samples is not None or self.num_classes):
             raise ValueError("got epoch_samples or num_classes for files, which are counted; leave them out")
         return self
@@ -156,13 +165,15 @@ class JobSpec(Strict):
         return next(n for n in range(workers, 0, -1) if self._micro_batches % n == 0)
 
     def absolute(self, base: Path) -> JobSpec:
-        """The spec with relative paths (shards of the data and of evaluations, `init`) taken from `base`."""
+        """The spec with relative paths (shards and scores of the data and of evaluations, `init`) taken from `base`."""
         document = self.model_dump()
         if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
             document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
         for holder in (document, *document["evaluate"]):
             for stream in holder.get("data", {}).values():
-                stream["shards"] = _absolute(stream["shards"], base)
+                for field in ("shards", "scores"):
+                    if stream.get(field) is not None:
+                        stream[field] = _absolute(stream[field], base)
         return JobSpec.model_validate(document)
 
     def accumulation_on(self, world_size: int) -> int:

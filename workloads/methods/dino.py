@@ -18,22 +18,29 @@ calls unsafe for larger networks, is not built.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.models.vit import ViT
-from workloads.parts.attention_maps import attention_pictures, cls_attention
-from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.attention_maps import attended
 from workloads.parts.dino_head import DINOHead
 from workloads.parts.ema import follow
 from workloads.parts.heads import freeze_absorbed_bias
-from workloads.parts.multi_crop import multi_crop
+from workloads.parts.multi_crop import (
+    GLOBAL_VIEW,
+    LOCAL_VIEW,
+    OTHER_VIEW,
+    MultiCropView,
+    crop_views,
+    crops_of,
+    expect_local_crops,
+    multi_crop,
+)
 from workloads.parts.schedules import ema_momentum
 from workloads.parts.self_distillation import (
     Centre,
@@ -43,17 +50,6 @@ from workloads.parts.self_distillation import (
     teacher_of,
     teacher_temperature,
 )
-
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-GLOBAL = (0.4, 1.0)  # code; 0.14 where there are no local crops
-LOCAL = (0.05, 0.4)  # code
-
-
-class Augmentation(RandomResizedCrop):
-    """That of BYOL (section 3.2), with the crops of SwAV."""
-
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    photometry: Photometry = Photometry()
 
 
 class DINOConfig(MethodConfig):
@@ -69,12 +65,10 @@ class DINOConfig(MethodConfig):
     momentum: float = Field(default=0.996, ge=0, le=1)  # of the first step, section 3.1; 1 after the last
     freeze_last_layer: int = Field(default=1, ge=0)  # epochs, code
     local_crops: int = Field(default=10, ge=0)  # table 8; 8 in the code
-    local_size: int = Field(default=96, ge=1)  # section 3.1
-    global_view: Augmentation = Augmentation(crop_scale=GLOBAL, photometry=Photometry(**JITTER, blur_p=1.0))
-    other_view: Augmentation = Augmentation(
-        crop_scale=GLOBAL, photometry=Photometry(**JITTER, blur_p=0.1, solarize_p=0.2)
-    )
-    local_view: Augmentation = Augmentation(crop_scale=LOCAL, photometry=Photometry(**JITTER, blur_p=0.5))
+    local_size: Size = 96  # section 3.1
+    global_view: MultiCropView = GLOBAL_VIEW
+    other_view: MultiCropView = OTHER_VIEW
+    local_view: MultiCropView = LOCAL_VIEW
 
 
 class DINO(Method):
@@ -87,7 +81,8 @@ class DINO(Method):
     def __init__(self, config: DINOConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         encoder: Any = inputs.encoder
-        _expect_sizes(encoder, config)
+        if config.local_crops:
+            expect_local_crops(encoder, config.local_size)
         if isinstance(encoder, ViT):
             encoder.pool = "token"
         if config.head_batch_norm:
@@ -106,11 +101,8 @@ class DINO(Method):
 
     @classmethod
     def views(cls, config: DINOConfig, image_size: Size) -> dict[str, View]:
-        local = View(size=config.local_size, **config.local_view.model_dump())
-        return {
-            "image": View(size=image_size, **config.global_view.model_dump()),
-            "other": View(size=image_size, **config.other_view.model_dump()),
-        } | {f"local{i}": local for i in range(config.local_crops)}
+        large = config.global_view, config.other_view
+        return crop_views(image_size, large, config.local_size, config.local_view, config.local_crops)
 
     def student_logits(self, crops: list[Tensor], *, frozen: bool) -> Tensor:
         """V crops [B, 3, H, W] -> g_s [V * B, K]."""
@@ -126,7 +118,7 @@ class DINO(Method):
         tau_t = teacher_temperature(
             progress.epoch, config.warmup_teacher_temperature, config.teacher_temperature, config.warmup_teacher_epochs
         )
-        x = [batch["image"], batch["other"], *(batch[f"local{i}"] for i in range(config.local_crops))]
+        x = crops_of(batch, config.local_crops)
         g_t = self.teacher_logits(x[:2])
         g_s = self.student_logits(x, frozen=progress.epoch < config.freeze_last_layer)
         P_t = sharpened(g_t, self.centre.value, tau_t)
@@ -143,30 +135,9 @@ class DINO(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Of a ViT, where CLS of the teacher looks: the mean over the heads of its last block (figure 1)."""
-        images = batch["image"]
-        if not isinstance(self.teacher, ViT):
-            return {"image": images}
-        brightness = attention_pictures(cls_attention(self.teacher, images), images.shape[-2:])
-        return {"image": images, "attention": 4 * brightness - 2}  # about the range of normalised pixels
+        """Of a ViT, where CLS of the teacher looks (figure 1)."""
+        return attended(self.teacher, batch["image"])
 
     def export(self) -> nn.Module:
         """The teacher, which is better than the student all along (section 5.2)."""
         return self.teacher
-
-
-def _expect_sizes(encoder: Any, config: DINOConfig) -> None:
-    """Refuses a network that cannot look at local crops."""
-    if config.local_crops == 0:
-        return
-    if isinstance(encoder, ViT) and config.local_size % (p := encoder.config.patch_size):
-        raise ValueError(
-            f"got local_size={config.local_size} for patches of {p}, expected a multiple; "
-            f"use {max(1, config.local_size // p) * p}"
-        )
-    if getattr(getattr(encoder, "patch_embed", None), "strict_img_size", False):
-        raise ValueError(
-            f"got model {type(encoder).__name__}, which takes images of one size only, for local crops of "
-            f"{config.local_size}, expected any size; add options: {{dynamic_img_size: true}} to the model (of a Swin "
-            "strict_img_size: false), or set local_crops: 0"
-        )

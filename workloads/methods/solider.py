@@ -28,7 +28,7 @@ model (`drop_path_rate`); the teacher has none.
 from __future__ import annotations
 
 import colorsys
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,27 +36,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.keys import uniform
-from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import Size, View, height_width
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
-from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.dino_head import DINOHead
 from workloads.parts.ema import follow
+from workloads.parts.multi_crop import GLOBAL_VIEW, LOCAL_VIEW, OTHER_VIEW, MultiCropView, crop_views
 from workloads.parts.schedules import ema_momentum
 from workloads.parts.self_distillation import Centre, cross_view_entropy, entropy, sharpened, teacher_of
 from workloads.parts.semantic_parts import Parts, accepted_mean, erase, find_parts
 
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "jitter_p": 0.8, "gray_p": 0.2}
-GLOBAL = (0.8, 1.0)  # run_solider.sh
-LOCAL = (0.05, 0.8)  # run_solider.sh
-
-
-class Augmentation(RandomResizedCrop):
-    """That of DINO, upright."""
-
-    crop_ratio: tuple[float, float] = (0.4, 0.6)  # width / height, code, of images of 256 x 128
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    photometry: Photometry = Photometry()
+RATIO = (0.4, 0.6)  # width / height of crops, code, for images of 256 x 128
+GLOBAL = {"crop_scale": (0.8, 1.0), "crop_ratio": RATIO}  # run_solider.sh
+LOCAL = {"crop_scale": (0.05, 0.8), "crop_ratio": RATIO}  # run_solider.sh
 
 
 class SOLIDERConfig(MethodConfig):
@@ -73,11 +64,9 @@ class SOLIDERConfig(MethodConfig):
     freeze_last_layer: int = Field(default=1, ge=0)  # epochs
     local_crops: int = Field(default=8, ge=0)
     local_size: Size = (128, 64)  # run_solider.sh
-    global_view: Augmentation = Augmentation(crop_scale=GLOBAL, photometry=Photometry(**JITTER, blur_p=1.0))
-    other_view: Augmentation = Augmentation(
-        crop_scale=GLOBAL, photometry=Photometry(**JITTER, blur_p=0.1, solarize_p=0.2)
-    )
-    local_view: Augmentation = Augmentation(crop_scale=LOCAL, photometry=Photometry(**JITTER, blur_p=0.5))
+    global_view: MultiCropView = GLOBAL_VIEW.model_copy(update=GLOBAL)  # colours are DINO's
+    other_view: MultiCropView = OTHER_VIEW.model_copy(update=GLOBAL)
+    local_view: MultiCropView = LOCAL_VIEW.model_copy(update=LOCAL)
 
 
 class SOLIDER(Method):
@@ -106,11 +95,8 @@ class SOLIDER(Method):
 
     @classmethod
     def views(cls, config: SOLIDERConfig, image_size: Size) -> dict[str, View]:
-        local = View(size=config.local_size, **config.local_view.model_dump())
-        return {
-            "image": View(size=image_size, **config.global_view.model_dump()),
-            "other": View(size=image_size, **config.other_view.model_dump()),
-        } | {f"local{i}": local for i in range(config.local_crops)}
+        large = config.global_view, config.other_view
+        return crop_views(image_size, large, config.local_size, config.local_view, config.local_crops)
 
     @torch.no_grad()
     def teach(self, x: Tensor, key: Tensor, lam: Tensor) -> tuple[Parts, Tensor]:

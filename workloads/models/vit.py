@@ -33,6 +33,9 @@ class ViTConfig(BaseModel):
     depth: int = Field(default=12, ge=1)
     heads: int = Field(default=12, ge=1)
     mlp_ratio: float = Field(default=4.0, gt=0)
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1)  # of the last block; earlier ones drop less
+
+    architecture: ClassVar[str] = "vit_base_patch16_224"  # any plain ViT of timm: `timm_args` sets every size
 
     @model_validator(mode="after")
     def _divisible(self) -> ViTConfig:
@@ -68,8 +71,12 @@ class ViTConfig(BaseModel):
             raise ValueError(f"got image_size={list(height_width(self.image_size))}, expected a square of patches")
         return rows
 
+    def patch_embedding(self) -> PatchEmbed:
+        """Images -> tokens, fresh."""
+        return PatchEmbed(self.patch_size, self.dim)
+
     def build(self) -> ViT:
-        return ViT(self)
+        return ViT(self, drop_path=self.drop_path_rate)
 
 
 class ViTTiny(ViTConfig):
@@ -167,9 +174,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, *, channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)  # [B, 3, H, W] -> [B, L, D]
@@ -195,7 +202,6 @@ class ViT(nn.Module):
     """
 
     num_prefix_tokens: ClassVar[int] = 1  # CLS, by timm's name
-    architecture: ClassVar[str] = "vit_base_patch16_224"  # any plain ViT of timm: `timm_args` sets every size
 
     def __init__(
         self, config: ViTConfig, *, num_classes: int = 0, drop_path: float = 0.0, fc_norm: bool | None = None
@@ -205,7 +211,7 @@ class ViT(nn.Module):
         self.config, self.num_classes = config, num_classes
         self.pool: Literal["avg", "token"] = "avg"
         self.num_features = dim = config.dim
-        self.patch_embed = PatchEmbed(config.patch_size, dim)
+        self.patch_embed = config.patch_embedding()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid_shape)[None])  # [1, 1 + L, D]
         rates = torch.linspace(0, drop_path, config.depth, device="cpu").tolist()
@@ -275,6 +281,11 @@ class ViT(nn.Module):
         missing, _ = classifier.load_state_dict(weights, strict=False)
         assert all(name.startswith(("fc_norm.", "head.")) for name in missing)
         return classifier
+
+    @property
+    def architecture(self) -> str:
+        """By timm's name."""
+        return self.config.architecture
 
     def timm_args(self) -> dict[str, Any]:
         """Arguments with which timm builds the same network."""

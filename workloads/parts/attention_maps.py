@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from workloads.models.vit import Attention, ViT
 
@@ -37,3 +37,12 @@ def attention_pictures(attention: Tensor, size: tuple[int, int]) -> Tensor:
     columns = round((mean.shape[1] * size[1] / size[0]) ** 0.5)
     bright = (mean / mean.amax(dim=1, keepdim=True)).view(len(mean), 1, -1, columns)
     return F.interpolate(bright, size=size, mode="nearest").expand(-1, 3, -1, -1)
+
+
+def attended(encoder: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Pictures of a method: the images, and of a ViT where its CLS looks, the mean over the heads of the last block."""
+    if not isinstance(encoder, ViT):
+        return {"image": images}
+    height, width = images.shape[-2:]
+    brightness = attention_pictures(cls_attention(encoder, images), (height, width))
+    return {"image": images, "attention": 4 * brightness - 2}  # about the range of normalised pixels

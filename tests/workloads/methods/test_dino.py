@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tests.learning import RealImages, encoder_of, pretrained, untrained
 from tests.toy import no_load, random_images
 from workloads.methods.base import DataInfo, Inputs, Progress
-from workloads.methods.dino import DINO, JITTER, DINOConfig
+from workloads.methods.dino import DINO, DINOConfig
 from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.timm_import import timm
 from workloads.models.vit import ViT, ViTConfig
+from workloads.parts.multi_crop import JITTER
 from workloads.record import RunFolder
 
 START = Progress(step=0, epoch=0, total_steps=10)

@@ -133,6 +133,11 @@ def test_images_that_patches_do_not_fill_are_refused() -> None:
         ViT(SMALL)(torch.randn(1, 3, 10, 16))
 
 
+def test_paths_are_dropped_as_the_model_says_the_more_the_deeper() -> None:
+    vit = build_encoder(Named(name="vit", **SMALL.model_dump() | {"drop_path_rate": 0.3}))
+    assert isinstance(vit, ViT) and [block.drop_path for block in vit.blocks] == pytest.approx([0.0, 0.3])
+
+
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
     torch.manual_seed(0)
     model = ViT(SMALL, drop_path=0.9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workloads.models.vit import ViTConfig
-from workloads.parts.attention_maps import attention_pictures, cls_attention
+from workloads.parts.attention_maps import attended, attention_pictures, cls_attention
 from workloads.parts.masking import random_masking
 
 
@@ -40,3 +40,12 @@ def test_attention_for_noise_hides_what_cls_looks_at_most() -> None:
     mask = random_masking(looked_at, 0.25).mask.bool()
     assert mask.sum(dim=1).tolist() == [4] * 3
     assert (looked_at[mask].view(3, 4).amin(dim=1) > looked_at[~mask].view(3, 12).amax(dim=1)).all()
+
+
+def test_networks_without_cls_show_the_images_alone() -> None:
+    images = torch.randn(2, 3, 16, 8)
+    vit = ViTConfig(image_size=(16, 8), patch_size=4, dim=16, depth=1, heads=2).build()
+    drawn = attended(vit, images)
+    assert drawn["image"] is images and drawn["attention"].shape == images.shape
+    assert drawn["attention"].amax(dim=(1, 2, 3)).tolist() == [2.0, 2.0]
+    assert attended(torch.nn.Flatten(), images) == {"image": images}
