@@ -45,9 +45,14 @@ from workloads.parts.schedules import ema_momentum
 from workloads.parts.self_distillation import Centre, cross_view_entropy, entropy, sharpened, teacher_of
 from workloads.parts.semantic_parts import Parts, accepted_mean, erase, find_parts
 
-RATIO = (0.4, 0.6)  # width / height of crops, code, for images of 256 x 128
-GLOBAL = {"crop_scale": (0.8, 1.0), "crop_ratio": RATIO}  # run_solider.sh
-LOCAL = {"crop_scale": (0.05, 0.8), "crop_ratio": RATIO}  # run_solider.sh
+GLOBAL = (0.8, 1.0)  # run_solider.sh
+LOCAL = (0.05, 0.8)  # run_solider.sh
+
+
+class UprightView(MultiCropView):
+    """That of DINO, upright."""
+
+    crop_ratio: tuple[float, float] = (0.4, 0.6)  # width / height, code, of images of 256 x 128
 
 
 class SOLIDERConfig(MethodConfig):
@@ -64,9 +69,9 @@ class SOLIDERConfig(MethodConfig):
     freeze_last_layer: int = Field(default=1, ge=0)  # epochs
     local_crops: int = Field(default=8, ge=0)
     local_size: Size = (128, 64)  # run_solider.sh
-    global_view: MultiCropView = GLOBAL_VIEW.model_copy(update=GLOBAL)  # colours are DINO's
-    other_view: MultiCropView = OTHER_VIEW.model_copy(update=GLOBAL)
-    local_view: MultiCropView = LOCAL_VIEW.model_copy(update=LOCAL)
+    global_view: UprightView = UprightView(crop_scale=GLOBAL, photometry=GLOBAL_VIEW.photometry)
+    other_view: UprightView = UprightView(crop_scale=GLOBAL, photometry=OTHER_VIEW.photometry)
+    local_view: UprightView = UprightView(crop_scale=LOCAL, photometry=LOCAL_VIEW.photometry)
 
 
 class SOLIDER(Method):
