@@ -19,6 +19,10 @@ sines and are trained. Positions of local crops are resized by bicubic interpola
 by a tenth of a patch). While the last layer is frozen its gradient is zero rather than absent, since DDP waits for
 each, so AdamW decays its rows, whose length says nothing, and counts the steps.
 
+Measured: the stem's features are nearly alike at first (cosine .88 between CLS of untrained toy networks, .49 without
+it), so DINO starts near the collapse in which all say the same. Toy people part from it within 60 steps, images of
+CIFAR-10 do not in 468 (`recipes/cifar10_transreid_ssl.yaml`): watch `teacher_entropy` and `kl`.
+
 Not built: the stages after pretraining. `fine_tune` trains a classifier of identities; the baseline of ReID (BNNeck,
 triplet loss, batches of P x K) and the clustering that learns a target without labels (Cluster-Contrast) are not here.
 """
