@@ -58,12 +58,12 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.split = channels // 2
+        self.IN = nn.InstanceNorm2d(self.split, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.split)
 
     def forward(self, x: Tensor) -> Tensor:
-        one, two = x[:, : self.half], x[:, self.half :]
+        one, two = x[:, : self.split], x[:, self.split :]
         return torch.cat([self.IN(one.contiguous()), self.BN(two.contiguous())], dim=1)
 
 
