@@ -1,6 +1,7 @@
 import gzip
 import io
 import tarfile
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -11,6 +12,8 @@ from workloads.data.volume import decode_labels, decode_volume
 
 RNG = np.random.default_rng(0)
 VOXELS = RNG.integers(0, 200, (5, 6, 7)).astype(np.int16)  # x, y, z
+
+compressed = partial(gzip.compress, mtime=0)  # the time would make names of tests differ between processes
 
 
 def nifti(voxels=VOXELS, kind=nibabel.Nifti1Image, spacing=(1.0, 2.0, 3.0), slope=None, unit="mm"):
@@ -31,7 +34,7 @@ def npy(voxels):
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64", ">i2"])
 def test_nifti_becomes_z_y_x(kind, dtype):
     data = nifti(VOXELS.astype(dtype), kind)
-    for stored in (data, gzip.compress(data)):
+    for stored in (data, compressed(data)):
         volume = decode_volume(stored)
         assert volume.voxels.dtype == np.float32 and volume.voxels.flags.writeable
         assert np.array_equal(volume.voxels[0], VOXELS.transpose(2, 1, 0)) and volume.spacing_mm == (3, 2, 1)
@@ -48,7 +51,7 @@ def test_channels_slope_units_and_empty_axes():
 
 def test_gzip_members_that_follow_each_other_are_one_file():
     data = nifti()
-    parts = gzip.compress(data[:400]) + gzip.compress(data[400:])
+    parts = compressed(data[:400]) + compressed(data[400:])
     assert np.array_equal(decode_volume(parts).voxels[0], VOXELS.T)
 
 
@@ -70,10 +73,10 @@ def changed(place, value):
         (b"", "expected .nii"),
         (b"\x89PNG\r\n", "expected .nii"),
         (b"\x1f\x8b garbage", "damaged gzip"),
-        (gzip.compress(nifti())[:-20], "ends after"),
-        (gzip.compress(nifti())[:60], "ends after"),
+        (compressed(nifti())[:-20], "ends after"),
+        (compressed(nifti())[:60], "ends after"),
         (nifti()[:-1], "expected 772"),
-        (gzip.compress(nifti() + bytes(10_000)), "expected 772"),
+        (compressed(nifti() + bytes(10_000)), "expected 772"),
         (npy(np.zeros((3, 3))), "3 or 4 axes"),
         (npy(np.zeros((3, 3, 3), complex)), "real numbers"),
         (npy(np.full((2, 2, 2), np.nan)), "not a number"),
@@ -92,20 +95,20 @@ def test_what_is_no_volume_is_refused(data, why):
 
 
 def test_a_flipped_bit_is_found_by_the_checksum():
-    data = bytearray(gzip.compress(nifti(RNG.integers(0, 9000, (20, 20, 20)).astype(np.int16)), 0))
+    data = bytearray(compressed(nifti(RNG.integers(0, 9000, (20, 20, 20)).astype(np.int16)), 0))
     data[3000] ^= 1
     with pytest.raises(MediaError, match="damaged gzip"):
         decode_volume(bytes(data))
 
 
 def test_bombs_are_refused_before_they_take_memory(monkeypatch):
-    bomb = gzip.compress(nifti() + bytes(50_000_000))
+    bomb = compressed(nifti() + bytes(50_000_000))
     monkeypatch.setattr("workloads.data.volume.MAX_TAIL_BYTES", 10)
     with pytest.raises(MediaError, match="got 782 bytes"):
         decode_volume(bomb)
     huge = bytearray(nifti())
     huge[42:48] = np.array([30_000] * 3, np.int16).tobytes()
-    for data in (bytes(huge), gzip.compress(huge)):
+    for data in (bytes(huge), compressed(huge)):
         with pytest.raises(MediaError, match="at most"):
             decode_volume(data)
     with pytest.raises(MediaError, match="at most 100 voxels"):
