@@ -23,6 +23,7 @@ def pytest_configure() -> None:
     os.environ.update(embedded.MODE)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On several processes one of them runs all that starts Ray: there is one cluster, and one installation."""
     for item in items:
