@@ -41,7 +41,7 @@ check: dev      ## lint, format, types, layers
 	$(BIN)/python -m tests.file_lengths
 
 test: dev       ## the whole suite, on two processes of one thread each; one of them has the Ray cluster
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --no-loadscope-reorder --durations 30
 
 soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
 	$(BIN)/pytest -m soak
