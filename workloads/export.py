@@ -13,7 +13,7 @@ from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
 from workloads.inference import pngs
-from workloads.methods.base import Method
+from workloads.methods.base import DRAWN, Method
 from workloads.record import RunFolder
 from workloads.sheet import contact_sheet
 from workloads.spec import JobSpec
@@ -50,9 +50,10 @@ def export(spec: JobSpec, run: RunFolder, home: Path, job_id: str) -> artifact.C
 
 def _sheet(run: RunFolder, method: Method, manifest: Manifest, view: View) -> bytes | None:
     """What the method draws of a few random images, cropped in the middle; an error is an event, not worth the run."""
+    n = DRAWN if type(method).sheet is Method.sheet else LOOKED_AT
     plain = View(size=view.size, mean=view.mean, std=view.std)
     try:
-        batch = Reader(manifest, {"image": plain}, batch_size=min(LOOKED_AT, len(manifest))).batch(0)
+        batch = Reader(manifest, {"image": plain}, batch_size=min(n, len(manifest))).batch(0)
         with torch.inference_mode():
             drawn = method.sheet({"image": normalise(batch["image"], plain), "key": batch["key"]})
         return contact_sheet(pngs(drawn, plain))

@@ -42,7 +42,7 @@ from workloads.parts.dino_head import DINOHead
 from workloads.parts.ema import follow
 from workloads.parts.multi_crop import GLOBAL_VIEW, LOCAL_VIEW, OTHER_VIEW, MultiCropView, crop_views
 from workloads.parts.schedules import ema_momentum
-from workloads.parts.self_distillation import Centre, cross_view_entropy, entropy, sharpened, teacher_of
+from workloads.parts.self_distillation import Centre, distil, teacher_of
 from workloads.parts.semantic_parts import Parts, accepted_mean, erase, find_parts
 
 GLOBAL = (0.8, 1.0)  # run_solider.sh
@@ -126,18 +126,14 @@ class SOLIDER(Method):
             local = torch.cat([batch[f"local{i}"] for i in range(V)])
             features.append(self.encoder(local, lam.repeat(V)))
         g_s = self.head(torch.cat(features), frozen=progress.epoch < config.freeze_last_layer)
-        P_t = sharpened(g_t, self.centre.value, config.teacher_temperature)
-        L1 = cross_view_entropy(P_t.chunk(2), (g_s.float() / config.student_temperature).chunk(2 + V))
-        self.centre.put(g_t)
+        tau_t, tau_s = config.teacher_temperature, config.student_temperature
+        L1, metrics = distil(g_t, g_s, self.centre, teacher_temperature=tau_t, student_temperature=tau_s)
 
         named = self.part_head(maps).float().permute(0, 3, 1, 2)  # [4 B, 1 + parts, h, w]
         labels, accepted = parts.labels.repeat(2, 1, 1), parts.accepted.repeat(2)
         L2 = config.alpha * accepted_mean(F.cross_entropy(named, labels, reduction="none"), lam.repeat(4), accepted)
-        h = entropy(P_t)
         right = (named.argmax(dim=1) == labels).float().mean(dim=(1, 2))  # of each image, whatever its lambda
-        metrics = {
-            "teacher_entropy": h,
-            "kl": L1.detach() - h,
+        metrics |= {
             "semantic_loss": L2.detach(),
             "part_accuracy": (right * accepted).sum() / accepted.sum().clamp(min=1),
             "accepted": accepted.float().mean(),

@@ -52,7 +52,7 @@ from workloads.parts.multi_crop import (
     multi_crop,
 )
 from workloads.parts.schedules import ema_momentum
-from workloads.parts.self_distillation import Centre, cross_view_entropy, entropy, sharpened, teacher_of
+from workloads.parts.self_distillation import Centre, distil, teacher_of
 
 
 class TransReIDSSLConfig(MethodConfig):
@@ -113,11 +113,8 @@ class TransReIDSSL(Method):
         x = crops_of(batch, config.local_crops)
         g_t = self.teacher_logits(x[:2])
         g_s = self.student_logits(x, frozen=progress.epoch < config.freeze_last_layer)
-        P_t = sharpened(g_t, self.centre.value, config.teacher_temperature)
-        loss = cross_view_entropy(P_t.chunk(2), (g_s.float() / config.student_temperature).chunk(len(x)))
-        self.centre.put(g_t)
-        h = entropy(P_t)
-        return Output(loss, {"teacher_entropy": h, "kl": loss.detach() - h})  # H(P_t, P_s) = h(P_t) + KL(P_t | P_s)
+        tau_t, tau_s = config.teacher_temperature, config.student_temperature
+        return Output(*distil(g_t, g_s, self.centre, teacher_temperature=tau_t, student_temperature=tau_s))
 
     def after_step(self, progress: Progress) -> None:
         m = ema_momentum(progress.step, progress.total_steps, self.config.momentum)

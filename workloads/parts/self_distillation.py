@@ -61,6 +61,26 @@ def entropy(targets: Tensor) -> Tensor:
     return torch.special.entr(targets).sum(dim=-1).mean()
 
 
+def distil(
+    g_t: Tensor, g_s: Tensor, centre: Centre, *, teacher_temperature: float, student_temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch and what tells a collapse; the centre keeps the teacher's logits for its next turn.
+
+    Args:
+        g_t: of the teacher for two crops of B images, [2 * B, K].
+        g_s: of the student for V crops, those two first, [V * B, K].
+        centre: of the teacher's logits.
+        teacher_temperature: tau_t.
+        student_temperature: tau_s.
+    """
+    P_t = sharpened(g_t, centre.value, teacher_temperature)
+    crops = 2 * len(g_s) // len(g_t)
+    loss = cross_view_entropy(P_t.chunk(2), (g_s.float() / student_temperature).chunk(crops))
+    centre.put(g_t)
+    h = entropy(P_t)
+    return loss, {"teacher_entropy": h, "kl": loss.detach() - h}  # H(P_t, P_s) = h(P_t) + KL(P_t | P_s)
+
+
 class Centre(nn.Module):
     """A running mean of the teacher's logits, which keeps any one of the K places from winning always (equation 4).
 
