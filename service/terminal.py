@@ -51,7 +51,7 @@ def connected() -> Iterator[Any]:
 
 def read_job(path: Path, base: Path | None = None) -> Any:
     """The JobSpec of a file, its relative paths taken from `base` or its own folder; a wrong one ends the command."""
-    from workloads.spec import read_spec
+    from workloads.spec_any import read_spec
 
     try:
         return read_spec(path).absolute((base or path.parent).absolute())
