@@ -17,7 +17,7 @@ from workloads.models.encoders import build_encoder, model_config
 from workloads.record import RunFolder
 from workloads.search.base import Search
 from workloads.search.evolution import Evolution
-from workloads.search.latency import measure
+from workloads.search.latency import Precision, device_name, measure
 from workloads.spec import Named
 from workloads.spec_search import SearchSpec
 
@@ -94,7 +94,6 @@ def _latency(model: dict[str, Any], scan: Scan) -> winner.Latency:
 def measured(network: nn.Module, size: int) -> dict[str, Any]:
     """What `scan` calls, where the network is."""
     device = next(network.parameters()).device
-    precision = "fp16" if device.type == "cuda" else "fp32"
+    precision: Precision = "fp16" if device.type == "cuda" else "fp32"
     ms = measure(network, size=size, batch_size=BATCH_SIZE, precision=precision, device=device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"ms": ms, "device": name, "batch_size": BATCH_SIZE, "precision": precision}
+    return {"ms": ms, "device": device_name(device), "batch_size": BATCH_SIZE, "precision": precision}

@@ -54,17 +54,20 @@ def check(spec: AnySpec, home: Path) -> list[Problem]:
         spec: a job whose own fields are valid.
         home: where `init` and other references to weights are looked up.
     """
-    return look(spec, home) or (_fit(settled(spec, home), home) if isinstance(spec, JobSpec) else [])
+    found = look(spec, home)
+    if not found and isinstance(spec := settled(spec, home), JobSpec):
+        found = _fit(spec, home)
+    return found
 
 
 def look(spec: AnySpec, home: Path) -> list[Problem]:
     """`check` without building the network, for a run that builds it next anyway."""
-    if isinstance(spec, SearchSpec):
-        return _search(spec, home)
     try:
         spec = settled(spec, home)
     except ArtifactError as error:
         return [Problem(loc=["model", "name"], message=str(error))]
+    if isinstance(spec, SearchSpec):
+        return _search(spec, home)
     problems = _config("method", "method", spec.method)
     for i, evaluation in enumerate(spec.evaluate):
         problems += _config("evaluation", "evaluate", evaluation, i)

@@ -13,19 +13,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from workloads.artifact import ArtifactError, read_card
 from workloads.record import write_atomic
 from workloads.spec import JobSpec, Named
+from workloads.spec_any import AnySpec
 from workloads.spec_search import SearchSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-S = TypeVar("S", JobSpec, SearchSpec)
 FOUND, POPULATION = "winner.json", "population.parquet"
 
 
@@ -67,7 +67,7 @@ def read_found(folder: Path) -> Found | None:
         return None
 
 
-def settled(spec: S, home: Path) -> S:
+def settled(spec: AnySpec, home: Path) -> AnySpec:
     """The spec with `model: {name: "job:<id>", ...}` replaced by what that job found, or trained.
 
     Further keys beside the name are kept over those of the winner.
