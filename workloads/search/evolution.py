@@ -1,0 +1,132 @@
+"""Evolution as the training-free searches do it: one child a turn, scored once, the best stay.
+
+A turn draws a parent from the population, mutates it, and is spent where the child is over budget or known already.
+No structure is kept twice, so a lucky score is not drawn again. Beside the population the Pareto front is kept: what
+scored best for its FLOPs, or for its milliseconds, though the population has long outgrown it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from numpy.random import Generator
+from pydantic import Field
+
+from workloads.search.base import Result, Search, SearchConfig
+from workloads.search.budget import Budget
+
+Row = dict[str, Any]
+
+
+class EvolutionConfig(SearchConfig):
+    """What evolutions have in common.
+
+    Attributes:
+        population: how many stay.
+        iterations: turns, of each island.
+        budget: what a network may cost.
+    """
+
+    population: int = Field(default=256, ge=2)
+    iterations: int = Field(default=96000, ge=1)
+    budget: Budget
+
+    def least(self) -> Mapping[str, float]:
+        """The least that a network of the space can have of each cost."""
+        raise NotImplementedError(f"{type(self).__name__} must define least()")
+
+    def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
+        return [*super().problems(device), *self.budget.problems(self.least())]
+
+
+def front(rows: Iterable[Row], cost: str) -> list[Row]:
+    """Those that score higher than whatever costs no more, the cheapest first."""
+    best, found = -math.inf, []
+    for row in sorted((row for row in rows if cost in row), key=lambda row: (row[cost], -row["score"])):
+        if row["score"] > best:
+            best = row["score"]
+            found.append(row)
+    return found
+
+
+class Evolution(Search):
+    """A subclass says where it starts, how a child is made, what it costs and what it scores."""
+
+    islands = True
+
+    def __init__(self, config: Any, inputs: Any) -> None:
+        super().__init__(config, inputs)
+        self._members: list[Row] = []
+        self._fronts: dict[str, list[Row]] = {"flops": [], "latency_ms": []}
+
+    @abstractmethod
+    def first_child(self, random: Generator) -> str:
+        """A candidate while the population is small."""
+
+    @abstractmethod
+    def child(self, parent: str, random: Generator) -> str:
+        """A mutation of a member."""
+
+    @abstractmethod
+    def costs(self, candidate: str) -> dict[str, float]:
+        """Parameters, flops and layers, counted."""
+
+    @property
+    def few(self) -> int:
+        """Up to so many members children come from the start rather than from a member."""
+        return min(10, self.config.population // 2)
+
+    @property
+    def total(self) -> int:
+        iterations: int = self.config.iterations
+        return iterations
+
+    def ask(self, index: int) -> str | None:
+        random = self.random(index)
+        if len(self._members) <= self.few:
+            child = self.first_child(random)
+        else:
+            child = self.child(self._members[random.integers(len(self._members))]["candidate"], random)
+        known = any(row["candidate"] == child for row in self._members)
+        return None if known or not self.config.budget.met(self.costs(child)) else child
+
+    def tell(self, index: int, candidate: str, result: Result) -> None:
+        if math.isfinite(result.get("score", math.nan)):
+            self._add({"candidate": candidate, "index": index, **self.costs(candidate), **result})
+
+    def immigrate(self, row: Row) -> None:
+        self._add(row)
+
+    def _add(self, row: Row) -> None:
+        if any(row["candidate"] == member["candidate"] for member in self._members):
+            return
+        self._members.append(row)
+        for cost, rows in self._fronts.items():
+            self._fronts[cost] = front([*rows, row], cost)
+        if len(self._members) > self.config.population:
+            self._members.remove(min(self._members, key=lambda member: cast(float, member["score"])))
+
+    def state(self) -> Any:
+        return {"members": self._members, "fronts": self._fronts}
+
+    def restore(self, state: Any) -> None:
+        self._members, self._fronts = list(state["members"]), dict(state["fronts"])
+
+    def population(self) -> list[Row]:
+        return sorted(self._members, key=lambda row: -row["score"])
+
+    def fronts(self) -> dict[str, list[Row]]:
+        """Cost -> the front by it."""
+        return {cost: rows for cost, rows in self._fronts.items() if rows}
+
+    def best(self) -> Row:
+        """Raises ValueError where no candidate was within budget."""
+        if not self._members:
+            raise ValueError(
+                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self.total} candidates, "
+                "expected one; allow more, or more iterations"
+            )
+        return self.population()[0]
