@@ -37,7 +37,9 @@ def published() -> dict[str, Structure]:
 def _named(value: Any) -> Structure:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         if value not in published():
-            raise StructureError(f"got structure {value!r}, expected a list of blocks or one of {', '.join(published())}")
+            raise StructureError(
+                f"got structure {value!r}, expected a list of blocks or one of {', '.join(published())}"
+            )
         return published()[value]
     return parse(value)
 
@@ -132,7 +134,7 @@ class MAEDet(PooledCNN):
         if unknown := [level for level in levels if level not in known]:
             raise ValueError(f"got levels {unknown}, expected some of {list(known)}: its stages have {self.strides}")
         maps, x = {}, images
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(list(self.blocks)[: max(known[level] for level in levels) + 1]):
             maps[i] = x = block(x)
         return [maps[known[level]] for level in levels]
 

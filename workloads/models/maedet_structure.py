@@ -77,11 +77,8 @@ class Block(BaseModel):
         if self.kind == "ResK1KXK1":
             convs = (Conv(width_in, inner, 1), Conv(inner, inner, k, stride), Conv(inner, self.width, 1))
             return Branch(convs, True, projects)
-        return Branch(
-            (Conv(width_in, inner, k if self.kind == "ResKXKX" else 1), Conv(inner, self.width, k, stride)),
-            True,
-            projects,
-        )
+        first = k if self.kind == "ResKXKX" else 1
+        return Branch((Conv(width_in, inner, first), Conv(inner, self.width, k, stride)), True, projects)
 
 
 Structure = tuple[Block, ...]
@@ -99,14 +96,16 @@ def parse(value: Any) -> Structure:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise StructureError(
-                f"got {value[error.pos : error.pos + 30]!r} at character {error.pos}, expected a list of blocks as JSON "
-                f"such as {text(EXAMPLE)} ({error.msg})"
+                f"got {value[error.pos : error.pos + 30]!r} at character {error.pos}, expected a list of blocks as "
+                f"JSON such as {text(EXAMPLE)} ({error.msg})"
             ) from error
     try:
         blocks = _blocks.validate_python(value)
     except ValidationError as error:
         (where, message), *_ = problems_of(error, Block)
-        place = "the structure" if not where else f"block {int(where[0]) + 1}" + "".join(f", {key}" for key in where[1:])
+        if not where:
+            raise StructureError(f"got {value!r:.100}, expected a list of blocks such as {text(EXAMPLE)}") from error
+        place = ", ".join([f"block {int(where[0]) + 1}", *map(str, where[1:])])
         raise StructureError(f"in {place}: {message}") from error
     width = 3
     for i, block in enumerate(blocks, 1):
