@@ -11,7 +11,7 @@ classification only the last counts, (0, 0, 0, 0, 1). Nothing is computed but th
 do not count; every layer adds to it, so a bound on layers is a must.
 
 Evolution by `mae_det_space` starts with the initial structure, or where that is over budget, with the smallest network
-of as many blocks. Parameters are those of the backbone, layers its convolutions without those of shortcuts, FLOPs in
+of its blocks. Parameters are those of the backbone, layers its convolutions without those of shortcuts, FLOPs in
 the units of the released code, as the published budgets are.
 """
 
@@ -22,13 +22,17 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any
 
+import torch
 from numpy.random import Generator
 from pydantic import BeforeValidator, Field, model_validator
 
+from workloads.models.maedet import MAEDet
 from workloads.models.maedet_structure import Structure, flops, layers, parameters, parse, plain, stages, strides, text
 from workloads.models.structure import StructureError
-from workloads.search.base import Result, Winner
+from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
+from workloads.search.latency_budget import Latency
+from workloads.search.latency_ops import of_branches
 from workloads.search.mae_det_space import START, Space
 
 Weight = Annotated[float, Field(ge=0)]
@@ -51,6 +55,20 @@ def entropy_score(structure: Structure, weights: Sequence[float]) -> float:
     return math.fsum(a * H for a, H in zip(weights, stage_entropies(structure), strict=True))
 
 
+def latency_ms(latency: Latency, structure: Structure) -> float:
+    """By a table in a millisecond, as nothing is built, or measured.
+
+    Raises:
+        TableError: the table does not cover it.
+    """
+    if latency.table is not None:
+        branches = (branch for block in structure for branch, count in block.parts() for _ in range(count))
+        return latency.table.predict(of_branches(branches, latency.size, pools=True))
+    with torch.device("meta"):
+        network = MAEDet(structure)
+    return latency(network)
+
+
 def _initial(value: Any) -> Structure:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         if value not in START:
@@ -64,7 +82,6 @@ class MAEDETConfig(EvolutionConfig):
 
     Attributes:
         initial: the structure to start from: k1kxk1 as in the paper, k1kx as for DAMO-YOLO, or a list of blocks.
-        image_size: side of the images, of which FLOPs are counted.
         stage_weights: a_s of the stages, that of the images' side first; DAMO-YOLO's last is 16.
         max_width: most channels of a block.
         max_stem: most channels of the stem.
@@ -120,8 +137,13 @@ class MAEDETConfig(EvolutionConfig):
         }
 
     def least(self) -> Mapping[str, float]:
-        found = [self.costs(structure) for structure in (self.initial, self.space.smallest(self.initial))]
-        return {name: min(costs[name] for costs in found) for name in found[0]}
+        structures = [self.initial, self.space.smallest(self.initial)]
+        found = [self.costs(structure) for structure in structures]
+        least = {name: min(costs[name] for costs in found) for name in found[0]}
+        if self.budget.latency is not None and self.budget.latency.table is not None:
+            latency = Latency(self.budget.latency, self.image_size)
+            least["latency_ms"] = min(latency_ms(latency, structure) for structure in structures)
+        return least
 
 
 class MAEDET(Evolution):
@@ -130,20 +152,24 @@ class MAEDET(Evolution):
     Config = MAEDETConfig
     paper = "MAE-DET, Sun et al. 2022, arXiv 2111.13336"
     config: MAEDETConfig
-    few = 0  # the start is a member
+    few = 0  # what the search starts with are members
 
     @cached_property
-    def start(self) -> Structure:
-        """Where the search starts."""
-        config = self.config
-        affordable = config.budget.met(config.costs(config.initial))
-        return config.initial if affordable else config.space.smallest(config.initial)
+    def starts(self) -> list[Structure]:
+        """What is asked for first. Whether a network is fast enough comes out later: the smallest is one way in."""
+        config, smallest = self.config, self.config.space.smallest(self.config.initial)
+        if not config.budget.met(config.costs(config.initial)):
+            return [smallest]
+        return [config.initial] if config.budget.latency is None else [config.initial, smallest]
 
     def ask(self, index: int) -> str | None:
-        return text(self.start) if index == 0 else super().ask(index)
+        if index >= len(self.starts):
+            return super().ask(index)
+        start = self.starts[index]
+        return text(start) if self.config.budget.met(self.config.costs(start)) else None
 
     def first_child(self, random: Generator) -> str:
-        return text(self.config.space.mutate(self.start, random))
+        return text(self.config.space.mutate(self.starts[0], random))
 
     def child(self, parent: str, random: Generator) -> str:
         return text(self.config.space.mutate(parse(parent), random))
@@ -151,8 +177,11 @@ class MAEDET(Evolution):
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
 
-    def score(self, candidate: str, index: int) -> Result:
-        return {"score": entropy_score(parse(candidate), self.config.stage_weights)}
+    def latency_ms(self, latency: Latency, candidate: str) -> float:
+        return latency_ms(latency, parse(candidate))
+
+    def rate(self, candidate: str, index: int) -> float:
+        return entropy_score(parse(candidate), self.config.stage_weights)
 
     def winner(self) -> Winner:
         row = self.best()

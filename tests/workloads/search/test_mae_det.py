@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,15 @@ from torch import nn
 
 from workloads import catalog
 from workloads.models.encoders import build_encoder
-from workloads.models.maedet import published
+from workloads.models.maedet import MAEDet, published
 from workloads.models.maedet_structure import Structure, layers, parse, plain, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
-from workloads.search.mae_det import MAEDET, MAEDETConfig, entropy_score, stage_entropies
+from workloads.search.latency_budget import Latency, LatencyBudget
+from workloads.search.latency_grid import grid
+from workloads.search.latency_ops import of_branches, operations
+from workloads.search.latency_table import LatencyTable
+from workloads.search.mae_det import MAEDET, MAEDETConfig, entropy_score, latency_ms, stage_entropies
 from workloads.search.mae_det_space import START
 from workloads.spec import Named
 
@@ -188,6 +194,49 @@ def test_the_winner_is_a_backbone() -> None:
     assert [block["size"] for block in winner.blocks] == [32, 16, 8, 4, 4, 2]
     assert [block["channels"] for block in winner.blocks] == [block.width for block in structure]
     assert winner.blocks[0]["label"] == "ConvK3" and winner.blocks[1]["label"] in ("ResK1K3K1", "ResK1K5K1")
+
+
+def table(size: int, batch_size: int) -> LatencyTable:
+    """Of a device whose parts take 1 ns a channel."""
+    ms: dict[str, dict[str, float]] = {}
+    for op in grid(size, batch_size, widths=[8, 64, 2048], kernels=[1, 3, 5], most_macs=1e12):
+        ms.setdefault(op.family, {})[",".join(map(str, op.sizes))] = 1e-6 * op.sizes[-1]
+    conditions: dict[str, Any] = {"on": "cuda", "device": "made up", "torch": "2", "precision": "fp16"}
+    return LatencyTable(size=size, batch_size=batch_size, ms=ms, **conditions)
+
+
+@pytest.mark.parametrize("name", ["k1kxk1", "k1kx", "S"])
+def test_a_structure_and_its_network_have_the_same_parts(name: str) -> None:
+    structure = (START | published())[name]
+    with torch.device("meta"):
+        network = MAEDet(structure)
+    latency = Latency(LatencyBudget(ms=1), 65)
+    latency.table = table(65, 1)
+    assert latency_ms(latency, structure) == pytest.approx(latency(network))
+    branches = [branch for block in structure for branch, count in block.parts() for _ in range(count)]
+    assert Counter(of_branches(branches, 65, pools=True)) == operations(network, 65)
+
+
+def test_a_latency_budget_by_a_table(tmp_path: Path) -> None:
+    """For a GPU that is not there; the start takes .056 ms by that table."""
+    table(64, 1).write(tmp_path / "gpu.json")
+    latency = {"ms": 0.05, "device": "cuda", "batch_size": 1, "table": str(tmp_path / "gpu.json")}
+    config = MAEDETConfig(**{**TINY, "image_size": 64, "budget": {"layers": 40, "latency": latency}})
+    assert config.problems("cpu") == []
+    rows = run(Island(MAEDET(config, SearchInputs(seed=3))))
+    assert rows and all(row["latency_ms"] <= 0.05 for row in rows)
+    latency["ms"] = 1e-4
+    config = MAEDETConfig(**{**TINY, "image_size": 64, "budget": {"layers": 40, "latency": latency}})
+    ((where, said),) = config.problems("cpu")
+    assert where == ("budget", "latency", "ms") and said.startswith("got 0.0001 ms, expected at least 0.000")
+
+
+def test_without_a_table_the_backbone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr("workloads.search.latency_budget.measure", lambda network, **_: seen.append(network) or 7.0)
+    found = search(budget={"layers": 40, "latency": {"ms": 5}})
+    assert found.score(text(R50), 0) == {"latency_ms": 7.0}
+    assert isinstance(seen[0], MAEDet)
 
 
 def test_impossible_budgets_are_told_with_what_is_possible() -> None:
