@@ -54,7 +54,7 @@ class MAEDetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    structure: Annotated[Structure, BeforeValidator(_named)]
+    structure: Annotated[Structure, BeforeValidator(_named, json_schema_input_type=str | Structure)]
     image_size: Size = 480
 
     def build(self) -> MAEDet:

@@ -90,7 +90,9 @@ class MAEDETConfig(EvolutionConfig):
     """
 
     iterations: int = Field(default=100000, ge=1)
-    initial: Annotated[Structure, BeforeValidator(_initial)] = START["k1kxk1"]
+    initial: Annotated[Structure, BeforeValidator(_initial, json_schema_input_type=str | Structure)] = Field(
+        default="k1kxk1", validate_default=True
+    )
     image_size: int = Field(default=480, ge=8)
     stage_weights: tuple[Weight, ...] = (0, 0, 1, 1, 6)
     max_width: int = Field(default=2048, ge=8)
