@@ -17,6 +17,7 @@ import torch
 
 from workloads import catalog, weights
 from workloads.assemble import open_stream
+from workloads.data.allocator import keep_freed_memory
 from workloads.metrics import MetricsWriter, OnPoint
 from workloads.record import RunFolder, write_atomic
 from workloads.search.base import Result, Search, SearchInputs
@@ -223,6 +224,7 @@ def explore(
         on_point: gets each point of the curve.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)
+    keep_freed_memory()
     files = [IslandFile(run, number) for number in range(spec.islands)]
     explorers = []
     for number, file in enumerate(files):

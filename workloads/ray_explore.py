@@ -22,6 +22,7 @@ import ray
 import torch
 from ray import tune
 
+from workloads.data.allocator import keep_freed_memory
 from workloads.data.shards import DataError
 from workloads.explore import (
     Explorer,
@@ -184,8 +185,9 @@ def _newest(file: IslandFile) -> dict[str, Any] | None:
 
 
 def _device(spec: SearchSpec) -> torch.device:
-    """Of this process, which may now use as many threads as it has cores."""
+    """Of a process that scores, which may now use as many threads as it has cores."""
     torch.set_num_threads(spec.resources.cpus_per_worker)
+    keep_freed_memory()
     of_one: torch.device = device(spec.resources)
     return of_one
 
