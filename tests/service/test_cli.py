@@ -27,6 +27,8 @@ JOB = {
     "reason": None,
     "hint": None,
     "method": "mae",
+    "search": None,
+    "found": None,
     "attempt": 1,
     "created_at": "2026-11-21T00:00:00+00:00",
     "finished_at": None,
