@@ -1,0 +1,45 @@
+"""Projects, tokens and the audit log as answers. Times are ISO 8601 in UTC."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from service.store import AuditEntry, Project, Token
+
+
+def project_view(row: Project) -> dict[str, Any]:
+    return {"name": row.name, "created_at": _iso(row.created_at)}
+
+
+def token_view(row: Token) -> dict[str, Any]:
+    """All that is known of it but the hash."""
+    return {
+        "id": row.id,
+        "name": row.name,
+        "role": row.role,
+        "project": row.project,
+        "created_by": row.created_by,
+        "created_at": _iso(row.created_at),
+        "expires_at": _iso(row.expires_at),
+        "revoked_at": _iso(row.revoked_at),
+        "last_used_at": _iso(row.last_used_at),
+    }
+
+
+def entry_view(row: AuditEntry) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "time": _iso(row.time),
+        "who": row.who,
+        "token_id": row.token_id,
+        "project": row.project,
+        "action": row.action,
+        "target": row.target,
+        "request_id": row.request_id,
+        "status": row.status,
+    }
+
+
+def _iso(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
