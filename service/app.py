@@ -28,7 +28,7 @@ from service.parts import Parts, build_parts
 from service.problems import answer, plain
 from service.routes import catalog, health, jobs, models, people, predict
 from service.settings import Settings
-from service.tokens import Tokens
+from service.tokens import expect_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
     """The app; `parts` replaces those made from the settings.
 
     Raises:
-        RuntimeError: it would listen beyond loopback without a token, or a route is not in `service.access.RULES`.
+        NoToken: it would listen beyond loopback and ask nobody for a token.
+        RuntimeError: a route is not in `service.access.RULES`.
     """
     parts = parts or build_parts(settings)
     expect_tokens(settings, parts.tokens)
@@ -75,17 +76,6 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
     app.add_middleware(SecurityHeaders)
     return app
-
-
-def expect_tokens(settings: Settings, tokens: Tokens) -> None:
-    """Raises RuntimeError where the service would listen beyond loopback and ask nobody who it is."""
-    if settings.first_admin_token_file is not None:
-        tokens.adopt(settings.first_admin_token_file)
-    if not settings.local and not tokens.needed():
-        raise RuntimeError(
-            f"got host {settings.host} and no token, expected one before other machines can reach the service; make it "
-            "by `manta token create NAME --role admin`, or name MANTA_FIRST_ADMIN_TOKEN_FILE"
-        )
 
 
 def _docs(app: FastAPI) -> None:

@@ -94,7 +94,7 @@ class Gate:
         if not is_loopback(client):
             raise Forbidden(
                 f"got a request from {client or 'nowhere'}; a service without tokens serves its own machine only",
-                "make the first token there: manta token create NAME --role admin",
+                "make the first token there: manta token create NAME --role admin --all-projects",
             )
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if not is_loopback(host):

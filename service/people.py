@@ -1,11 +1,34 @@
-"""Projects, tokens and the audit log as answers. Times are ISO 8601 in UTC."""
+"""Projects, tokens and the audit log in requests and answers. Times are ISO 8601 in UTC."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.principal import DEFAULT_PROJECT, ProjectName, Role
 from service.store import AuditEntry, Project, Token
+from workloads.spec_training import Seconds
+
+LIFETIME_S = 90 * 86400.0
+
+
+class NewProject(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: ProjectName
+
+
+class NewToken(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[\w.@-]{1,80}$", description="Of the person or program it is for.")
+    role: Role
+    project: ProjectName | Literal["*"] = Field(default=DEFAULT_PROJECT, description="*: all, also those to come.")
+    lifetime: Annotated[Seconds, Field(gt=0)] | None = Field(
+        default=LIFETIME_S, description='Seconds, or "12h", "90d"; null: until it is revoked.'
+    )
 
 
 def project_view(row: Project) -> dict[str, Any]:

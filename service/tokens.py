@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, Forbidden, InvalidToken, NotFound
 from service.principal import ALL, Principal, Role
+from service.settings import Settings
 from service.store import Project, Store, Token
 
 PREFIX = "manta_"  # so that people, and scanners of repositories, see what it is
@@ -39,6 +40,10 @@ def new_text() -> str:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class NoToken(RuntimeError):
+    """Others could reach a service that asks nobody who they are."""
 
 
 class Tokens:
@@ -209,3 +214,14 @@ def no_such_project(project: str) -> NotFound:
 
 def no_such_token(token_id: str) -> NotFound:
     return NotFound(f"got token {token_id!r}, which does not exist", "GET /v1/tokens lists them")
+
+
+def expect_tokens(settings: Settings, tokens: Tokens) -> None:
+    """Raises NoToken where the service would listen beyond loopback and ask nobody who it is."""
+    if settings.first_admin_token_file is not None:
+        tokens.adopt(settings.first_admin_token_file)
+    if not settings.local and not tokens.needed():
+        raise NoToken(
+            f"got host {settings.host} and no token, expected one before other machines can reach the service; make it "
+            "by `manta token create NAME --role admin --all-projects`, or name MANTA_FIRST_ADMIN_TOKEN_FILE"
+        )

@@ -5,34 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
 from service.parts import PartsDep
-from service.people import entry_view, project_view, token_view
-from service.principal import ALL, ProjectName, Role
-from workloads.spec_training import Seconds
+from service.people import NewProject, NewToken, entry_view, project_view, token_view
 
 router = APIRouter(prefix="/v1", tags=["access"])
-
-LIFETIME_S = 90 * 86400.0
-
-
-class NewProject(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: ProjectName
-
-
-class NewToken(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(pattern=r"^[\w.@-]{1,80}$", description="Of the person or program it is for.")
-    role: Role
-    project: ProjectName | None = Field(default=None, description="None: all projects, also those to come.")
-    lifetime: Annotated[Seconds, Field(gt=0)] | None = Field(
-        default=LIFETIME_S, description='Seconds, or "12h", "90d"; null: until it is revoked.'
-    )
 
 
 @router.get("/projects")
@@ -60,8 +38,8 @@ def create_token(
     body: NewToken, parts: PartsDep, caller: CallerDep, request: Request, response: Response
 ) -> dict[str, Any]:
     """Makes a token. `token` is its text, which is told here and never again."""
-    request.state.project = body.project or ALL  # for the audit log
-    row, text = parts.tokens.create(caller, body.name, body.role, body.project or ALL, body.lifetime)
+    request.state.project = body.project  # for the audit log
+    row, text = parts.tokens.create(caller, body.name, body.role, body.project, body.lifetime)
     response.headers["Location"] = f"/v1/tokens/{row.id}"
     return token_view(row) | {"token": text}
 
