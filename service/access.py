@@ -47,6 +47,8 @@ RULES: dict[str, Rule] = {
     "GET /v1/methods/{name}": Rule("viewer"),
     "GET /v1/evaluations": Rule("viewer"),
     "GET /v1/evaluations/{name}": Rule("viewer"),
+    "GET /v1/searches": Rule("viewer"),
+    "GET /v1/searches/{name}": Rule("viewer"),
     "GET /v1/jobs": Rule("viewer"),
     "POST /v1/jobs": Rule("submitter", changes=True),
     "GET /v1/jobs/{job_id}": Rule("viewer"),

@@ -38,9 +38,10 @@ from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME,
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.record import RunFolder
-from workloads.spec import JobSpec
+from workloads.spec_any import AnySpec, kind_of
+from workloads.winner import read_found
 
-Check = Callable[[JobSpec, Any], list[preflight.Problem]]
+Check = Callable[[AnySpec, Any], list[preflight.Problem]]
 
 
 class Jobs:
@@ -122,11 +123,12 @@ class Jobs:
             raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
         return job
 
-    def _valid(self, body: dict[str, Any], by: Principal, project: str) -> JobSpec:
+    def _valid(self, body: dict[str, Any], by: Principal, project: str) -> AnySpec:
+        kind = kind_of(body)
         try:
-            spec = JobSpec.model_validate(body)
+            spec = kind.model_validate(body)
         except ValidationError as error:
-            found = problems_of(error, JobSpec)
+            found = problems_of(error, kind)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
         problems = (
             _unfit_for_a_service(spec)
@@ -139,7 +141,7 @@ class Jobs:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec
 
-    def _not_allowed(self, spec: JobSpec, by: Principal) -> list[preflight.Problem]:
+    def _not_allowed(self, spec: AnySpec, by: Principal) -> list[preflight.Problem]:
         """Paths outside of the roots, and weights of projects that `by` does not see."""
         roots = self._settings.allowed_roots
         if roots is None and by == LOCAL:
@@ -153,14 +155,15 @@ class Jobs:
 
         return Roots(roots, self._settings.home).problems(spec, readable)
 
-    def _taken(self, spec: JobSpec, project: str) -> list[preflight.Problem]:
+    def _taken(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
         """Names in the registry that another project has; the others are its own from now on."""
-        names = [spec.register_as, *(one.config.get("register") for one in spec.evaluate)]
+        document = spec.model_dump()
+        names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
         taken = self._registry.claim([name for name in names if name is not None], project)
         message = f"got {', '.join(taken)}, which another project has in the registry"
         return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
 
-    def _too_large(self, spec: JobSpec) -> list[preflight.Problem]:
+    def _too_large(self, spec: AnySpec) -> list[preflight.Problem]:
         """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
         try:
             capacity = self._ray.capacity()
@@ -272,6 +275,8 @@ class Jobs:
         """A job as an answer."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
+        kind = "search" if "search" in job.spec else "method"
+        found = read_found(run.artifact) if kind == "search" else None
         return {
             "id": job.id,
             "name": job.name,
@@ -281,7 +286,8 @@ class Jobs:
             "attempt": job.attempt,
             "reason": job.reason,
             "hint": job.hint,
-            "method": job.spec["method"]["name"],
+            **dict.fromkeys(("method", "search")),
+            kind: job.spec[kind]["name"],
             "origin": job.origin,
             "created_at": _iso(job.created_at),
             "started_at": _iso(job.started_at),
@@ -292,6 +298,7 @@ class Jobs:
             "warnings": record.warnings if record else [],
             "evaluations": run.read_evaluations(),
             "models": self._registry.of_job(job.id),
+            "found": found.summary() if found else None,
             "spec": job.spec,
         }
 
@@ -300,7 +307,7 @@ def no_such_job(job_id: str) -> NotFound:
     return NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
 
 
-def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
+def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     """Sources that only a person at a shell may name: relative paths, whose start nobody knows here, and commands."""
     piped = [name for name, stream in spec.data.items() if stream.piped]
     if piped:
@@ -310,8 +317,8 @@ def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    relative = (("init", spec.init != absolute.init), ("data", spec.data != absolute.data))
-    found = [name for name, differs in (*relative, ("evaluate", spec.evaluate != absolute.evaluate)) if differs]
+    fields = ("init", "data", "evaluate", "search")
+    found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
 
 

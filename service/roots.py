@@ -14,7 +14,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from workloads.preflight import Problem
-from workloads.spec import JobSpec
+from workloads.spec_any import AnySpec
 
 ANY = "*"
 Kind = Literal["job", "model"]
@@ -42,7 +42,7 @@ class Roots:
         self._allowed = [root if root in (ANY, "/") else root.rstrip("/") for root in allowed or ()]
         self._home = home
 
-    def problems(self, spec: JobSpec, readable: Readable) -> list[Problem]:
+    def problems(self, spec: AnySpec, readable: Readable) -> list[Problem]:
         """What the job names and may not.
 
         Args:
