@@ -6,6 +6,7 @@ address of the client, and the Host and Origin that a web page in a browser of t
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from service.principal import LOCAL, Principal
 from service.problems import answer
 from service.settings import is_loopback
 from service.tokens import Tokens
+
+logger = logging.getLogger(__name__)
 
 ASK = "send `Authorization: Bearer TOKEN`; the command line takes it from MANTA_TOKEN"
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -47,7 +50,11 @@ class Gate:
             nonlocal noted
             if "audit" in state and not noted:
                 noted = True
-                await run_in_threadpool(self._audit.finish, state["audit"], status, made, state.get("project", ""))
+                result = state["audit"], status, made, state.get("project", "")
+                try:
+                    await run_in_threadpool(self._audit.finish, *result)
+                except SQLAlchemyError as error:  # the change is made: its answer must not say otherwise
+                    logger.error("the result of audit entry %s is not written: %s, %s", *result[:2], error)
 
         async def numbered(message: Message) -> None:
             if message["type"] == "http.response.start":
