@@ -53,7 +53,9 @@ class Secured:
 
     def __init__(self, home: Path, **more: Any) -> None:
         self.now = 1_000_000.0
-        self.settings = Settings(home=home, reconcile_interval_s=3600, allowed_roots=("/data",), **more)
+        self.settings = Settings(
+            home=home, database_url="", reconcile_interval_s=3600, allowed_roots=("/data",), **more
+        )
         self.store, self.ray = Store(self.settings.database), FakeRay()
         registry = Registry(self.settings, self.store)
         reconciler = Reconciler(self.settings, self.store, self.ray, registry, lambda: None)  # type: ignore[arg-type]

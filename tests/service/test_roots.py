@@ -226,4 +226,4 @@ def test_no_pattern_that_passes_expands_to_outside(tail: str) -> None:
     except UnbalancedBracesError:
         return
     for path in found:
-        assert (os.path.normpath(path) + "/").startswith("/data/"), (tail, path)  # noqa: PTH118
+        assert (os.path.normpath(path) + "/").startswith("/data/"), (tail, path)
