@@ -105,8 +105,13 @@ async def authorise(request: Request, parts: PartsDep) -> None:
     principal: Principal | None = getattr(request.state, "principal", None)
     if principal is None:
         raise Unauthorised("got no token", "send `Authorization: Bearer TOKEN`")
-    if rule.changes or (request.path_params and principal.project != ALL):
+    if rule.changes:
         await run_in_threadpool(_look, parts, principal, rule, key, request)
+    elif request.path_params and principal.project != ALL:
+        if "/v1/models/{name}" in key and parts.registry.remembers(request.path_params["name"]):
+            _look(parts, principal, rule, key, request)  # a prediction does not wait for a thread
+        else:
+            await run_in_threadpool(_look, parts, principal, rule, key, request)
     elif not principal.is_at_least(rule.least):
         raise _too_little(principal, rule, request)
 

@@ -118,6 +118,7 @@ def test_bodies(chunks: list[bytes | None], length: str | None, status: int) -> 
     got, headers = ask(chunks, length)
     assert got == status
     assert headers[b"content-type"] == (b"application/json" if status == 200 else b"application/problem+json")
+    assert headers.get(b"connection") == (None if status == 200 else b"close")
 
 
 @pytest.fixture
