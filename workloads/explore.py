@@ -63,7 +63,9 @@ def search_of(spec: SearchSpec, home: Path, device: torch.device, island: int = 
 
 def score(search: Search, chunk: Sequence[tuple[int, str]]) -> Scored:
     """Measures candidates; one that fails has no score, as one that is over budget."""
-    since, results, errors = time.perf_counter(), {}, []
+    since = time.perf_counter()
+    results: dict[int, Result] = {}
+    errors: list[str] = []
     for index, candidate in chunk:
         try:
             results[index] = search.score(candidate, index)
@@ -181,13 +183,8 @@ def migrate(spec: SearchSpec, run: RunFolder, number: int, island: Island, told_
         island.search.immigrate(theirs["best"])
 
 
-def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
-    """A point of the curve.
-
-    Args:
-        islands: `told`, `spent`, and `best` (None: no member yet) of each.
-        rate: candidates told a second.
-    """
+def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A point of the curve, from the `standing` of each island."""
     told, spent = (sum(one[name] for one in islands) for name in ("told", "spent"))
     best = [one["best"] for one in islands if one["best"] is not None]
     point = {
@@ -196,13 +193,14 @@ def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
         "best_score": max(best, default=None),
         "spent_share": round(spent / max(1, told), 4),
     }
-    return point | {"candidates_per_s": round(rate, 2)}
+    rate = sum(one["rate"] for one in islands)
+    return point | {"candidates_per_s": round(rate, 2), "step_time_s": round(1 / rate, 6) if rate else None}
 
 
-def standing(island: Island) -> dict[str, Any]:
-    """What `point_of` needs of an island."""
-    best = island.best
-    return {"told": island.told, "spent": island.spent, "best": None if best is None else best.get("score")}
+def standing(island: Island, rate: float) -> dict[str, Any]:
+    """What `point_of` needs of an island; `rate` is how many candidates it told a second, of late."""
+    best = None if island.best is None else island.best.get("score")
+    return {"told": island.told, "spent": island.spent, "best": best, "rate": rate}
 
 
 def explore(
@@ -237,14 +235,15 @@ def explore(
     saved = time.monotonic()
     try:
         while not all(one.island.done for one in explorers) and not should_stop():
-            since, told = time.monotonic(), sum(one.island.told for one in explorers)
+            since, before = time.monotonic(), [one.island.told for one in explorers]
             for number, one in enumerate(explorers):
-                until, before = time.monotonic() + POINT_S, one.island.told
+                until = time.monotonic() + POINT_S
                 one.go(lambda until=until: time.monotonic() > until or should_stop())  # type: ignore[misc]
-                migrate(spec, run, number, one.island, before)
-            new = sum(one.island.told for one in explorers) - told
-            point = point_of([standing(one.island) for one in explorers], new / (time.monotonic() - since))
-            if new:
+                migrate(spec, run, number, one.island, before[number])
+            seconds = time.monotonic() - since
+            new = [one.island.told - told for one, told in zip(explorers, before, strict=True)]
+            if any(new):
+                point = point_of([standing(one.island, n / seconds) for one, n in zip(explorers, new, strict=True)])
                 writer.append(point)
                 on_point(point)
             if time.monotonic() - saved > SAVE_S:
