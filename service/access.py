@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.security import HTTPBearer
 from starlette.routing import BaseRoute
 
 from service.errors import Forbidden, NotFound, Unauthorised
@@ -90,7 +91,10 @@ def without_rule(routes: Sequence[BaseRoute]) -> list[str]:
     return found
 
 
-async def authorise(request: Request, parts: PartsDep) -> None:
+Bearer = Annotated[object, Security(HTTPBearer(auto_error=False, description="Of `manta token create`."))]
+
+
+async def authorise(request: Request, parts: PartsDep, _: Bearer = None) -> None:
     """Runs before every route.
 
     Raises:

@@ -188,6 +188,8 @@ def test_a_project_admin_makes_tokens_of_its_project_only(service: Secured) -> N
         ("127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:9000", 403),
         ("127.0.0.1", "127.0.0.1:8000", "null", 403),
         ("127.0.0.1", "evil.example", None, 403),
+        ("127.0.0.1", "[", "http://[", 403),
+        ("127.0.0.1", "", None, 403),
         ("127.0.0.1", "127.0.0.1.evil.example", None, 403),
         ("10.0.0.7", "127.0.0.1", None, 403),
         ("127.0.0.1.evil.example", "127.0.0.1", None, 403),
@@ -234,6 +236,25 @@ def test_tokens_that_are_required_are_asked_for_before_there_is_one(tmp_path: Pa
     service = Secured(tmp_path, tokens="required")
     expect(service.client().get("/v1/jobs"), 401)
     service.close()
+
+
+def test_a_probe_tells_strangers_no_addresses(tmp_path: Path) -> None:
+    service = Secured(tmp_path, host="0.0.0.0", tokens="required")
+    answer = service.client().get("/readyz")
+    assert answer.status_code == 503
+    assert set(answer.json()["missing"].values()) == {"the log of the service says more"}
+    service.close()
+
+
+def test_a_path_that_no_database_takes(service: Secured) -> None:
+    expect(service.client().get("/v1/jobs/%00"), 400)
+    expect(service.client().post("/v1/jobs/%00:cancel"), 400)
+
+
+def test_the_contract_names_the_way_to_ask(service: Secured) -> None:
+    contract = service.client().get("/openapi.json").json()
+    assert contract["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert contract["paths"]["/v1/jobs"]["post"]["security"] == [{"HTTPBearer": []}]
 
 
 def test_the_first_token_closes_a_service_that_runs_and_revoking_all_does_not_open_it(service: Secured) -> None:

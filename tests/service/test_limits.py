@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def test_a_burst_and_then_the_rate() -> None:
         rate.take("a")
     with pytest.raises(TooMany):
         rate.take("a")  # never more than a burst
+
+
+def test_a_refusal_crosses_processes() -> None:
+    again = pickle.loads(pickle.dumps(TooMany("a", "b", 3.5)))
+    assert (again.detail, again.hint, again.wait_s) == ("a", "b", 3.5)
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=200), st.integers(1, 10), st.floats(0.1, 20))
