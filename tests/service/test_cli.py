@@ -47,7 +47,7 @@ class FakeClient:
     refuse: ApiError | None = None
     submitted: dict[str, Any] | None = None
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **_: Any) -> None:
         pass
 
     def __enter__(self) -> FakeClient:
