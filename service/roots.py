@@ -26,7 +26,7 @@ _DOTS = re.compile(r"(?:^|[/{,}])\.+(?=$|[/{,}])")  # `.`, `..`, and braces that
 _WILD = re.compile(r"[*?\[{]")
 _REFERENCE = re.compile(r"[\w.-]+(@\d+)?")
 _SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(sig|token|secret|passw|credential|key|auth)", re.IGNORECASE)  # in a URL
-_NAMES = ("name", "register")  # of the catalog, of the job, of its model: no weights are read by these
+_NAMES = ("name", "register")  # of the catalog, of the job, of its model: nothing is read by these but job:<id>
 _FIXED = ("data", "optimizer", "schedule", "precision", "engine", "guards", "resources", "checkpoint")  # nor in these
 
 
@@ -102,9 +102,9 @@ class Roots:
 
     def _foreign(self, loc: list[str | int], text: str, readable: Readable) -> tuple[str, str] | None:
         """Weights that the submitter may not read, or a name that climbs out of their folder."""
-        if loc[-1] in _NAMES or loc[0] in _FIXED:
-            return None
         job = text.removeprefix("job:")
+        if job == text and (loc[-1] in _NAMES or loc[0] in _FIXED):
+            return None
         if job != text:
             may = _REFERENCE.fullmatch(job) is not None and "@" not in job and not _DOTS.search(job)
             may = may and readable("job", job)
