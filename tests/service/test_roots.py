@@ -195,7 +195,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_every_field_of_a_job_is_looked_at_before_it_is_opened(tmp_path: Path, change: dict[str, Any]) -> None:
     service = Secured(tmp_path)
     service.parts.jobs._check = lambda *_: pytest.fail("it was opened")  # type: ignore[assignment]
-    with pytest.raises(InvalidSpec, match="below what is allowed|expected absolute"):
+    with pytest.raises(InvalidSpec, match=r"below what is allowed|expected absolute"):
         service.parts.jobs.submit(BODY | change)
     service.close()
 
