@@ -78,6 +78,7 @@ SEARCHES = {
     "zen_nas": "workloads.search.zen_nas:ZenNAS",
 }
 KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS, "search": SEARCHES}
+PLURAL = {"method": "methods", "model": "models", "evaluation": "evaluations", "search": "searches"}
 
 
 class UnknownName(ValueError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 from numpy.random import Generator
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from workloads.search.base import Result, Search, SearchConfig
 from workloads.search.budget import Budget
+from workloads.search.latency_budget import Latency
 
 Row = dict[str, Any]
 
@@ -28,18 +30,22 @@ class EvolutionConfig(SearchConfig):
         population: how many stay.
         iterations: turns, of each island.
         budget: what a network may cost.
+        image_size: side of the images, of which FLOPs and latency are counted.
     """
 
     population: int = Field(default=256, ge=2)
     iterations: int = Field(default=96000, ge=1)
     budget: Budget
+    image_size: int = Field(default=224, ge=8)
 
     def least(self) -> Mapping[str, float]:
-        """The least that a network of the space can have of each cost."""
+        """The least that a network of the space can have of each cost; `latency_ms` only where a table says it."""
         raise NotImplementedError(f"{type(self).__name__} must define least()")
 
     def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
-        return [*super().problems(device), *self.budget.problems(self.least())]
+        latency = self.budget.latency
+        said = [] if latency is None else latency.problems(device, self.image_size)
+        return [(("budget", "latency"), problem) for problem in said] or self.budget.problems(self.least())
 
 
 def front(rows: Iterable[Row], cost: str) -> list[Row]:
@@ -60,6 +66,7 @@ class Evolution(Search):
     def __init__(self, config: Any, inputs: Any) -> None:
         super().__init__(config, inputs)
         self._members: list[Row] = []
+        self._fastest_ms = math.inf
         self._fronts: dict[str, list[Row]] = {"flops": [], "latency_ms": []}
 
     @abstractmethod
@@ -69,6 +76,14 @@ class Evolution(Search):
     @abstractmethod
     def child(self, parent: str, random: Generator) -> str:
         """A mutation of a member."""
+
+    @abstractmethod
+    def rate(self, candidate: str, index: int) -> float:
+        """The score."""
+
+    @abstractmethod
+    def latency_ms(self, latency: Latency, candidate: str) -> float:
+        """What `latency` says of the candidate."""
 
     @abstractmethod
     def costs(self, candidate: str) -> dict[str, float]:
@@ -93,7 +108,21 @@ class Evolution(Search):
         known = any(row["candidate"] == child for row in self._members)
         return None if known or not self.config.budget.met(self.costs(child)) else child
 
+    def score(self, candidate: str, index: int) -> Result:
+        found = {}
+        if self._latency is not None:
+            found["latency_ms"] = self.latency_ms(self._latency, candidate)
+            if found["latency_ms"] > self._latency.budget.ms:
+                return found
+        return found | {"score": self.rate(candidate, index)}
+
+    @cached_property
+    def _latency(self) -> Latency | None:
+        budget = self.config.budget.latency
+        return None if budget is None else Latency(budget, self.config.image_size)
+
     def tell(self, index: int, candidate: str, result: Result) -> None:
+        self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))
         if math.isfinite(result.get("score", math.nan)):
             self._add({"candidate": candidate, "index": index, **self.costs(candidate), **result})
 
@@ -110,10 +139,12 @@ class Evolution(Search):
             self._members.remove(min(self._members, key=lambda member: cast(float, member["score"])))
 
     def state(self) -> Any:
-        return {"members": self._members, "fronts": self._fronts}
+        fastest = None if self._fastest_ms == math.inf else self._fastest_ms
+        return {"members": self._members, "fronts": self._fronts, "fastest_ms": fastest}
 
     def restore(self, state: Any) -> None:
         self._members, self._fronts = list(state["members"]), dict(state["fronts"])
+        self._fastest_ms = math.inf if state["fastest_ms"] is None else state["fastest_ms"]
 
     def population(self) -> list[Row]:
         return sorted(self._members, key=lambda row: -row["score"])
@@ -125,8 +156,9 @@ class Evolution(Search):
     def best(self) -> Row:
         """Raises ValueError where no candidate was within budget."""
         if not self._members:
+            fastest = "" if self._fastest_ms == math.inf else f", of which the fastest took {self._fastest_ms:.4g} ms"
             raise ValueError(
-                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self.total} candidates, "
-                "expected one; allow more, or more iterations"
+                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self.total} candidates"
+                f"{fastest}, expected one; allow more, or more iterations"
             )
         return self.population()[0]

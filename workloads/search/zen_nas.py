@@ -16,8 +16,9 @@ from numpy.random import Generator
 from pydantic import AfterValidator, Field
 
 from workloads.models.structure import Structure, StructureError, flops, layers, parameters, parse, text
-from workloads.search.base import Result, Winner
+from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
+from workloads.search.latency_budget import Latency
 from workloads.search.zen_score import zen_score
 from workloads.search.zen_space import START, Space, mutate, smallest
 
@@ -36,7 +37,7 @@ class ZenNASConfig(EvolutionConfig):
     Attributes:
         initial: the structure to start from: cifar, imagenet or imagenet-mobile as in the paper, or a string.
         space: server: full convolutions and bottlenecks; mobile: inverted bottlenecks.
-        image_size: side of the images of noise, and of which FLOPs are counted.
+        image_size: side of the images of noise too.
         classes: of the classifier, which counts too.
         batch_size: of the noise.
         g: how far the second images are from the first.
@@ -45,7 +46,6 @@ class ZenNASConfig(EvolutionConfig):
 
     initial: Annotated[str, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
     space: Space = "server"
-    image_size: int = Field(default=224, ge=8)
     classes: int = Field(default=1000, ge=2)
     batch_size: int = Field(default=64, ge=2)
     g: float = Field(default=0.01, gt=0)
@@ -59,8 +59,13 @@ class ZenNASConfig(EvolutionConfig):
         }
 
     def least(self) -> Mapping[str, float]:
-        found = [self.costs(structure) for structure in smallest(parse(self.initial), self.space)]
-        return {name: min(costs[name] for costs in found) for name in found[0]}
+        structures = smallest(parse(self.initial), self.space)
+        found = [self.costs(structure) for structure in structures]
+        least = {name: min(costs[name] for costs in found) for name in found[0]}
+        if self.budget.latency is not None and self.budget.latency.table is not None:
+            latency = Latency(self.budget.latency, self.image_size)
+            least["latency_ms"] = min(latency.of_structure(structure, self.classes) for structure in structures)
+        return least
 
 
 class ZenNAS(Evolution):
@@ -87,12 +92,15 @@ class ZenNAS(Evolution):
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
 
-    def score(self, candidate: str, index: int) -> Result:
+    def latency_ms(self, latency: Latency, candidate: str) -> float:
+        return latency.of_structure(parse(candidate), self.config.classes)
+
+    def rate(self, candidate: str, index: int) -> float:
         config, structure, random = self.config, parse(candidate), self.torch_random(index)
         options: dict[str, Any] = {"size": config.image_size, "batch_size": config.batch_size, "g": config.g}
         options |= {"generator": random, "device": self.inputs.device}
         scores = [zen_score(structure, **options).score for _ in range(config.repeats)]
-        return {"score": sum(scores) / len(scores)}
+        return sum(scores) / len(scores)
 
     def winner(self) -> Winner:
         row = self.best()

@@ -103,11 +103,11 @@ def test_goes_on_from_its_state_as_if_it_had_not_been_away() -> None:
 def test_candidates_over_budget_are_never_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def scored(_: ZenNAS, candidate: str, index: int) -> dict[str, float]:
+    def scored(_: ZenNAS, candidate: str, index: int) -> float:
         seen.append(candidate)
-        return {"score": index}
+        return index
 
-    monkeypatch.setattr(ZenNAS, "score", scored)
+    monkeypatch.setattr(ZenNAS, "rate", scored)
     small = search(budget={"layers": 7, "parameters": 40_000})
     island = Island(small)
     run(island)
@@ -125,6 +125,29 @@ def test_failed_scores_are_no_members(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(island) == []
     with pytest.raises(ValueError, match=r"got no network within .*expected one; allow more"):
         island.search.winner()
+
+
+def test_candidates_over_a_latency_are_measured_and_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {"K7": 3.0, "K5": 2.0}
+    monkeypatch.setattr(
+        ZenNAS, "latency_ms", lambda _, __, text: sum(value for name, value in slow.items() if name in text)
+    )
+    monkeypatch.setattr(ZenNAS, "rate", lambda _, text, __: float(len(text)))
+    by_latency = Island(search(budget={"latency": {"ms": 2.5}}))
+    rows = run(by_latency)
+    assert {row["latency_ms"] for row in rows} <= {0.0, 2.0}
+    none: Any = search(budget={"latency": {"ms": 0.1}})
+    monkeypatch.setattr(ZenNAS, "latency_ms", lambda *_: 0.7)
+    run(Island(none))
+    with pytest.raises(ValueError, match=r"of which the fastest took 0\.7 ms, expected one; allow more"):
+        none.winner()
+
+
+def test_a_gpu_budget_without_gpus_is_refused_with_the_choice_of_a_table() -> None:
+    config = ZenNASConfig(**{**TINY, "budget": {"latency": {"ms": 0.1, "device": "cuda"}}})
+    assert config.problems("cuda") == []
+    ((where, said),) = config.problems("cpu")
+    assert where == ("budget", "latency") and "name its file in table" in said
 
 
 def test_the_best_never_gets_worse_and_the_front_has_the_cheap_ones() -> None:
