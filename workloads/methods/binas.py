@@ -92,7 +92,9 @@ class Binas(Method):
             "maps": torch.stack(distances).sum() / self.config.divisor,
         }
         loss = terms["ce"] + self.config.gamma * (terms["kd"] + terms["maps"])
-        return Output(loss, {name: term.detach() for name, term in terms.items()} | {"accuracy": accuracy(logits, label)})
+        return Output(
+            loss, {name: term.detach() for name, term in terms.items()} | {"accuracy": accuracy(logits, label)}
+        )
 
     def largest(self, images: Tensor, key: Tensor) -> Tensor:
         """Logits [B, classes] of the largest network, regularised; what is dropped goes by the keys [B] of the images."""

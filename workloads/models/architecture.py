@@ -117,7 +117,9 @@ def parse(string: str) -> Architecture:
         at += len(f"'{stages[-1][-1]}'")
         found = re.compile(r", |\], \[|\]\]$").match(string, at)
         if found is None:
-            raise ArchitectureError(f"got {string[at:][:30]!r} at character {at}, expected ', ' or '], [' or, last, ']]'")
+            raise ArchitectureError(
+                f"got {string[at:][:30]!r} at character {at}, expected ', ' or '], [' or, last, ']]'"
+            )
         at, separator = found.end(), found[0]
     return tuple(map(tuple, stages))
 
@@ -169,7 +171,8 @@ def costs(
     """
     hidden = architecture[-1][-1].width * features
     around = Costs(
-        29 * stem + hidden + features + (features + 1) * classes, 27 * stem * (-(-size // 2)) ** 2 + hidden + features * classes
+        29 * stem + hidden + features + (features + 1) * classes,
+        27 * stem * (-(-size // 2)) ** 2 + hidden + features * classes,
     )
     found = [around, *(block.costs(width, side) for block, width, side in walk(architecture, stem, size) if blocks)]
     return Costs(sum(one.parameters for one in found), sum(one.flops for one in found))

@@ -93,57 +93,62 @@ class SqueezeExcite(nn.Module):
         return x * F.hardsigmoid(self.conv_expand(inner if kept is None else inner * kept))
 
 
-class Separable(nn.Module):
+class Separable(nn.Sequential):
     """ds: a convolution by channel, then one of 1 x 1."""
 
     def __init__(self, block: Block, width_in: int) -> None:
         super().__init__()
-        self.act = activation(block.relu)
         self.conv_dw = conv(width_in, width_in, block.kernel, block.stride, width_in)
         self.bn1 = nn.BatchNorm2d(width_in)
+        self.act1 = activation(block.relu)
         self.se = SqueezeExcite(width_in) if block.se else nn.Identity()
         self.conv_pw = conv(width_in, block.width)
         self.bn2 = nn.BatchNorm2d(block.width)
         self.residual = block.stride == 1 and width_in == block.width
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv_pw(self.se(self.act(self.bn1(self.conv_dw(x))))))
+        y: Tensor = super().forward(x)
         return x + y if self.residual else y
 
 
-class Inverted(nn.Module):
+class Inverted(nn.Sequential):
     """ir: wider by a convolution of 1 x 1, one by channel, and narrow again."""
 
     def __init__(self, block: Block, width_in: int) -> None:
         super().__init__()
         mid = block.inside(width_in)
-        self.act = activation(block.relu)
-        self.conv_pw, self.bn1 = conv(width_in, mid), nn.BatchNorm2d(mid)
-        self.conv_dw, self.bn2 = conv(mid, mid, block.kernel, block.stride, mid), nn.BatchNorm2d(mid)
+        self.conv_pw = conv(width_in, mid)
+        self.bn1 = nn.BatchNorm2d(mid)
+        self.act1 = activation(block.relu)
+        self.conv_dw = conv(mid, mid, block.kernel, block.stride, mid)
+        self.bn2 = nn.BatchNorm2d(mid)
+        self.act2 = activation(block.relu)
         self.se = SqueezeExcite(mid) if block.se else nn.Identity()
-        self.conv_pwl, self.bn3 = conv(mid, block.width), nn.BatchNorm2d(block.width)
+        self.conv_pwl = conv(mid, block.width)
+        self.bn3 = nn.BatchNorm2d(block.width)
         self.residual = block.stride == 1 and width_in == block.width
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.bn1(self.conv_pw(x)))
-        y = self.se(self.act(self.bn2(self.conv_dw(y))))
-        y = self.bn3(self.conv_pwl(y))
+        y: Tensor = super().forward(x)
         return x + y if self.residual else y
 
 
-class Convolution(nn.Module):
+class Convolution(nn.Sequential):
     """cn: a convolution."""
 
     def __init__(self, block: Block, width_in: int) -> None:
         super().__init__()
-        self.conv, self.bn1 = conv(width_in, block.width, block.kernel, block.stride), nn.BatchNorm2d(block.width)
+        self.conv = conv(width_in, block.width, block.kernel, block.stride)
+        self.bn1 = nn.BatchNorm2d(block.width)
         self.act = activation(block.relu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn1(self.conv(x)))
+
+LAYERS: dict[str, type[nn.Sequential]] = {"ds": Separable, "ir": Inverted, "cn": Convolution}
 
 
-LAYERS: dict[str, type[nn.Module]] = {"ds": Separable, "ir": Inverted, "cn": Convolution}
+def layer(block: Block, width_in: int) -> nn.Module:
+    """One block, for maps of `width_in` channels."""
+    return LAYERS[block.kind](block, width_in)
 
 
 class HiddenHead(PooledCNN):
@@ -190,7 +195,7 @@ class Binas(HiddenHead):
         for stage in structure:
             layers = []
             for block in stage:
-                layers.append(LAYERS[block.kind](block, width))
+                layers.append(layer(block, width))
                 width = block.width
             stages.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*stages)

@@ -68,7 +68,9 @@ class Space(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Space:
         if len(self.widths) != len(self.strides):
-            raise ValueError(f"got {len(self.widths)} widths and {len(self.strides)} strides, expected one for each stage")
+            raise ValueError(
+                f"got {len(self.widths)} widths and {len(self.strides)} strides, expected one for each stage"
+            )
         if self.min_depth > self.max_depth:
             raise ValueError(f"got min_depth={self.min_depth}, expected at most max_depth, {self.max_depth}")
         for name in ("expansions", "kernels", "se"):

@@ -31,6 +31,7 @@ from workloads.models.binas import Convolution, HiddenHead, Separable, SqueezeEx
 from workloads.models.binas_space import Path, Space
 from workloads.models.timm_import import timm
 
+
 class BinasSupernetConfig(Space):
     """`{name: binas_supernet}`; `image_size` only says what is fed in."""
 

@@ -7,6 +7,8 @@ product. The paper gives the quadratic program to CPLEX as it is.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_array, csr_array, eye_array, kron
@@ -93,14 +95,20 @@ def smallest(problem: Problem) -> Array:
         assert least is not None, "the budgets before were met"
         cost = float(form(*problem.shape.one_hot(least)))
         if cost > limit * (1 + 1e-9):
-            others = f" within {', '.join(f'{one}: {problem.limits[one]:,.6g}' for one in before)}" if before else ""
+            others = f" within {', '.join(f'{one}: {_said(problem.limits[one])}' for one in before)}" if before else ""
             raise Infeasible(
                 name,
-                f"got {name}: {limit:,.6g}, expected at least {cost:,.6g}, the least that a network of the space "
+                f"got {name}: {_said(limit)}, expected at least {_said(cost)}, the least that a network of the space "
                 f"has{others}; allow as much",
             )
         network, before = least, [*before, name]
     return network
+
+
+def _said(cost: float) -> str:
+    """At least as much, so that it is enough."""
+    digits = max(0, 4 - math.ceil(math.log10(cost)))
+    return f"{math.ceil(cost * 10**digits - 1e-6) / 10**digits:,.{digits}f}"
 
 
 def solve(problem: Problem) -> Array:
@@ -114,4 +122,4 @@ def solve(problem: Problem) -> Array:
     lost = Bilinear(-objective.constant, -objective.p, -objective.q, -objective.Q)
     program = Program(problem.shape, [lost, *(problem.costs[name] for name in problem.limits)])
     found = program.minimise(lost, [(problem.costs[name], limit) for name, limit in problem.limits.items()])
-    return feasible if found is None else problem.repaired(found, feasible)
+    return feasible if found is None else problem.repaired(found, feasible)  # HiGHS may exceed a bound by 1e-6
