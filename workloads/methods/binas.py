@@ -3,14 +3,14 @@
 First the largest network of the space is trained alone. Its copy, as it is then, teaches the rest of the training, in
 which each image takes a random path through the supernet: the loss is cross-entropy plus gamma times what the copy
 says, the KL divergence of the classes and the mean squared distance of the maps behind each stage over `divisor`.
-`search: {name: binas}` measures its networks afterwards. The export is the supernet, which alone is its largest network.
+`search: {name: binas}` measures its networks afterwards. The export is the supernet, by itself its largest network.
 
 A path is drawn for each image, by its key, not for each batch: gradients are of many networks at once, and so are the
 statistics of BatchNorm, which is what evaluation uses (see `models.binas_supernet`).
 
-Differences from the released code: it trains twice, for 300 epochs at batch 256 and rate 0.128 falling by 0.97 every 2.4
-epochs, then for 100 at batch 200 and 0.0128 falling as a cosine; here it is one run under one schedule, of which
-`largest` is the share of the first part. RandAugment and the like of the first are left to `view`.
+Differences from the released code: it trains twice, for 300 epochs at batch 256 and rate 0.128 that falls by 0.97 every
+2.4 epochs, then for 100 at batch 200 and rate 0.0128 that falls as a cosine; here it is one run under one schedule, of
+which `largest` is the share of the first part.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Binas(Method):
         )
 
     def largest(self, images: Tensor, key: Tensor) -> Tensor:
-        """Logits [B, classes] of the largest network, regularised; what is dropped goes by the keys [B] of the images."""
+        """Logits [B, classes] of the largest network; what is dropped goes by the keys [B] of the images."""
         net, config = self.supernet, self.config
         blocks = len(net.space.widths) * net.space.max_depth
         maps = net.maps(images, keep=kept(key, torch.linspace(0, config.drop_path, blocks), "drop_path"))

@@ -131,7 +131,7 @@ def _block(string: str, at: int) -> Block:
     found = PATTERN.fullmatch(quoted[1])
     if found is None:
         raise ArchitectureError(
-            f"got {quoted[0]} at character {at}, expected KIND_r1_kN_sN_eN_cN, then _nre and _se0.25 where it has them: "
+            f"got {quoted[0]} at character {at}, expected KIND_r1_kN_sN_eN_cN, then maybe _nre, maybe _se0.25: "
             f"KIND ds, ir or cn, kernel 1, 3, 5 or 7, stride 1 or 2, such as {EXAMPLE}"
         )
     kind, kernel, stride, expansion, width, relu, se = found.groups()

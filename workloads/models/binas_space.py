@@ -29,7 +29,7 @@ class Configuration(NamedTuple):
         return f"k{self.kernel}_e{self.expansion}" + "_se" * self.se
 
 
-class Path(NamedTuple):
+class Paths(NamedTuple):
     """What each image of a batch goes through."""
 
     configuration: Tensor  # int64 [B, stages, blocks], into `Space.configurations`
@@ -103,9 +103,9 @@ class Space(BaseModel):
         ]
         return (Block("ds", 3, 1, self.first, relu=True),), *stages, (Block("cn", 1, 1, self.last),)
 
-    def random_paths(self, keys: Tensor, salt: str = "path") -> Path:
+    def random_paths(self, keys: Tensor, salt: str = "path") -> Paths:
         """Uniform over the space, for keys int64 [B]."""
         stages, decisions = len(self.widths), len(self.widths) * self.max_depth
         u = uniform(keys, decisions + stages, salt)
         configuration = (u[:, :decisions] * len(self.configurations)).long().unflatten(1, (stages, self.max_depth))
-        return Path(configuration, (u[:, decisions:] * len(self.depths)).long())
+        return Paths(configuration, (u[:, decisions:] * len(self.depths)).long())

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from workloads.data.views import Size
 from workloads.models.architecture import round8
 from workloads.models.binas import Convolution, HiddenHead, Separable, SqueezeExcite, activation, conv
-from workloads.models.binas_space import Path, Space
+from workloads.models.binas_space import Paths, Space
 from workloads.models.timm_import import timm
 
 
@@ -165,7 +165,7 @@ class BinasSupernet(HiddenHead):
         self.blocks = nn.ModuleList(stages)
         self.finish(num_classes)
 
-    def maps(self, images: Tensor, path: Path | None = None, keep: Tensor | None = None) -> list[Tensor]:
+    def maps(self, images: Tensor, path: Paths | None = None, keep: Tensor | None = None) -> list[Tensor]:
         """What stem, stages and the blocks around these give, in order.
 
         Args:
@@ -188,11 +188,11 @@ class BinasSupernet(HiddenHead):
         found.append(self.blocks[-1][0](found[-1]))  # type: ignore[index]
         return found
 
-    def forward_features(self, images: Tensor, path: Path | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, path: Paths | None = None) -> Tensor:
         """[B, 3, H, W] -> the last maps, [B, last, h, w]."""
         return self.maps(images, path)[-1]
 
-    def forward(self, images: Tensor, path: Path | None = None) -> Tensor:
+    def forward(self, images: Tensor, path: Paths | None = None) -> Tensor:
         """[B, 3, H, W] -> features [B, num_features], or logits [B, num_classes]."""
         return self.forward_head(self.forward_features(images, path))
 

@@ -107,7 +107,7 @@ class Bilinear:
 
 @dataclass(frozen=True)
 class Problem:
-    """Which network has the most of `objective` within the budgets?
+    """To find the network that has the most of `objective` within the budgets.
 
     Attributes:
         shape: of the space.

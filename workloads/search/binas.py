@@ -28,7 +28,7 @@ from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
 from workloads.models.architecture import text
-from workloads.models.binas_space import Path, Space
+from workloads.models.binas_space import Paths, Space
 from workloads.models.binas_supernet import BinasSupernet
 from workloads.search import bcfw, bilinear_evolution, ilp
 from workloads.search.base import Result, Search, SearchConfig, SearchInputs, Winner
@@ -124,7 +124,7 @@ class Fixed:
     configuration: dict[tuple[int, int], int] = field(default_factory=dict)
     depth: dict[int, int] = field(default_factory=dict)
 
-    def of(self, paths: Path) -> Path:
+    def of(self, paths: Paths) -> Paths:
         """The paths with these decisions, in place."""
         for (stage, block), configuration in self.configuration.items():
             paths.configuration[:, stage, block] = configuration
@@ -184,7 +184,7 @@ class Binas(Search):
         for images, labels, index in self._batches():
             for number in range(1 if whole else self.config.passes):
                 paths = fixed.of(self.config.space.random_paths(sample_keys(self.inputs.seed, number, index)))
-                logits = self.supernet(images, Path(*(part.to(images.device) for part in paths)))
+                logits = self.supernet(images, Paths(*(part.to(images.device) for part in paths)))
                 right += (logits.argmax(dim=1) == labels).sum()
                 count += len(labels)
         return 100 * float(right) / count
