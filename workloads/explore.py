@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 CHUNK_S = 0.1  # of scoring: what is sent about and looked at costs little beside it
 SAVE_S = 5.0
 POINT_S = 1.0
+TOLD = 3  # failures that become events of the job; the log has all
 GIVE_UP = 20  # candidates that failed, and none that did not: it is not the candidates
 
 
@@ -67,7 +68,7 @@ def score(search: Search, chunk: Sequence[tuple[int, str]]) -> Scored:
         try:
             results[index] = search.score(candidate, index)
         except (RuntimeError, ValueError, ArithmeticError) as error:  # memory is a RuntimeError
-            logger.warning("candidate %d could not be scored: %s", index, candidate, exc_info=True)
+            logger.warning("candidate %d could not be scored: %s", index, candidate, exc_info=not errors)
             errors.append(f"{type(error).__name__}: {error}")
             results[index] = {}
     return Scored(results, time.perf_counter() - since, errors)
@@ -135,10 +136,10 @@ class Explorer:
         n = len(scored.results)
         seconds = scored.seconds / n
         self._score_s = seconds if self._score_s is None else 0.8 * self._score_s + 0.2 * seconds
+        for said in scored.errors[: max(0, TOLD - self._failed)]:
+            self._on_error(said)
         self._failed += len(scored.errors)
         self._scored += n - len(scored.errors)
-        if scored.errors and self._failed <= 3:
-            self._on_error(scored.errors[0])
         if self._failed >= GIVE_UP and not self._scored:
             raise ScoresFailed(
                 f"got no score by {self._failed} candidates, expected some; the last: {scored.errors[-1]}"
