@@ -10,6 +10,7 @@ loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +108,7 @@ class Separable(nn.Sequential):
         self.residual = block.stride == 1 and width_in == block.width
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return x + y if self.residual else y
 
 
@@ -129,7 +130,7 @@ class Inverted(nn.Sequential):
         self.residual = block.stride == 1 and width_in == block.width
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return x + y if self.residual else y
 
 
@@ -143,7 +144,7 @@ class Convolution(nn.Sequential):
         self.act = activation(block.relu)
 
 
-LAYERS: dict[str, type[nn.Sequential]] = {"ds": Separable, "ir": Inverted, "cn": Convolution}
+LAYERS: dict[str, Callable[[Block, int], nn.Module]] = {"ds": Separable, "ir": Inverted, "cn": Convolution}
 
 
 def layer(block: Block, width_in: int) -> nn.Module:

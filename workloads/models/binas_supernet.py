@@ -175,15 +175,16 @@ class BinasSupernet(HiddenHead):
         """
         found = [self.start(images)]
         found.append(self.blocks[0][0](found[-1]))  # type: ignore[index]
-        for s, stage in enumerate(self.blocks[1:-1]):
-            x, ends = found[-1], []
-            for b, block in enumerate(stage):  # type: ignore[arg-type]
+        for s in range(len(self.space.widths)):
+            x, ends, stage = found[-1], [], self.blocks[s + 1]
+            assert isinstance(stage, nn.ModuleList)
+            for b, block in enumerate(stage):
                 chosen = None if path is None else path.configuration[:, s, b]
                 x = block(x, chosen, None if keep is None else keep[:, s * self.space.max_depth + b])
                 ends.append(x)
             if path is not None:
-                offered = enumerate(ends[self.space.min_depth - 1 :])
-                x = sum(end * (path.depth[:, s] == d)[:, None, None, None] for d, end in offered)  # type: ignore[assignment]
+                offered = torch.stack(ends[self.space.min_depth - 1 :])
+                x = offered[path.depth[:, s], torch.arange(len(images), device=images.device)]
             found.append(x)
         found.append(self.blocks[-1][0](found[-1]))  # type: ignore[index]
         return found

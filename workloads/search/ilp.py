@@ -88,7 +88,8 @@ def smallest(problem: Problem) -> Array:
         Infeasible: there is none; says the least of a budget that those before it allow.
     """
     program = Program(problem.shape, list(problem.costs.values()))
-    network, before = np.zeros(len(problem.shape.choices), int), []
+    network: Array = np.zeros(len(problem.shape.choices), int)
+    before: list[str] = []
     for name, limit in problem.limits.items():
         form = problem.costs[name]
         least = program.minimise(form, [(problem.costs[one], problem.limits[one]) for one in before])
@@ -101,13 +102,14 @@ def smallest(problem: Problem) -> Array:
                 f"got {name}: {_said(limit)}, expected at least {_said(cost)}, the least that a network of the space "
                 f"has{others}; allow as much",
             )
-        network, before = least, [*before, name]
+        network = least
+        before.append(name)
     return network
 
 
 def _said(cost: float) -> str:
     """At least as much, so that it is enough."""
-    digits = max(0, 4 - math.ceil(math.log10(cost)))
+    digits = max(0, 3 - math.floor(math.log10(cost)))
     return f"{math.ceil(cost * 10**digits - 1e-6) / 10**digits:,.{digits}f}"
 
 

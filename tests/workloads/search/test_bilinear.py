@@ -1,4 +1,4 @@
-"""Bilinear forms of BINAS and what solves them (arXiv 2110.12399), by a toy that was solved by hand and by brute force."""
+"""Bilinear forms of BINAS and what solves them (arXiv 2110.12399), by a toy solved by hand and by brute force."""
 
 from __future__ import annotations
 

@@ -24,9 +24,7 @@ from workloads.search.latency import folded
 from workloads.spec import Named
 
 SPACE = Space(stem=8, first=8, widths=(8, 16), strides=(1, 2), relu_stages=1, last=24, features=12)
-SMALL = (
-    "[['ds_r1_k3_s1_e1_c8_nre'], ['ir_r1_k5_s2_e3_c16_nre_se0.25', 'ir_r1_k3_s1_e4_c16'], ['cn_r1_k1_s1_c24']]"
-)
+SMALL = "[['ds_r1_k3_s1_e1_c8_nre'], ['ir_r1_k5_s2_e3_c16_nre_se0.25', 'ir_r1_k3_s1_e4_c16'], ['cn_r1_k1_s1_c24']]"
 HARDCORENAS_A = (  # of timm
     "[['ds_r1_k3_s1_e1_c16_nre'], ['ir_r1_k5_s2_e3_c24_nre', 'ir_r1_k5_s1_e3_c24_nre_se0.25'], "
     "['ir_r1_k5_s2_e3_c40_nre', 'ir_r1_k5_s1_e6_c40_nre_se0.25'], "
@@ -84,14 +82,17 @@ def test_latencies_are_of_folded_blocks() -> None:
 def test_names_of_the_paper_and_wrong_ones() -> None:
     assert BinasConfig(structure="binas-a").structure == published()["binas-a"]
     assert [len(stage) for stage in parse(published()["binas-f"])] == [1, 3, 4, 4, 4, 4, 1]
-    with pytest.raises(ValidationError, match=r"got structure 'binas-g', expected an architecture string or one of binas-a"):
+    with pytest.raises(
+        ValidationError, match=r"got structure 'binas-g', expected an architecture string or one of binas-a"
+    ):
         BinasConfig(structure="binas-g")
     with pytest.raises(ValidationError, match="'ir_r1_k4_s1_e3_c24' at character 2"):
         BinasConfig(structure="[['ir_r1_k4_s1_e3_c24']]")
 
 
 @pytest.mark.parametrize(
-    "space", [SPACE, SPACE.model_copy(update={"se": (False,), "kernels": (3, 5, 7), "expansions": (2,), "min_depth": 1})]
+    "space",
+    [SPACE, SPACE.model_copy(update={"se": (False,), "kernels": (3, 5, 7), "expansions": (2,), "min_depth": 1})],
 )
 def test_each_image_goes_through_the_network_of_its_path(space: Space) -> None:
     torch.manual_seed(0)
@@ -174,9 +175,7 @@ def test_the_default_space_holds_the_published_networks() -> None:
         architecture = parse(structure)
         configurations, depths = [], []
         for s, stage in enumerate(architecture[1:-1]):
-            of_stage = [
-                next(c for c in range(12) if space.block(s, b, c) == block) for b, block in enumerate(stage)
-            ]
+            of_stage = [next(c for c in range(12) if space.block(s, b, c) == block) for b, block in enumerate(stage)]
             configurations.append(of_stage + [0] * (4 - len(stage)))
             depths.append(list(space.depths).index(len(stage)))
         assert space.architecture(configurations, depths) == architecture
