@@ -233,8 +233,9 @@ def _more_commands() -> None:
     """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
     from service.cli_cluster import COMMANDS
     from workloads.data.commands import TOOLS, pack_app
+    from workloads.search.commands import latency_table
 
-    for command in (*COMMANDS, *TOOLS):
+    for command in (*COMMANDS, *TOOLS, latency_table):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
 
