@@ -7,37 +7,30 @@ form (`search.bilinear`), costs are forms too (`search.binas_costs`), and the be
 by integer programming, by block coordinate Frank-Wolfe or by evolution. It starts from its weights in the supernet.
 
 The same random paths go with every decision, which the paper leaves open: what they do to accuracy then cancels in
-differences. `estimator: regression` measures whole random networks instead and fits the form to them.
+differences. `estimator: regression` measures whole random networks instead and fits the form to them. Latencies of all
+blocks are the first candidate, measured once; where several workers score, others are under way beside it, which a
+table of `manta latency-table` avoids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.random import default_rng
 from pydantic import Field
-from torch import Tensor, nn
 
-from workloads.data.keys import sample_keys
-from workloads.data.reader import Reader
-from workloads.data.transforms.image import normalise
-from workloads.data.views import View
 from workloads.models.architecture import text
-from workloads.models.binas_space import Paths, Space
-from workloads.models.binas_supernet import BinasSupernet
+from workloads.models.binas_space import Space
 from workloads.search import bcfw, bilinear_evolution, ilp
 from workloads.search.base import Result, Search, SearchConfig, SearchInputs, Winner
-from workloads.search.bilinear import Array, Bilinear, Problem, contributions, entry_of, fit
+from workloads.search.bilinear import Array, Bilinear, Problem, contributions, fit
+from workloads.search.binas_accuracy import Accuracy, Fixed, decisions, of_block, of_depth
 from workloads.search.binas_costs import PartLatency, blocks_of, counted, latency, shape_of, table_of
 from workloads.search.budget import COUNTED, Budget
+from workloads.search.latency_ops import TableError
 
 LATENCY = "latency table"  # the candidate that measures one
-HELD = 2**32  # bytes of decoded images that are kept between candidates
 
 
 class BinasConfig(SearchConfig):
@@ -107,30 +100,9 @@ class BinasConfig(SearchConfig):
         except ilp.Infeasible as error:
             where = ("budget", "latency", "ms") if error.name == "latency_ms" else ("budget", error.name)
             return [(where, str(error))]
-        except ValueError as error:
+        except TableError as error:
             return [(("budget", "latency"), str(error))]
         return []
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Decisions that are not random.
-
-    Attributes:
-        configuration: (stage, block) -> into `Space.configurations`.
-        depth: stage -> into `Space.depths`.
-    """
-
-    configuration: dict[tuple[int, int], int] = field(default_factory=dict)
-    depth: dict[int, int] = field(default_factory=dict)
-
-    def of(self, paths: Paths) -> Paths:
-        """The paths with these decisions, in place."""
-        for (stage, block), configuration in self.configuration.items():
-            paths.configuration[:, stage, block] = configuration
-        for stage, depth in self.depth.items():
-            paths.depth[:, stage] = depth
-        return paths
 
 
 class Binas(Search):
@@ -147,6 +119,14 @@ class Binas(Search):
         self.fixed = decisions(config.space) if config.estimator == "contributions" else self._networks()
         measures = config.budget.latency is not None and config.budget.latency.table is None
         self._candidates = [*([LATENCY] if measures else []), *self.fixed]
+        self.accuracy = Accuracy(
+            config.space,
+            inputs,
+            size=config.image_size,
+            classes=config.classes,
+            passes=config.passes,
+            batch_size=config.batch_size,
+        )
         self._accuracy: dict[str, float] = {}
         self._table: dict[str, float] | None = None
 
@@ -174,62 +154,6 @@ class Binas(Search):
     def score(self, candidate: str, index: int) -> Result:
         """Top-1 accuracy in %, or ms of each block."""
         return self.config.measured() if candidate == LATENCY else {"score": self.accuracy(self.fixed[candidate])}
-
-    @torch.inference_mode()
-    def accuracy(self, fixed: Fixed) -> float:
-        """In %, the mean over all images and passes."""
-        whole = len(fixed.depth) == self.shape.stages  # nothing is random
-        right = torch.zeros((), dtype=torch.int64, device=self.inputs.device)
-        count = 0
-        for images, labels, index in self._batches():
-            for number in range(1 if whole else self.config.passes):
-                paths = fixed.of(self.config.space.random_paths(sample_keys(self.inputs.seed, number, index)))
-                logits = self.supernet(images, Paths(*(part.to(images.device) for part in paths)))
-                right += (logits.argmax(dim=1) == labels).sum()
-                count += len(labels)
-        return 100 * float(right) / count
-
-    @cached_property
-    def supernet(self) -> BinasSupernet:
-        """With its weights."""
-        supernet = BinasSupernet(self.config.space, self.config.classes)
-        assert isinstance(supernet.classifier, nn.Linear)
-        nn.init.constant_(supernet.classifier.bias, torch.nan)
-        self.inputs.start(supernet)
-        if supernet.classifier.bias.isnan().any():  # encoders may start from weights without a classifier
-            raise ValueError(
-                f"got weights without a classifier of {self.config.classes} classes, expected a supernet that "
-                "method: {name: binas} trained; set classes to as many as its data have"
-            )
-        return supernet.eval().to(self.inputs.device)
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images [B, 3, H, W] and labels [B] on the device, and rows [B]; the first gigabytes are decoded once."""
-        for step in range(self._reader.steps_per_epoch):
-            if step == len(self._held) and sum(one["image"].nbytes for one in self._held) < HELD:
-                self._held.append(self._reader.batch(step))
-            batch = self._held[step] if step < len(self._held) else self._reader.batch(step)
-            images = normalise(batch["image"].to(self.inputs.device), self._view)
-            yield images, batch["label"].to(self.inputs.device), batch["index"]
-
-    @cached_property
-    def _held(self) -> list[dict[str, Any]]:
-        return []
-
-    @cached_property
-    def _view(self) -> View:
-        return View(size=self.config.image_size)
-
-    @cached_property
-    def _reader(self) -> Reader:
-        manifest = self.inputs.open("validation")
-        if manifest.num_classes != self.config.classes or (manifest.label < 0).any():
-            raise ValueError(
-                f"got validation data of {manifest.num_classes} classes, {(manifest.label < 0).sum()} samples without "
-                f"label, expected {self.config.classes} classes and a label of each; set classes, or name other data"
-            )
-        size = min(self.config.batch_size, len(manifest))
-        return Reader(manifest, {"image": self._view}, batch_size=size, shuffle=False, drop_last=False)
 
     def tell(self, index: int, candidate: str, result: Result) -> None:
         if candidate == LATENCY and result:
@@ -295,25 +219,5 @@ class Binas(Search):
         model = {"name": "binas", "structure": structure, "image_size": config.image_size}
         model |= {"stem": config.space.stem, "features": config.space.features}
         blocks = list(blocks_of(config.space, config.image_size, architecture))
-        weights = self.supernet.weights_of(*parts)
+        weights = self.accuracy.supernet.weights_of(*parts)
         return Winner(structure, model, float(problem.value(network)), costs, blocks, weights)
-
-
-def of_depth(space: Space, stage: int, depth: int) -> str:
-    return f"stage {stage + 1} of {space.depths[depth]} blocks"
-
-
-def of_block(space: Space, stage: int, block: int, configuration: int) -> str:
-    return f"stage {stage + 1} block {block + 1} {space.configurations[configuration]}"
-
-
-def decisions(space: Space) -> dict[str, Fixed]:
-    """What is measured for the estimator; a block behind the first is looked at where its stage is just deep enough."""
-    found = {"base": Fixed()}
-    for s in range(len(space.widths)):
-        found |= {of_depth(space, s, d): Fixed(depth={s: d}) for d in range(len(space.depths))}
-        for b in range(space.max_depth):
-            depth = {s: entry_of(space.depths, b)} if b else {}
-            for c in range(len(space.configurations)):
-                found[of_block(space, s, b, c)] = Fixed({(s, b): c}, depth)
-    return found

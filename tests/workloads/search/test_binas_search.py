@@ -25,7 +25,8 @@ from workloads.models.binas_supernet import BinasSupernet
 from workloads.models.encoders import build_encoder, classifier_of
 from workloads.search import binas_costs, ilp
 from workloads.search.base import SearchInputs
-from workloads.search.binas import LATENCY, Binas, BinasConfig, Fixed, decisions
+from workloads.search.binas import LATENCY, Binas, BinasConfig
+from workloads.search.binas_accuracy import Fixed, decisions
 from workloads.search.binas_costs import PartLatency, counted, key, latency, places, shape_of, table_of
 from workloads.search.island import Island
 from workloads.search.latency_budget import LatencyBudget
@@ -88,9 +89,9 @@ def test_decisions_are_those_of_the_card() -> None:
 def test_accuracy_is_that_of_the_images_whose_label_is_named(inputs: SearchInputs) -> None:
     search = Binas(BinasConfig(**TOY), inputs)
     whole = Fixed({(s, b): 1 for s, b in itertools.product(range(2), range(2))}, {0: 1, 1: 0})
-    supernet = search.supernet
+    supernet = search.accuracy.supernet
     right = 0
-    for images, labels, _ in search._batches():
+    for images, labels, _ in search.accuracy.batches():
         one = Paths(torch.full((len(labels), 2, 2), 1), torch.tensor([[1, 0]]).expand(len(labels), 2))
         with torch.no_grad():
             right += int((supernet(images, one).argmax(dim=1) == labels).sum())
@@ -144,7 +145,7 @@ def test_the_winner_is_within_budget_and_has_the_weights_of_the_supernet(inputs:
     images = torch.randn(3, 3, 16, 16)
     paths = Paths(torch.tensor([configurations] * 3), torch.tensor([depths] * 3))
     with torch.no_grad():
-        assert torch.allclose(network.eval()(images), search.supernet(images, paths), atol=1e-4)
+        assert torch.allclose(network.eval()(images), search.accuracy.supernet(images, paths), atol=1e-4)
     assert winner.score == pytest.approx(float(search.estimator()(*search.shape.one_hot(network_vector))))
     if solver == "ilp":
         everything = np.array(list(itertools.product(*map(range, search.shape.choices))))
