@@ -71,6 +71,7 @@ EVALUATIONS = {
     "volume_segmentation": "workloads.evaluation.volume_segmentation:VolumeSegmentation",
 }
 SEARCHES = {
+    "genet": "workloads.search.genet_llr:GENetLLR",
     "zen_nas": "workloads.search.zen_nas:ZenNAS",
 }
 KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS, "search": SEARCHES}

@@ -20,7 +20,7 @@ from workloads.search.latency_table import LatencyTable
 
 WIDTHS = tuple(2**i for i in range(3, 14))  # 8 to 8192
 KERNELS = (1, 3, 5, 7)
-MOST_MACS = 2e9
+MOST_MACS = {"cuda": 8e9, "cpu": 3e8}  # of an entry for each image: minutes of a GPU, half an hour of a core at 32 px
 MOST_VALUES = 2**28  # in the maps of an entry: 1 GiB in fp32
 SIDES = 6  # of the maps: a network divides the size of its images by 32
 OFTEN = 200  # entries between two writes
@@ -40,7 +40,7 @@ def grid(
     batch_size: int,
     widths: Iterable[int] = WIDTHS,
     kernels: Iterable[int] = KERNELS,
-    most_macs: float = MOST_MACS,
+    most_macs: float = MOST_MACS["cuda"],
 ) -> Iterator[Op]:
     """What a table measures.
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PrivateAttr, ValidationError
 
 from workloads.search.latency import Precision
 from workloads.search.latency_ops import Op, TableError
@@ -47,8 +47,8 @@ class LatencyTable(BaseModel):
     size: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     precision: Precision
-    ms: dict[str, dict[str, float]]
-    checks: dict[str, tuple[float, float]] = {}
+    ms: dict[str, dict[str, PositiveFloat]]
+    checks: dict[str, tuple[PositiveFloat, PositiveFloat]] = {}
     _grids: dict[str, tuple[dict[tuple[int, ...], float], list[list[int]]]] = PrivateAttr(default_factory=dict)
     _known: dict[Op, float] = PrivateAttr(default_factory=dict)
 
