@@ -14,7 +14,7 @@ blocks of another width, behind which a linear convolution brings back the old w
 `block_distillation`); latency is that of the network without it, whose next block takes the new width in. The first
 order errs where two neighbours both change theirs.
 
-Latency is measured beside that of the master, and the quotient counts: whatever slows a shared device slows both.
+Each latency is measured beside the master's, and the quotient counts: what slows a shared device slows both.
 Networks are measured without a classifier (1 % of the published ones).
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -61,8 +62,9 @@ class GENetLLR(Search):
     def score(self, candidate: str, index: int) -> Result:
         network = parse(candidate, self.config.master)
         with torch.random.fork_rng(devices=[]):
-            found = {"latency_ms": self._latency_ms(network), "master_ms": self._latency_ms(self.config.master)}
-            return found | {"score": self._accuracy(network, index)}
+            master_ms = self._latency_ms(self.config.master)
+            latency_ms = self._latency_ms(network) if index else master_ms
+            return {"latency_ms": latency_ms, "master_ms": master_ms, "score": self._accuracy(network, index)}
 
     def _latency_ms(self, network: GENetConfig) -> float:
         if (table := self._latency.table) is not None:
@@ -126,17 +128,22 @@ class GENetLLR(Search):
         """(dA, dT) of what may be in each block's place, and the candidate that each is; the first is what is there."""
         options = [[Option(0.0, 0.0)] for _ in self.config.master.blocks]
         indices = [[0] for _ in options]
-        master = self._told[0]
+        a0, t0 = self._told[0]["score"], self.t0
         for index, (at, _) in enumerate(self.config.replacements, 1):
             result = self._told.get(index, {})
             if math.isfinite(result.get("score", math.nan)):
-                options[at].append(Option(result["score"] - master["score"], self._of(result) - master["latency_ms"]))
+                options[at].append(Option(result["score"] - a0, self._of(result) - t0))
                 indices[at].append(index)
         return options, indices
 
+    @property
+    def t0(self) -> float:
+        """Latency of the master in ms: the median of all measurements, of which there is one for each candidate."""
+        return median(result["master_ms"] for result in self._told.values() if "master_ms" in result)
+
     def _of(self, result: Result) -> float:
-        """Latency in ms, as if it had been measured when the master's first was."""
-        return self._told[0]["latency_ms"] * result["latency_ms"] / result["master_ms"]
+        """Latency in ms, had the master taken `t0` beside it."""
+        return self.t0 * (result["latency_ms"] / result["master_ms"])
 
     def solutions(self) -> list[dict[str, Any]]:
         """Rows of the best networks within budget, by the sums.
@@ -147,20 +154,18 @@ class GENetLLR(Search):
         """
         if "score" not in self._told.get(0, {}):
             raise ValueError("got no measurement of the master, expected one; the log says why it failed")
-        accuracy, latency_ms = self._told[0]["score"], self._told[0]["latency_ms"]
+        a0, t0, keep = self._told[0]["score"], self.t0, self.config.alternatives
         options, indices = self.groups()
-        room, keep = self.config.ms - latency_ms, self.config.alternatives
+        room = self.config.ms - t0
         try:
             chosen = {choice.picks: choice for choice in best(options, room, keep)}
         except Infeasible as error:
-            raise Infeasible(self.config.ms, latency_ms + error.least) from None
+            raise Infeasible(self.config.ms, t0 + error.least) from None
         random = default_rng((self.inputs.seed, self.total))
         chosen |= {choice.picks: choice for choice in by_mutation(options, room, random, keep=keep)}
         first = sorted(chosen.values(), key=lambda choice: (-choice.value, choice.cost))[:keep]
         return [
-            self._row(
-                self._combined(choice, indices), self.total + i, accuracy + choice.value, latency_ms + choice.cost
-            )
+            self._row(self._combined(choice, indices), self.total + i, a0 + choice.value, t0 + choice.cost)
             for i, choice in enumerate(first)
         ]
 

@@ -127,10 +127,13 @@ def test_the_sums_are_what_was_measured_for_the_master_and_for_one_replacement(s
 def test_what_slows_a_device_slows_the_master_beside_it(search: Any) -> None:
     made = search(ms=100)
     results: list[Result] = [{"score": 0.5, "latency_ms": 2.0, "master_ms": 2.0}]
-    results += [{"score": 0.4, "latency_ms": 9.0, "master_ms": 6.0}] * (made.total - 1)  # three times as slow
+    results += [{"score": 0.4, "latency_ms": 3.0, "master_ms": 2.0}] * (made.total - 3)
+    results += [{"score": 0.4, "latency_ms": 9.0, "master_ms": 6.0}] * 2  # three times as slow
     for index, result in enumerate(results):
         made.tell(index, made.ask(index), result)
-    assert made.groups()[0][1][1].cost == pytest.approx(1.0)
+    assert made.t0 == 2
+    costs = {option.cost for group in made.groups()[0] for option in group}
+    assert costs == {0.0, 1.0}
 
 
 def test_failed_replacements_are_no_options_and_a_failed_master_is_told(search: Any) -> None:
@@ -282,3 +285,5 @@ def test_measured_where_there_is_no_table(search: Any, monkeypatch: pytest.Monke
     made = search(budget={"latency": {"ms": 9, "batch_size": 2}}, steps=1)
     assert made.score(made.ask(1), 1).items() >= {"latency_ms": 3.0, "master_ms": 3.0}.items()
     assert [how["size"] for how in seen] == [16, 16]
+    made.score(made.ask(0), 0)
+    assert len(seen) == 3  # the master is measured once
