@@ -105,7 +105,7 @@ def measure_op(op: Op, batch_size: int, precision: Precision, device: torch.devi
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        return timed(lambda: layer(x), device) / batch_size
+        return timed([lambda: layer(x)], device)[0] / batch_size
 
 
 def measure_table(

@@ -280,10 +280,15 @@ def test_val_needs_labels(tmp_path: Path, search: Any) -> None:
 
 
 def test_measured_where_there_is_no_table(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr("workloads.search.latency_budget.measure", lambda _, **how: seen.append(how) or 3.0)
+    """The master beside each replacement, and once alone."""
+    seen: list[int] = []
+
+    def measured(networks: list[nn.Module], *, size: int, **how: Any) -> list[float]:
+        assert size == 16 and all(p.is_meta for network in networks for p in network.parameters())
+        seen.append(len(networks))
+        return [3.0, 4.0][: len(networks)]
+
+    monkeypatch.setattr("workloads.search.latency_budget.measure_all", measured)
     made = search(budget={"latency": {"ms": 9, "batch_size": 2}}, steps=1)
-    assert made.score(made.ask(1), 1).items() >= {"latency_ms": 3.0, "master_ms": 3.0}.items()
-    assert [how["size"] for how in seen] == [16, 16]
-    made.score(made.ask(0), 0)
-    assert len(seen) == 3  # the master is measured once
+    results = [made.score(made.ask(index), index) for index in (0, 1)]
+    assert [(result["master_ms"], result["latency_ms"]) for result in results] == [(3, 3), (3, 4)] and seen == [1, 2]

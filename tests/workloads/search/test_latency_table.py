@@ -205,7 +205,7 @@ def test_a_budget_answers_by_its_table_or_by_measurement(file: Path, monkeypatch
     expected = table().predict(of_structure(structure, 32))
     assert by_table(ZenNet(structure)) == pytest.approx(expected) == by_table.of_structure(structure)
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr("workloads.search.latency_budget.measure", lambda _, **how: seen.append(how) or 7.0)
+    monkeypatch.setattr("workloads.search.latency_budget.measure_all", lambda _, **how: seen.append(how) or [7.0])
     measured = Latency(LatencyBudget(ms=1, batch_size=2), 32)
     assert measured(ZenNet(structure)) == measured.of_structure(structure, 10) == 7
     assert seen[0] == {"size": 32, "batch_size": 2, "precision": "fp32", "device": "cpu"}
