@@ -62,6 +62,17 @@ def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJso
 
 
 @app.command()
+def searches(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
+    """Lists the architecture searches, or shows the schema of one."""
+    with connected() as client:
+        found = client.searches() if name is None else client.search(name)
+    if as_json or name is not None:
+        show_json(found)
+    else:
+        show_table(["name", "paper"], [(s["name"], s["paper"]) for s in found])
+
+
+@app.command()
 def models(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
     """Lists the registered models, or shows one."""
     with connected() as client:

@@ -173,6 +173,13 @@ class Client:
     def method(self, name: str) -> Answer:
         return self._call("GET", f"/v1/methods/{name}")
 
+    def searches(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/searches")["searches"]
+        return found
+
+    def search(self, name: str) -> Answer:
+        return self._call("GET", f"/v1/searches/{name}")
+
     def models(self) -> list[Answer]:
         found: list[Answer] = self._call("GET", "/v1/models")["models"]
         return found

@@ -36,9 +36,10 @@ from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME,
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.record import RunFolder
-from workloads.spec import JobSpec
+from workloads.spec_any import AnySpec, kind_of
+from workloads.winner import read_found
 
-Check = Callable[[JobSpec, Any], list[preflight.Problem]]
+Check = Callable[[AnySpec, Any], list[preflight.Problem]]
 
 
 class Jobs:
@@ -106,18 +107,19 @@ class Jobs:
             raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
         return job
 
-    def _valid(self, body: dict[str, Any]) -> JobSpec:
+    def _valid(self, body: dict[str, Any]) -> AnySpec:
+        kind = kind_of(body)
         try:
-            spec = JobSpec.model_validate(body)
+            spec = kind.model_validate(body)
         except ValidationError as error:
-            found = problems_of(error, JobSpec)
+            found = problems_of(error, kind)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
         problems = _unfit_for_a_service(spec) or self._check(spec, self._settings.home) or self._too_large(spec)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec
 
-    def _too_large(self, spec: JobSpec) -> list[preflight.Problem]:
+    def _too_large(self, spec: AnySpec) -> list[preflight.Problem]:
         """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
         try:
             capacity = self._ray.capacity()
@@ -222,6 +224,8 @@ class Jobs:
         """A job as an answer."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
+        kind = "search" if "search" in job.spec else "method"
+        found = read_found(run.artifact) if kind == "search" else None
         return {
             "id": job.id,
             "name": job.name,
@@ -229,7 +233,8 @@ class Jobs:
             "attempt": job.attempt,
             "reason": job.reason,
             "hint": job.hint,
-            "method": job.spec["method"]["name"],
+            **dict.fromkeys(("method", "search")),
+            kind: job.spec[kind]["name"],
             "origin": job.origin,
             "created_at": _iso(job.created_at),
             "started_at": _iso(job.started_at),
@@ -240,11 +245,12 @@ class Jobs:
             "warnings": record.warnings if record else [],
             "evaluations": run.read_evaluations(),
             "models": self._registry.of_job(job.id),
+            "found": found.summary() if found else None,
             "spec": job.spec,
         }
 
 
-def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
+def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     """Sources that only a person at a shell may name: relative paths, whose start nobody knows here, and commands."""
     piped = [name for name, stream in spec.data.items() if stream.piped]
     if piped:
@@ -254,8 +260,8 @@ def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    relative = (("init", spec.init != absolute.init), ("data", spec.data != absolute.data))
-    found = [name for name, differs in (*relative, ("evaluate", spec.evaluate != absolute.evaluate)) if differs]
+    fields = ("init", "data", "evaluate", "search")
+    found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
 
 

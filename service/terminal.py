@@ -65,10 +65,12 @@ def _readable(error: ValueError) -> str:
 
     from workloads.catalog import problems_of
     from workloads.spec import JobSpec
+    from workloads.spec_search import SearchSpec
 
     if not isinstance(error, ValidationError):
         return str(error)
-    return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, JobSpec))
+    spec = SearchSpec if error.title == SearchSpec.__name__ else JobSpec
+    return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, spec))
 
 
 def show_json(value: Any) -> None:

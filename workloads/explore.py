@@ -17,6 +17,7 @@ import torch
 
 from workloads import catalog, weights
 from workloads.assemble import open_stream
+from workloads.data.allocator import keep_freed_memory
 from workloads.metrics import MetricsWriter, OnPoint
 from workloads.record import RunFolder, write_atomic
 from workloads.search.base import Result, Search, SearchInputs
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 CHUNK_S = 0.1  # of scoring: what is sent about and looked at costs little beside it
 SAVE_S = 5.0
 POINT_S = 1.0
+TOLD = 3  # failures that become events of the job; the log has all
 GIVE_UP = 20  # candidates that failed, and none that did not: it is not the candidates
 
 
@@ -62,12 +64,14 @@ def search_of(spec: SearchSpec, home: Path, device: torch.device, island: int = 
 
 def score(search: Search, chunk: Sequence[tuple[int, str]]) -> Scored:
     """Measures candidates; one that fails has no score, as one that is over budget."""
-    since, results, errors = time.perf_counter(), {}, []
+    since = time.perf_counter()
+    results: dict[int, Result] = {}
+    errors: list[str] = []
     for index, candidate in chunk:
         try:
             results[index] = search.score(candidate, index)
         except (RuntimeError, ValueError, ArithmeticError) as error:  # memory is a RuntimeError
-            logger.warning("candidate %d could not be scored: %s", index, candidate, exc_info=True)
+            logger.warning("candidate %d could not be scored: %s", index, candidate, exc_info=not errors)
             errors.append(f"{type(error).__name__}: {error}")
             results[index] = {}
     return Scored(results, time.perf_counter() - since, errors)
@@ -135,10 +139,10 @@ class Explorer:
         n = len(scored.results)
         seconds = scored.seconds / n
         self._score_s = seconds if self._score_s is None else 0.8 * self._score_s + 0.2 * seconds
+        for said in scored.errors[: max(0, TOLD - self._failed)]:
+            self._on_error(said)
         self._failed += len(scored.errors)
         self._scored += n - len(scored.errors)
-        if scored.errors and self._failed <= 3:
-            self._on_error(scored.errors[0])
         if self._failed >= GIVE_UP and not self._scored:
             raise ScoresFailed(
                 f"got no score by {self._failed} candidates, expected some; the last: {scored.errors[-1]}"
@@ -180,13 +184,8 @@ def migrate(spec: SearchSpec, run: RunFolder, number: int, island: Island, told_
         island.search.immigrate(theirs["best"])
 
 
-def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
-    """A point of the curve.
-
-    Args:
-        islands: `told`, `spent`, and `best` (None: no member yet) of each.
-        rate: candidates told a second.
-    """
+def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A point of the curve, from the `standing` of each island."""
     told, spent = (sum(one[name] for one in islands) for name in ("told", "spent"))
     best = [one["best"] for one in islands if one["best"] is not None]
     point = {
@@ -195,13 +194,14 @@ def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
         "best_score": max(best, default=None),
         "spent_share": round(spent / max(1, told), 4),
     }
-    return point | {"candidates_per_s": round(rate, 2)}
+    rate = sum(one["rate"] for one in islands)
+    return point | {"candidates_per_s": round(rate, 2), "step_time_s": round(1 / rate, 6) if rate else None}
 
 
-def standing(island: Island) -> dict[str, Any]:
-    """What `point_of` needs of an island."""
-    best = island.best
-    return {"told": island.told, "spent": island.spent, "best": None if best is None else best.get("score")}
+def standing(island: Island, rate: float) -> dict[str, Any]:
+    """What `point_of` needs of an island; `rate` is how many candidates it told a second, of late."""
+    best = None if island.best is None else island.best.get("score")
+    return {"told": island.told, "spent": island.spent, "best": best, "rate": rate}
 
 
 def explore(
@@ -224,6 +224,7 @@ def explore(
         on_point: gets each point of the curve.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)
+    keep_freed_memory()
     files = [IslandFile(run, number) for number in range(spec.islands)]
     explorers = []
     for number, file in enumerate(files):
@@ -236,14 +237,15 @@ def explore(
     saved = time.monotonic()
     try:
         while not all(one.island.done for one in explorers) and not should_stop():
-            since, told = time.monotonic(), sum(one.island.told for one in explorers)
+            since, before = time.monotonic(), [one.island.told for one in explorers]
             for number, one in enumerate(explorers):
-                until, before = time.monotonic() + POINT_S, one.island.told
+                until = time.monotonic() + POINT_S
                 one.go(lambda until=until: time.monotonic() > until or should_stop())  # type: ignore[misc]
-                migrate(spec, run, number, one.island, before)
-            new = sum(one.island.told for one in explorers) - told
-            point = point_of([standing(one.island) for one in explorers], new / (time.monotonic() - since))
-            if new:
+                migrate(spec, run, number, one.island, before[number])
+            seconds = time.monotonic() - since
+            new = [one.island.told - told for one, told in zip(explorers, before, strict=True)]
+            if any(new):
+                point = point_of([standing(one.island, n / seconds) for one, n in zip(explorers, new, strict=True)])
                 writer.append(point)
                 on_point(point)
             if time.monotonic() - saved > SAVE_S:

@@ -58,6 +58,10 @@ class Found(BaseModel):
     spent: int
     fronts: dict[str, list[dict[str, Any]]] = {}
 
+    def summary(self) -> dict[str, Any]:
+        """What an answer about the job says of it; the rest is in the report and the files."""
+        return self.model_dump(mode="json", include={"structure", "model", "score", "costs", "latency"})
+
 
 def read_found(folder: Path) -> Found | None:
     """None where `folder` holds no winner (yet)."""

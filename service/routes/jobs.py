@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.events import CURSOR, START
 from service.parts import JobsDep, PartsDep
 from service.report import page
+from service.report_search import search_page
 from service.store import TERMINAL, JobState
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
@@ -32,7 +33,7 @@ class Resume(BaseModel):
 
 @router.post("", status_code=201)
 def submit(
-    body: Annotated[dict[str, Any], Body(description="A JobSpec.")],
+    body: Annotated[dict[str, Any], Body(description="A JobSpec, or a SearchSpec.")],
     jobs: JobsDep,
     response: Response,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
@@ -102,6 +103,9 @@ def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     """One page for people: curves, evaluations, what the method draws, the JobSpec; of a job in any state."""
     view, run = jobs.view(jobs.get(job_id)), jobs.run_folder(job_id)
+    if view["search"] is not None:
+        paper = catalog.load("search", view["search"]).paper
+        return HTMLResponse(search_page(job=view, points=list(run.read_metrics()), paper=paper, artifact=run.artifact))
     done = run.artifact.exists()
     sheet = run.artifact / PICTURES
     text = page(
