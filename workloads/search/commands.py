@@ -22,6 +22,9 @@ def latency_table(
         float | None,
         typer.Option(help="Leave out parts of more multiply-adds for each image [8e9 on cuda, 3e8 on cpu].", min=1),
     ] = None,
+    most_values: Annotated[
+        int, typer.Option(help="Leave out parts of more values in their maps: 2**29 are 1 GiB in fp16.", min=1)
+    ] = 2**29,
 ) -> None:
     """Measure a latency table: once on a device, for every search that is about it. Nothing else should run there."""
     import torch
@@ -36,7 +39,9 @@ def latency_table(
     if device == "cuda" and not torch.cuda.is_available():
         fail("got device cuda on a machine without a GPU; run this where there is one, and take the file along")
     ops = list(
-        dict.fromkeys(grid(size, batch_size, width or WIDTHS, kernel or KERNELS, most_macs or MOST_MACS[device]))
+        dict.fromkeys(
+            grid(size, batch_size, width or WIDTHS, kernel or KERNELS, most_macs or MOST_MACS[device], most_values)
+        )
     )
     with one_line_errors(), progress("measuring", len(ops)) as on_entry:
         try:

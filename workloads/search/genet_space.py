@@ -133,7 +133,7 @@ class GENetLLRConfig(SearchConfig):
         alternatives: networks to keep.
     """
 
-    master: Annotated[GENetConfig, BeforeValidator(_genet)]
+    master: Annotated[GENetConfig, BeforeValidator(_genet, json_schema_input_type=Named)]
     budget: GENetBudget
     choices: Choices = Choices()
     steps: int = Field(default=200, ge=1)

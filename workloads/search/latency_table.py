@@ -118,7 +118,7 @@ class LatencyTable(BaseModel):
     def _refuse(self, op: Op, holds: str) -> None:
         raise TableError(
             f"got a network with {op}, where the table ({self.conditions}) has {holds}; "
-            "measure it: `manta latency-table` with --width and --most-macs"
+            "measure it: `manta latency-table` with --width, --most-macs or --most-values"
         )
 
     def write(self, file: Path) -> None:
