@@ -91,3 +91,15 @@ def test_a_budget_that_no_combination_meets_is_refused_where_a_table_tells(tmp_p
     assert where == ("budget", "latency", "table") and "conv 5x5 stride" in said
     without = GENetLLRConfig.model_validate({"master": TINY, "budget": {"latency": {"ms": 1, "device": "cuda"}}})
     assert "name its file in table" in without.problems("cpu")[0][1] and without.problems("cuda") == []
+
+
+def test_the_grid_of_a_table_covers_what_is_asked_of_published_networks() -> None:
+    ms: dict[str, dict[str, float]] = {}
+    for op in grid(192, 64):
+        ms.setdefault(op.family, {})[",".join(map(str, op.sizes))] = 1.0
+    table = LatencyTable(on="cuda", device="H100", torch="2", size=192, batch_size=64, precision="fp16", ms=ms)
+    for name in ("genet_light", "genet_normal", "genet_large"):
+        config = GENetLLRConfig.model_validate({"master": {"name": name, "image_size": 192}, "budget": BUDGET})
+        for _, network in config.replacements:
+            parts = list(of_branches(branches(network), 192, 1000))
+            assert table.predict(parts) == pytest.approx(len(parts))
