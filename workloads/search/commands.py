@@ -59,6 +59,6 @@ def latency_table(
         check(table)
         table.write(out)
     for name, (added, measured) in table.checks.items():
-        off = table.ratio * added / measured - 1
-        typer.echo(f"{name}\tmeasured {measured:.4f} ms\tby this table {table.ratio * added:.4f} ({off:+.1%})")
+        typer.echo(f"{name}\tmeasured {measured:.4f} ms\tsum of its parts {added:.4f} ({added / measured - 1:+.1%})")
+    typer.echo(f"sums are multiplied by {table.ratio:.3f}")
     typer.echo(f"{out}\t{len(ops)} parts\t{table.conditions}")
