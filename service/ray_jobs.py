@@ -67,7 +67,8 @@ class RayJobs:
         if name in self.statuses():
             return
         spec = self._settings.runs / job_id / "job.json"
-        environment = {
+        # A job inherits the environment of its node, where the service may have its own secrets: "" hides them.
+        environment = dict.fromkeys(self._settings.kept_from_jobs(), "") | {
             "MANTA_HOME": str(self._settings.home),
             "MANTA_JOB_ID": job_id,
             "MANTA_ATTEMPT": str(attempt),

@@ -41,7 +41,8 @@ def connected() -> Iterator[Any]:
 
     try:
         url = os.environ.get("MANTA_URL") or running(default_home()).url
-        with Client(url) as client:
+        token, project = os.environ.get("MANTA_TOKEN"), os.environ.get("MANTA_PROJECT")
+        with Client(url, token=token, project=project) as client:
             yield client
     except ClusterError as error:
         fail(error, UNREACHABLE)

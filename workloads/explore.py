@@ -107,12 +107,17 @@ class Own:
 
 
 class Explorer:
-    """An island and the processes that score for it."""
+    """An island and the processes that score for it.
+
+    Attributes:
+        busy_s: that these processes have scored, all together.
+    """
 
     def __init__(self, island: Island, pool: Pool, on_error: Callable[[str], None] = logger.warning) -> None:
         self.island, self._pool, self._on_error = island, pool, on_error
         self._under_way = self._failed = self._scored = 0
         self._score_s: float | None = None  # of a candidate, of late
+        self.busy_s = 0.0
 
     def go(self, until: Callable[[], bool]) -> None:
         """Until all are told, or `until` says so; it is asked after each chunk. What is under way then stays so.
@@ -137,6 +142,7 @@ class Explorer:
     def _take(self, scored: Scored) -> None:
         self._under_way -= 1
         n = len(scored.results)
+        self.busy_s += scored.seconds
         seconds = scored.seconds / n
         self._score_s = seconds if self._score_s is None else 0.8 * self._score_s + 0.2 * seconds
         for said in scored.errors[: max(0, TOLD - self._failed)]:
@@ -195,13 +201,29 @@ def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "spent_share": round(spent / max(1, told), 4),
     }
     rate = sum(one["rate"] for one in islands)
-    return point | {"candidates_per_s": round(rate, 2), "step_time_s": round(1 / rate, 6) if rate else None}
+    share = sum(one["share"] for one in islands) / len(islands)
+    point |= {"candidates_per_s": round(rate, 2), "step_time_s": round(1 / rate, 6) if rate else None}
+    return point | {"scoring_share": round(share, 4)}
 
 
-def standing(island: Island, rate: float) -> dict[str, Any]:
-    """What `point_of` needs of an island; `rate` is how many candidates it told a second, of late."""
-    best = None if island.best is None else island.best.get("score")
-    return {"told": island.told, "spent": island.spent, "best": best, "rate": rate}
+class Turn:
+    """From now on: what an island does until `standing` is asked for."""
+
+    def __init__(self, explorer: Explorer, processes: int) -> None:
+        self._explorer, self._processes = explorer, processes
+        self.told, self._busy_s, self._since = explorer.island.told, explorer.busy_s, time.monotonic()
+
+    def standing(self) -> dict[str, Any]:
+        """What `point_of` needs: candidates told a second, the share of the time that the processes scored."""
+        island, seconds = self._explorer.island, max(1e-9, time.monotonic() - self._since)
+        busy_s = self._explorer.busy_s - self._busy_s
+        return {
+            "told": island.told,
+            "spent": island.spent,
+            "best": None if island.best is None else island.best.get("score"),
+            "rate": (island.told - self.told) / seconds,
+            "share": busy_s / seconds / self._processes,
+        }
 
 
 def explore(
@@ -237,15 +259,14 @@ def explore(
     saved = time.monotonic()
     try:
         while not all(one.island.done for one in explorers) and not should_stop():
-            since, before = time.monotonic(), [one.island.told for one in explorers]
-            for number, one in enumerate(explorers):
+            turns = [Turn(one, 1) for one in explorers]
+            before = sum(turn.told for turn in turns)
+            for number, (one, turn) in enumerate(zip(explorers, turns, strict=True)):
                 until = time.monotonic() + POINT_S
                 one.go(lambda until=until: time.monotonic() > until or should_stop())  # type: ignore[misc]
-                migrate(spec, run, number, one.island, before[number])
-            seconds = time.monotonic() - since
-            new = [one.island.told - told for one, told in zip(explorers, before, strict=True)]
-            if any(new):
-                point = point_of([standing(one.island, n / seconds) for one, n in zip(explorers, new, strict=True)])
+                migrate(spec, run, number, one.island, turn.told)
+            if sum(one.island.told for one in explorers) > before:
+                point = point_of([turn.standing() for turn in turns])
                 writer.append(point)
                 on_point(point)
             if time.monotonic() - saved > SAVE_S:

@@ -31,11 +31,11 @@ from workloads.explore import (
     Pool,
     Scored,
     ScoresFailed,
+    Turn,
     migrate,
     point_of,
     score,
     search_of,
-    standing,
 )
 from workloads.metrics import MetricsWriter
 from workloads.place import device
@@ -165,14 +165,13 @@ def _island(spec: SearchSpec, run: RunFolder, home: Path, number: int) -> None:
         this.restore(state)
     explorer = Explorer(this, _pool(spec, home, number, this), lambda said: run.event("score_failed", said))
     while not this.done and not run.stop.exists():
-        since, told = time.monotonic(), this.told
-        explorer.go(lambda since=since: time.monotonic() - since > REPORT_S or run.stop.exists())  # type: ignore[misc]
-        rate = (this.told - told) / (time.monotonic() - since)
-        migrate(spec, run, number, this, told)
+        until, turn = time.monotonic() + REPORT_S, Turn(explorer, _scorers(spec))
+        explorer.go(lambda until=until: time.monotonic() > until or run.stop.exists())  # type: ignore[misc]
+        migrate(spec, run, number, this, turn.told)
         file.write(this)
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copy(file.path, Path(scratch) / STATE)
-            tune.report(standing(this, rate), checkpoint=tune.Checkpoint.from_directory(scratch))
+            tune.report(turn.standing(), checkpoint=tune.Checkpoint.from_directory(scratch))
 
 
 def _newest(file: IslandFile) -> dict[str, Any] | None:

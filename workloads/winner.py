@@ -67,14 +67,22 @@ def read_found(folder: Path) -> Found | None:
     """None where `folder` holds no winner (yet)."""
     try:
         return Found.model_validate_json((folder / FOUND).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def folder_of(reference: str, home: Path) -> Path | None:
+    """Where the artifact of `job:<id>` lies, or the folder that is named; None: it is a name of something else."""
+    if reference.startswith("job:"):
+        return home / "runs" / reference.removeprefix("job:") / "artifact"
+    return Path(reference) if "/" in reference else None
 
 
 def settled(spec: AnySpec, home: Path) -> AnySpec:
     """The spec with `model: {name: "job:<id>", ...}` replaced by what that job found, or trained.
 
-    Further keys beside the name are kept over those of the winner.
+    An artifact's folder may stand in place of the job, for what was found without a service. Further keys beside the
+    name are kept over those of the winner.
 
     Raises:
         ArtifactError: the job has left no model.
@@ -82,17 +90,16 @@ def settled(spec: AnySpec, home: Path) -> AnySpec:
     if not isinstance(spec, JobSpec):
         return spec
     name = spec.model.name
-    if not name.startswith("job:"):
+    if (folder := folder_of(name, home)) is None:
         return spec
-    folder = home / "runs" / name.removeprefix("job:") / "artifact"
     if (found := read_found(folder)) is not None:
         model = found.model
     elif (folder / "manta.json").exists():
         model = read_card(folder).spec.model.model_dump()
     else:
         raise ArtifactError(
-            f"got model {name!r}, which names no finished job (looked at {folder}), expected job:<id> of a search "
-            "or a training; wait until it is done, or correct the id"
+            f"got model {name!r}, which names no finished job (looked at {folder}), expected job:<id> or the artifact "
+            "folder of a search or a training; wait until it is done, or correct the id"
         )
     return spec.model_copy(update={"model": Named.model_validate(model | spec.model.config)})
 

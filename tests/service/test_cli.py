@@ -27,6 +27,8 @@ JOB = {
     "reason": None,
     "hint": None,
     "method": "mae",
+    "search": None,
+    "found": None,
     "attempt": 1,
     "created_at": "2026-11-21T00:00:00+00:00",
     "finished_at": None,
@@ -45,7 +47,7 @@ class FakeClient:
     refuse: ApiError | None = None
     submitted: dict[str, Any] | None = None
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **_: Any) -> None:
         pass
 
     def __enter__(self) -> FakeClient:

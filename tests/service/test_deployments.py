@@ -76,7 +76,7 @@ def fake() -> FakeServe:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Settings, a store and a registry with `digits` 1 and 2, `faces` 1."""
-    monkeypatch.setattr(deployments, "application", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(deployments, "application", lambda *arguments, **_: arguments[-1])
     monkeypatch.setattr(deployments, "POLL_S", 0.0)
     settings = Settings(home=tmp_path)
     store = Store(settings.database)
@@ -259,3 +259,13 @@ def test_serve_is_left_alone_while_nothing_changes(home: SimpleNamespace, fake: 
     fake.away = True
     service_.reconcile()
     assert state(home) == (2, "RUNNING")
+
+
+def test_the_limit_of_pixels_reaches_the_replica(
+    home: SimpleNamespace, fake: FakeServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(deployments, "application", lambda *_, max_pixels: told.append(max_pixels))
+    home.settings = Settings(home=home.settings.home, max_image_pixels=1234)
+    service(home, fake).deploy("digits")
+    assert told == [1234]
