@@ -76,6 +76,7 @@ EVALUATIONS = {
 }
 SEARCHES = {
     "binas": "workloads.search.binas:Binas",
+    "genet": "workloads.search.genet_llr:GENetLLR",
     "mae_det": "workloads.search.mae_det:MAEDET",
     "zen_nas": "workloads.search.zen_nas:ZenNAS",
 }
