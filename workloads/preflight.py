@@ -121,6 +121,11 @@ def _search(spec: SearchSpec, home: Path) -> list[Problem]:
     config = cls.Config.model_validate(spec.search.config)
     device = "cuda" if spec.resources.gpus else "cpu"
     found = [Problem(loc=["search", *loc], message=message) for loc, message in config.problems(device)]
+    if cls.starts_from_weights != (spec.init is not None):
+        expected = (
+            "the weights that it measures; name those of a job" if cls.starts_from_weights else "none; leave it out"
+        )
+        found.append(Problem(loc=["init"], message=f"got {spec.init} for {spec.search.name}, expected {expected}"))
     return found or _streams(spec) or _data(spec) + _init(spec, home)
 
 

@@ -232,7 +232,7 @@ def test_when_all_fail_the_job_does(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "name its file in table",
         ),
         ({"data": {"train": {"shards": "x.tar"}}}, ["data"], "got streams train, expected none for search zen_nas"),
-        ({"init": "nothing@1"}, ["init"], "names no artifact"),
+        ({"init": "nothing@1"}, ["init"], "got nothing@1 for zen_nas, expected none"),
     ],
 )
 def test_what_is_wrong_is_told_before_it_starts(
@@ -241,6 +241,18 @@ def test_what_is_wrong_is_told_before_it_starts(
     problems = check(toy_search(**fields), tmp_path)
     assert [problem.loc for problem in problems] == [loc]
     assert says in problems[0].message
+
+
+@pytest.mark.parametrize("name", ["genet", "binas"])
+def test_searches_of_trained_networks_need_weights_and_have_no_islands(name: str, tmp_path: Path) -> None:
+    search: dict[str, Any] = {"name": name, "budget": {"latency": {"ms": 1e9}}}
+    if name == "genet":
+        search["master"] = {"name": "genet_light"}
+    (problem,) = check(SearchSpec.model_validate({"name": "s", "search": search}), tmp_path)
+    assert problem.loc == ["init"] and f"got None for {name}, expected the weights that it measures" in problem.message
+    spec = SearchSpec.model_validate({"name": "s", "search": search, "islands": 2, "resources": {"workers": 2}})
+    (problem,) = check(spec, tmp_path)
+    assert problem.loc == ["islands"]
 
 
 def test_sizes_of_a_search_that_do_not_fit() -> None:

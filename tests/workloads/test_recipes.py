@@ -105,7 +105,9 @@ def test_a_small_recipe_can_start(path: Path, digits: Path, home: Path) -> None:
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
 def test_a_recipe_of_full_size_makes_a_step_without_values(path: Path, home: Path) -> None:
     spec = read_spec(path)
-    assert isinstance(spec, JobSpec)
+    if not isinstance(spec, JobSpec):
+        assert check(spec, home) == []
+        return
     found = estimate(spec, home, samples=IMAGENET, num_classes=classes_of(path))
     assert found.flops is not None and found.flops > 1e9, "its arithmetic cannot be counted"
     assert found.steps is not None and found.steps > 1000

@@ -111,6 +111,7 @@ class Binas(Search):
     Config = BinasConfig
     paper = "BINAS, Nayman et al. 2022, arXiv 2110.12399"
     streams = ("validation",)
+    starts_from_weights = True
     config: BinasConfig
 
     def __init__(self, config: BinasConfig, inputs: SearchInputs) -> None:

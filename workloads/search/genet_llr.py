@@ -46,6 +46,7 @@ class GENetLLR(Search):
     Config = GENetLLRConfig
     paper: ClassVar[str] = "GENet (LLR-NAS), Lin et al. 2020, arXiv 2006.14090"
     streams: ClassVar[tuple[str, ...]] = ("train", "val")  # val: 50,000 images that the master was not trained on
+    starts_from_weights = True
     config: GENetLLRConfig
 
     def __init__(self, config: Any, inputs: Any) -> None:

@@ -4,8 +4,9 @@ A network is the sum of its parts (`search.latency_ops`); each is looked up by w
 widths: log ms is linear in log channels between those that were measured. So a candidate costs microseconds, and a
 search for a GPU runs on a machine without one. What the sum does not know: which maps are still in a cache, and tiles
 of a GPU that a width just misses. On a core of a CPU it was 1 to 8 % below what seven published networks took at 192
-px, and about a quarter below at 32 px, where maps are wide; networks that are measured whole (`checks`) take out what
-is common to all: then 5 % at 192 px, and up to 28 % at 32.
+px, and far less sure at 32 px, where maps are wide; networks that are measured whole (`checks`) take out what
+is common to all: then 5 % at 192 px. At 32 px, on a machine that did other work, three runs still erred by up to 28,
+61 and 85 %: measure there.
 
 One JSON file, written by `manta latency-table` (`search.latency_grid`).
 """
