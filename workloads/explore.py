@@ -21,7 +21,7 @@ from workloads.data.allocator import keep_freed_memory
 from workloads.metrics import MetricsWriter, OnPoint
 from workloads.record import RunFolder, write_atomic
 from workloads.search.base import Result, Search, SearchInputs
-from workloads.search.island import AHEAD, Island
+from workloads.search.island import Island
 from workloads.spec_search import SearchSpec
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Explorer:
     def _chunk(self) -> int:
         if self._score_s is None:
             return 1
-        return min(max(1, round(CHUNK_S / self._score_s)), max(1, AHEAD // (2 * self._pool.slots)))
+        return min(max(1, round(CHUNK_S / self._score_s)), max(1, self.island.search.ahead // (2 * self._pool.slots)))
 
     def _take(self, scored: Scored) -> None:
         self._under_way -= 1

@@ -118,6 +118,11 @@ def _search(spec: SearchSpec, home: Path) -> list[Problem]:
     if spec.islands > 1 and not cls.islands:
         message = f"got {spec.islands} islands, expected 1: {spec.search.name} measures a list that is the same for all"
         return [Problem(loc=["islands"], message=message, hint="leave it out; more workers share the list")]
+    each, most = spec.resources.max_workers // spec.islands, cls.ahead // 2
+    if each > most:
+        message = f"got {each} workers for an island, expected at most {most}: more would wait for each other's scores"
+        hint = f"islands: {-(-spec.resources.max_workers // most)}" if cls.islands else "ask for fewer"
+        return [Problem(loc=["resources", "workers"], message=message, hint=hint)]
     config = cls.Config.model_validate(spec.search.config)
     device = "cuda" if spec.resources.gpus else "cpu"
     found = [Problem(loc=["search", *loc], message=message) for loc, message in config.problems(device)]

@@ -232,6 +232,7 @@ def test_when_all_fail_the_job_does(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "name its file in table",
         ),
         ({"data": {"train": {"shards": "x.tar"}}}, ["data"], "got streams train, expected none for search zen_nas"),
+        ({"resources": {"workers": 48}}, ["resources", "workers"], "got 48 workers for an island, expected at most 16"),
         ({"init": "nothing@1"}, ["init"], "got nothing@1 for zen_nas, expected none"),
     ],
 )

@@ -112,6 +112,7 @@ class Binas(Search):
     paper = "BINAS, Nayman et al. 2022, arXiv 2110.12399"
     streams = ("validation",)
     starts_from_weights = True
+    ahead = 4096  # a list that no score changes
     config: BinasConfig
 
     def __init__(self, config: BinasConfig, inputs: SearchInputs) -> None:

@@ -47,6 +47,7 @@ class GENetLLR(Search):
     paper: ClassVar[str] = "GENet (LLR-NAS), Lin et al. 2020, arXiv 2006.14090"
     streams: ClassVar[tuple[str, ...]] = ("train", "val")  # val: 50,000 images that the master was not trained on
     starts_from_weights = True
+    ahead = 4096  # a list that no score changes
     config: GENetLLRConfig
 
     def __init__(self, config: Any, inputs: Any) -> None:

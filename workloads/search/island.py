@@ -1,8 +1,8 @@
 """Keeps a search's order: candidates are asked ahead, scored in any order, told in order.
 
-Candidate i + `AHEAD` is asked for when i was told, neither earlier nor later, so that what a search proposes is a
+Candidate i + `ahead` is asked for when i was told, neither earlier nor later, so that what a search proposes is a
 function of its seed alone: not of how many processes score, of which is faster, or of when it was interrupted. The
-price is that a child does not know the last `AHEAD` scores, against thousands of candidates nothing.
+price is that a child does not know the last `ahead` scores, against thousands of candidates nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from workloads.search.base import Result, Search
-
-AHEAD = 32  # enough for chunks of some candidates on a dozen processes
 
 
 class Island:
@@ -48,7 +46,7 @@ class Island:
 
     def _advance(self) -> None:
         while True:
-            while self._asked < min(self.told + AHEAD, self.search.total):
+            while self._asked < min(self.told + self.search.ahead, self.search.total):
                 self._waiting[self._asked] = self.search.ask(self._asked)
                 self._asked += 1
             if self.told not in self._waiting:
