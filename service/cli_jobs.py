@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from service import cli_dry_run
 from service.progress import follow
 from service.terminal import (
     CANCELLED,
     FAILED,
     OK,
+    USAGE,
     AsJson,
     Base,
     Spec,
@@ -35,11 +37,20 @@ def submit(
     spec: Spec,
     base: Base = None,
     stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost; submit nothing.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="Of a dry run: tell the time by the peak of this GPU.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Submits a job."""
     document = read_job(spec, base).model_dump(mode="json")
+    if dry_run and stay:
+        fail("got --dry-run and --follow, expected one of them: nothing runs that could be followed", USAGE)
+    if gpu is not None and not dry_run:
+        fail("got --gpu without --dry-run; the job says what it runs on, in resources", USAGE)
     with connected() as client:
+        if dry_run:
+            cli_dry_run.show(client.dry_run(document, gpu=gpu), as_json)
+            return
         job = client.submit(document)
         if as_json and not stay:
             show_json(job)

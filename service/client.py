@@ -110,6 +110,11 @@ class Client:
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError
 
+    def dry_run(self, spec: Answer, *, gpu: str | None = None) -> Answer:
+        """What the job would do and cost, and how long by earlier runs (else by the peak of `gpu`); stores nothing."""
+        wanted = {"dry_run": True, **self._project, **({} if gpu is None else {"gpu": gpu})}
+        return self._call("POST", "/v1/jobs", json=spec, params=wanted)
+
     def job(self, job_id: str) -> Answer:
         return self._call("GET", f"/v1/jobs/{job_id}")
 

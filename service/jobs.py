@@ -28,6 +28,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import Conflict, InvalidSpec, NotFound, Unavailable
 from service.events import START, read_events
+from service.forecast import forecast, step_time
 from service.principal import ALL, DEFAULT_PROJECT, LOCAL, Principal
 from service.ray_jobs import RayJobs
 from service.registry import Registry
@@ -123,7 +124,31 @@ class Jobs:
             raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
         return job
 
-    def _valid(self, body: dict[str, Any], by: Principal, project: str) -> AnySpec:
+    def dry_run(
+        self, body: dict[str, Any], by: Principal = LOCAL, project: str = DEFAULT_PROJECT, gpu: str | None = None
+    ) -> dict[str, Any]:
+        """What the job would do and cost; nothing is stored.
+
+        Args:
+            body: a JobSpec, or a SearchSpec.
+            by: who asks.
+            project: in which it would run.
+            gpu: by whose peak the time is told where no run of the same shape tells it.
+
+        Raises:
+            InvalidSpec: as `submit`, and what a look at the data finds.
+        """
+        from workloads.dry_run import Refused, dry_run
+
+        spec = self._valid(body, by, project, claim=False)
+        try:
+            costs = dry_run(spec, self._settings.home)
+        except Refused as error:
+            raise InvalidSpec([error.problem.model_dump()]) from error
+        measured = step_time(self._store, self._settings, spec, by.project)
+        return forecast(spec, costs.model_dump(mode="json"), measured, gpu)
+
+    def _valid(self, body: dict[str, Any], by: Principal, project: str, *, claim: bool = True) -> AnySpec:
         kind = kind_of(body)
         try:
             spec = kind.model_validate(body)
@@ -135,7 +160,7 @@ class Jobs:
             or self._not_allowed(spec, by)  # before anything that it names is opened
             or self._check(spec, self._settings.home)
             or self._too_large(spec)
-            or self._taken(spec, project)
+            or self._taken(spec, project, claim)
         )
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
@@ -155,11 +180,12 @@ class Jobs:
 
         return Roots(roots, self._settings.home).problems(spec, readable)
 
-    def _taken(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
-        """Names in the registry that another project has; the others are its own from now on."""
+    def _taken(self, spec: AnySpec, project: str, claim: bool) -> list[preflight.Problem]:
+        """Names in the registry that another project has; with `claim` the others are its own from now on."""
         document = spec.model_dump()
         names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
-        taken = self._registry.claim([name for name in names if name is not None], project)
+        look = self._registry.claim if claim else self._registry.taken
+        taken = look([name for name in names if name is not None], project)
         message = f"got {', '.join(taken)}, which another project has in the registry"
         return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
 

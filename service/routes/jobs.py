@@ -43,9 +43,16 @@ def submit(
     response: Response,
     project: ProjectQuery = None,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    dry_run: Annotated[
+        bool, Query(description="Answers what the job would do and cost, 200, and stores none.")
+    ] = False,
+    gpu: Annotated[str | None, Query(max_length=80, description="Of a dry run: tells the time by its peak.")] = None,
 ) -> dict[str, Any]:
     """Accepts a job: 201 means that it is stored and will run. The same Idempotency-Key answers the same job, 200."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
+    if dry_run:
+        response.status_code = 200
+        return parts.jobs.dry_run(body, caller, chosen, gpu)
     job, created = parts.jobs.submit(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"

@@ -27,6 +27,8 @@ JOB = {
     "reason": None,
     "hint": None,
     "method": "mae",
+    "search": None,
+    "found": None,
     "attempt": 1,
     "created_at": "2026-11-21T00:00:00+00:00",
     "finished_at": None,
@@ -60,6 +62,9 @@ class FakeClient:
             raise FakeClient.refuse
         FakeClient.submitted = spec
         return JOB | {"state": "QUEUED"}
+
+    def dry_run(self, spec: dict[str, Any], gpu: str | None) -> dict[str, Any]:
+        return {"name": spec["name"], "gpu": gpu}
 
     def metrics(self, job_id: str, after_step: int = -1) -> list[dict[str, Any]]:
         points = [{"step": 3, "epoch": 0, "loss": 0.5, "lr": 1e-3, "samples_per_s": 10.0}]
@@ -115,6 +120,14 @@ def test_submit_sends_absolute_shards(service: type[FakeClient], spec_file: Path
     assert (result.exit_code, result.stdout.strip()) == (0, "job-1 QUEUED")
     assert service.submitted is not None
     assert service.submitted["data"]["train"]["shards"] == str(spec_file.parent / "train-0.tar")
+
+
+def test_a_dry_run_submits_nothing(service: type[FakeClient], spec_file: Path) -> None:
+    command = ["submit", str(spec_file), "--dry-run", "--json"]
+    assert json.loads(runner.invoke(cli.app, [*command, "--gpu", "A100"]).stdout) == {"name": "toy", "gpu": "A100"}
+    assert service.submitted is None
+    for wrong in ([*command, "--follow"], ["submit", str(spec_file), "--gpu", "A100"]):
+        assert runner.invoke(cli.app, wrong).exit_code == 2
 
 
 @pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 3)])
