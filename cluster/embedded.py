@@ -29,7 +29,7 @@ import httpx
 import psutil
 from pydantic import BaseModel
 
-from cluster.secrets import OF_JOBS, without_foreign
+from cluster.job_environment import OF_JOBS, without_foreign
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 2.5  # a head goes in 2 s; what is left then is killed

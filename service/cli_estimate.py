@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.terminal import AsJson, Spec, fail, out, read_job, show_json, show_table
+from service.terminal import USAGE, AsJson, Spec, fail, out, read_job, show_json, show_table
 
 GIB = 2**30
 
@@ -28,8 +28,15 @@ def estimate(
     from service.local_cluster import default_home
     from workloads.estimate import estimate as of
     from workloads.flops import peak_of
+    from workloads.spec import JobSpec
+    from workloads.winner import settled
 
-    document = read_job(spec)
+    try:
+        document = settled(read_job(spec), default_home())
+    except ValueError as error:
+        fail(error)
+    if not isinstance(document, JobSpec):
+        fail(f"got {spec}, a search, expected a job that trains; what candidates cost is what the search counts", USAGE)
     peak = peak_of(gpu, document.precision)
     if peak is None:
         fail(f"got --gpu {gpu!r}, whose peak in {document.precision} is not known, expected one such as A100 or H100")

@@ -72,6 +72,7 @@ class Gate:
                 state["principal"] = await self._who(scope, headers)
             await self._app(scope, receive, numbered)
         except ServiceError as error:
+            logger.info("request %s of %s is refused: %s", state["request_id"], scope.get("client"), error.detail)
             await answer(error)(scope, receive, numbered)
         except Exception:
             await note(500)

@@ -343,7 +343,7 @@ def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    fields = ("init", "data", "evaluate", "search")
+    fields = ("model", "init", "data", "evaluate", "search")
     found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
 

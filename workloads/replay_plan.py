@@ -21,6 +21,7 @@ from workloads.checkpoint_folder import Seal
 from workloads.data.shards import DataError
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
+from workloads.spec_any import spec_of
 
 
 class ReplayError(RuntimeError):
@@ -109,7 +110,11 @@ def plan(run: RunFolder, first: int, last: int) -> Plan:
         ValueError: the run has not come so far, or has nothing to compare with.
         ReplayError: its data are others now (content hashes do not cover pixels), or cannot be read.
     """
-    spec = JobSpec.model_validate_json(run.spec.read_text())
+    spec = spec_of(run)
+    if not isinstance(spec, JobSpec):
+        raise ValueError(
+            f"got {run.path}, a search, expected a job that trains; run the search again: a seed decides it"
+        )
     curve = {point["step"]: point for point in run.read_metrics()}
     if last > (done := max(curve, default=0)):
         raise ValueError(f"got steps {first}:{last} of a run of {done} steps so far, expected an end of at most {done}")

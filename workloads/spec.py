@@ -126,7 +126,11 @@ class BaseSpec(Strict):
 
 
 class JobSpec(BaseSpec):
-    """A job that trains: what a request, a recipe and a run have in common."""
+    """A job that trains: what a request, a recipe and a run have in common.
+
+    `model` is a name of the catalog or of timm; `job:<id>` or an artifact folder is the network of that job, or what it
+    found (`workloads.winner`).
+    """
 
     method: Named
     model: Named
@@ -194,6 +198,12 @@ class JobSpec(BaseSpec):
     @property
     def about(self) -> tuple[str, str]:
         return "method", self.method.name
+
+    def absolute(self, base: Path) -> Self:
+        spec = super().absolute(base)
+        if "/" not in self.model.name:
+            return spec
+        return spec.model_copy(update={"model": self.model.model_copy(update={"name": str(base / self.model.name)})})
 
     def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
         return [document, *document["evaluate"]]

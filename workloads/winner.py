@@ -74,7 +74,8 @@ def read_found(folder: Path) -> Found | None:
 def settled(spec: AnySpec, home: Path) -> AnySpec:
     """The spec with `model: {name: "job:<id>", ...}` replaced by what that job found, or trained.
 
-    Further keys beside the name are kept over those of the winner.
+    An artifact's folder may stand in place of the job, for what was found without a service. Further keys beside the
+    name are kept over those of the winner.
 
     Raises:
         ArtifactError: the job has left no model.
@@ -82,17 +83,20 @@ def settled(spec: AnySpec, home: Path) -> AnySpec:
     if not isinstance(spec, JobSpec):
         return spec
     name = spec.model.name
-    if not name.startswith("job:"):
+    if "/" in name:
+        folder = Path(name)
+    elif name.startswith("job:"):
+        folder = home / "runs" / name.removeprefix("job:") / "artifact"
+    else:
         return spec
-    folder = home / "runs" / name.removeprefix("job:") / "artifact"
     if (found := read_found(folder)) is not None:
         model = found.model
     elif (folder / "manta.json").exists():
         model = read_card(folder).spec.model.model_dump()
     else:
         raise ArtifactError(
-            f"got model {name!r}, which names no finished job (looked at {folder}), expected job:<id> of a search "
-            "or a training; wait until it is done, or correct the id"
+            f"got model {name!r}, which names no finished job (looked at {folder}), expected job:<id> or the artifact "
+            "folder of a search or a training; wait until it is done, or correct the id"
         )
     return spec.model_copy(update={"model": Named.model_validate(model | spec.model.config)})
 

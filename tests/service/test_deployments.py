@@ -259,3 +259,13 @@ def test_serve_is_left_alone_while_nothing_changes(home: SimpleNamespace, fake: 
     fake.away = True
     service_.reconcile()
     assert state(home) == (2, "RUNNING")
+
+
+def test_the_limit_of_pixels_reaches_the_replica(
+    home: SimpleNamespace, fake: FakeServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(deployments, "application", lambda *_, max_pixels: told.append(max_pixels))
+    home.settings = Settings(home=home.settings.home, max_image_pixels=1234)
+    service(home, fake).deploy("digits")
+    assert told == [1234]

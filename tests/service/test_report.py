@@ -11,9 +11,13 @@ import pytest
 
 from service.demo import DemoError, _clean, demo_spec, result_table, summarise
 from service.report import page
+from service.report_search import search_page
 from tests.toy_artifact import image
+from workloads import winner
 from workloads.sheet import contact_sheet
 from workloads.spec import JobSpec
+from workloads.spec_search import SearchSpec
+from workloads.winner import Found, Latency
 
 
 def result(label: str, **means: float) -> dict[str, Any]:
@@ -115,3 +119,35 @@ def test_the_demo_does_not_touch_a_folder_of_others(tmp_path: Path) -> None:
     (tmp_path / "new" / "home").mkdir()
     _clean(tmp_path / "new")  # an earlier demo is replaced
     assert not (tmp_path / "new" / "home").exists()
+
+
+def found_in(folder: Path) -> None:
+    """An artifact of a search."""
+    spec = SearchSpec.model_validate({"name": "s", "search": {"name": "zen_nas"}})
+    blocks = [{"label": f"K{n}", "channels": 8 * n, "size": 32 // n, "layers": n, "stride": 1} for n in (1, 2, 4)]
+    found = Found(
+        job_id="job-2", spec=spec, paper="Zen", structure="<K1>", model={"name": "zennet"}, score=12.5,
+        costs={"parameters": 1234567, "flops": 5e8}, blocks=blocks, told=30, scored=20, spent=10,
+        latency=Latency(ms=0.25, device="H100", batch_size=64, precision="fp16"),
+    )  # fmt: skip
+    rows = [
+        {"candidate": "<K1>", "score": 12.5, "flops": 5e8, "on_front_flops": True},
+        {"candidate": "K2", "score": 3.0, "flops": 1e8, "on_front_flops": True, "latency_ms": 0.1},
+    ]
+    winner.write(folder, found, rows)
+
+
+def test_a_search_is_drawn_with_what_it_found_and_among_what(tmp_path: Path) -> None:
+    job = JOB | {"id": "job-2", "spec": {"name": "s", "search": {"name": "zen_nas"}}}
+    points = [{"step": n, "best_score": score} for n, score in ((10, None), (20, 4.0), (30, 12.5))]
+    running = search_page(job=job, points=points[:2], paper="Zen-NAS", artifact=tmp_path / "artifact")
+    assert "The best so far" in running and "What was found" not in running
+    found_in(tmp_path / "artifact")
+    text = search_page(job=job, points=points, paper="Zen-NAS", artifact=tmp_path / "artifact")
+    for said in ("&lt;K1&gt;", "1,234,567", "0.25 ms an image, 64 at once, fp16, H100", "model: {name: job:job-2}"):
+        assert said in text
+    assert re.findall(r"<h2>([^<]*)</h2>", text) == [
+        "What was found", "The best so far", "The winner: channels, side of maps and layers of its blocks",
+        "Score against multiply-adds", "Score against ms an image", "Job",
+    ]  # fmt: skip
+    assert "<K1>" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)

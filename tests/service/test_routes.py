@@ -13,6 +13,8 @@ from fastapi.testclient import TestClient
 from tests.service.fakes import write_record
 from tests.service.rest import Service
 from tests.toy_artifact import image, write_artifact
+from tests.toy_search import TOY_SEARCH, toy_search
+from workloads import catalog
 from workloads.artifact import PICTURES
 
 
@@ -45,6 +47,8 @@ def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) 
         ({"data": {"train": {"shards": "/none.tar"}}}, ["data", "train", "shards"], "/none.tar"),
         ({"data": {"train": {"shards": "train-0.tar"}}}, ["data"], "expected absolute ones"),
         ({"init": "mae.safetensors"}, ["init"], "expected absolute ones"),
+        ({"model": {"name": "found/artifact"}}, ["model"], "expected absolute ones"),
+        ({"model": {"name": "job:none"}}, ["model", "name"], "names no finished job"),
         (
             {"data": {"train": {"shards": "pipe:cat /x.tar", "epoch_samples": 80}}},
             ["data", "train", "shards"],
@@ -64,6 +68,51 @@ def test_a_job_that_cannot_run_is_refused(
     assert problem["errors"][0]["loc"] == loc and words in problem["errors"][0]["message"]
     assert {"type", "title", "status", "detail", "hint", "retryable"} <= problem.keys()
     assert client.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_a_search_is_a_job(client: TestClient) -> None:
+    response = client.post("/v1/jobs", json=toy_search().model_dump(mode="json"))
+    assert response.status_code == 201
+    job = response.json()
+    assert (job["state"], job["method"], job["search"], job["found"]) == ("QUEUED", None, "zen_nas", None)
+    assert [j["id"] for j in client.get("/v1/jobs").json()["jobs"]] == [job["id"]]
+    report = client.get(f"/v1/jobs/{job['id']}/report")
+    assert report.status_code == 200 and "Zen-NAS, Lin et al. 2021" in report.text
+
+
+@pytest.mark.parametrize(
+    ("change", "loc", "words"),
+    [
+        ({"model": {"name": "vit"}}, ["model"], "got unknown key 'model'"),
+        ({"search": TOY_SEARCH | {"name": "zen"}}, ["search", "name"], "did you mean 'zen_nas'"),
+        ({"search": TOY_SEARCH | {"budget": {"parameters": 9}}}, ["search", "budget", "parameters"], "at least 5,337"),
+        ({"search": TOY_SEARCH | {"initial": "Super(3)"}}, ["search", "initial"], "at character 0"),
+        ({"islands": 2}, [], "got 1 workers for 2 islands"),
+        ({"resources": {"workers": 8}}, ["resources"], "expected at most the 4"),
+        (
+            {"search": TOY_SEARCH | {"budget": {"latency": {"ms": 1, "table": "t.json"}}}},
+            ["search"],
+            "expected absolute ones",
+        ),
+    ],
+)
+def test_a_search_that_cannot_run_is_refused(
+    client: TestClient, change: dict[str, Any], loc: list[str], words: str
+) -> None:
+    response = client.post("/v1/jobs", json=toy_search().model_dump(mode="json") | change)
+    assert response.status_code == 422
+    problem = response.json()
+    assert problem["errors"][0]["loc"] == loc and words in problem["errors"][0]["message"]
+
+
+def test_searches_are_listed_with_their_papers_and_schemas(client: TestClient) -> None:
+    listed = client.get("/v1/searches").json()["searches"]
+    assert {"zen_nas", "mae_det"} <= {one["name"] for one in listed} == set(catalog.SEARCHES)
+    for one in listed:
+        entry = client.get(f"/v1/searches/{one['name']}").json()
+        assert entry["paper"] == one["paper"] and "arXiv" in entry["paper"]
+        assert entry["schema"]["properties"] and entry["summary"]
+    assert "did you mean 'zen_nas'" in client.get("/v1/searches/zen_na").json()["detail"]
 
 
 @pytest.mark.parametrize(("content", "status"), [("[1]", 422), ("{", 422), ("null", 422), ('"x"', 422)])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from cluster.secrets import foreign, without_foreign
+from cluster.job_environment import foreign, without_foreign
 from service import ray_jobs
 from service.client import Client
 from service.ray_jobs import RayJobs
@@ -74,6 +74,11 @@ def test_a_job_inherits_no_foreign_secret(planted: None, tmp_path: Path) -> None
     assert not [name for name, value in inherited.items() if CANARY in value]
     assert {name: inherited[name] for name in OF_JOBS} == OF_JOBS
     assert inherited["MANTA_JOB_ID"] == "job-1"
+
+
+def test_what_another_node_has_of_the_service_is_hidden_as_well(tmp_path: Path) -> None:
+    hidden = submission(Settings(home=tmp_path))["runtime_env"]["env_vars"]
+    assert [hidden[f"MANTA_{name}"] for name in ("DATABASE_URL", "FIRST_ADMIN_TOKEN_FILE", "TOKEN")] == [""] * 3
 
 
 def test_credentials_of_jobs_are_a_setting(planted: None, tmp_path: Path) -> None:

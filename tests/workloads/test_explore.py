@@ -21,11 +21,12 @@ from workloads import explore as loop
 from workloads.explore import IslandFile
 from workloads.preflight import check
 from workloads.record import RunFolder
+from workloads.replay_plan import plan
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute, run_local
 from workloads.search.zen_nas import ZenNAS
 from workloads.spec import JobSpec
 from workloads.spec_search import SearchSpec
-from workloads.winner import read_found
+from workloads.winner import read_found, settled
 
 SCRIPT = """
 import os, signal, sys
@@ -143,7 +144,23 @@ def test_the_winner_is_a_model_for_other_jobs(
         away.rename(whole_folder)
 
 
-@pytest.mark.parametrize("model", ["job:nothing", "job:"])
+def test_the_folder_of_a_winner_is_a_model_too(
+    whole: RunFolder, toy_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    folder = os.path.relpath(whole.artifact, tmp_path)
+    spec = toy_job(method={"name": "fine_tune"}, model={"name": folder, "se": True}, epochs=None, steps=1)
+    absolute = spec.absolute(tmp_path)
+    assert check(absolute, tmp_path) == []
+    found = settled(absolute, tmp_path)
+    assert isinstance(found, JobSpec) and found.model.name == "zennet" and found.model.config["se"] is True
+
+
+def test_a_search_is_not_replayed(whole: RunFolder) -> None:
+    with pytest.raises(ValueError, match="a search, expected a job that trains"):
+        plan(whole, 1, 2)
+
+
+@pytest.mark.parametrize("model", ["job:nothing", "job:", "no/such"])
 def test_a_model_of_no_job_is_refused(model: str, toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     spec = toy_job(model={"name": model})
     (problem,) = check(spec, tmp_path)
