@@ -1,7 +1,8 @@
-"""The `manta` commands of jobs: submit, look, follow, pause, resume, cancel."""
+"""The `manta` commands of jobs: submit, look, follow, pause, resume, cancel, retry, clone, compare."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from service import cli_dry_run
+from service.patches import patch_of
 from service.progress import follow
 from service.terminal import (
     CANCELLED,
@@ -223,6 +225,43 @@ def resume(
         _print_state(client.resume(job_id, max_duration=max_duration), as_json)
 
 
+def retry(job_id: JobId, as_json: AsJson = False) -> None:
+    """Queues a job again that failed or was cancelled; it goes on from its checkpoint."""
+    with connected() as client:
+        _print_state(client.retry(job_id), as_json)
+
+
+def clone(
+    job_id: JobId,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="May be repeated; null removes a field.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submits a job once more, with changes: `manta clone JOB --set optimizer.lr=1e-3 --set name=slower`."""
+    try:
+        patch = patch_of(changes or [])
+    except ValueError as error:
+        fail(error, USAGE)
+    with connected() as client:
+        _print_state(client.clone(job_id, patch), as_json)
+
+
+def diff(job_id: JobId, other_id: JobId, as_json: AsJson = False) -> None:
+    """Shows where two jobs differ, and what their runs were made of."""
+    with connected() as client:
+        found = client.diff(job_id, other_id)
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (what, d["path"], *(json.dumps(d[side]) if side in d else None for side in ("a", "b")))
+        for what in ("spec", "provenance")
+        for d in found[what]
+    ]
+    show_table(["of", "where", job_id, other_id], rows)
+
+
 def events(job_id: JobId, as_json: AsJson = False) -> None:
     """Prints what happened to a job: states, attempts, workers that came and went."""
     with connected() as client:
@@ -240,4 +279,4 @@ def _print_state(found: dict[str, Any], as_json: bool) -> None:
         out.print(f"{found['id']} {found['state']}")
 
 
-COMMANDS = (submit, jobs, job, logs, events, metrics, report, pause, resume, cancel)
+COMMANDS = (submit, jobs, job, logs, events, metrics, report, pause, resume, cancel, retry, clone, diff)

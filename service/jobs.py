@@ -29,13 +29,14 @@ from sqlalchemy.orm.exc import StaleDataError
 from service.errors import Conflict, InvalidSpec, NotFound, Unavailable
 from service.events import START, read_events
 from service.forecast import forecast, step_time
+from service.patches import differences, merged
 from service.principal import ALL, DEFAULT_PROJECT, LOCAL, Principal
 from service.ray_jobs import RayJobs
 from service.registry import Registry
 from service.roots import ANY, Kind, Roots
 from service.settings import Settings
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
-from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, Request
+from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.record import RunFolder
@@ -76,6 +77,7 @@ class Jobs:
         idempotency_key: str | None = None,
         by: Principal = LOCAL,
         project: str = DEFAULT_PROJECT,
+        asked: Any = None,
     ) -> tuple[Job, bool]:
         """Accepts a job: its row is durable when this returns. False when the key had made it before.
 
@@ -84,12 +86,13 @@ class Jobs:
             idempotency_key: of the project.
             by: whose job it is.
             project: whose, too; one that `by` may submit to.
+            asked: what the key stands for, where that is not the body.
 
         Raises:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
         """
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(asked or body, sort_keys=True).encode()).hexdigest()
         if idempotency_key is not None and (known := self._by_key(project, idempotency_key, digest)):
             return known, False
         spec = self._valid(body, by, project)
@@ -275,6 +278,34 @@ class Jobs:
                 continue  # the reconciler wrote at the same moment: look again
             self._wake()
             return self.get(job_id)
+
+    def retry(self, job_id: str) -> Job:
+        """Puts a job that failed or was cancelled into the queue, to go on from its checkpoint, if it wrote one.
+
+        Raises:
+            Conflict: it succeeded, is paused, or about to stop.
+        """
+        return self._ask(job_id, RETRY)
+
+    def clone(
+        self, job_id: str, patch: dict[str, Any], idempotency_key: str | None = None, by: Principal = LOCAL
+    ) -> tuple[Job, bool]:
+        """Accepts a new job of the same project, the spec of this one changed by a merge patch; answers as `submit`."""
+        job = self.get(job_id)
+        return self.submit(merged(job.spec, patch), idempotency_key, by, job.project, {"of": job_id, "patch": patch})
+
+    def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
+        """Where the specs of two jobs differ, and what their runs were made of, so far as both have begun."""
+        ids = job_id, other_id
+        specs = [self.get(name).spec for name in ids]
+        folders = [self.run_folder(name).provenance for name in ids]
+        made_of = [json.loads(path.read_text()) for path in folders if path.exists()]
+        return {
+            "a": job_id,
+            "b": other_id,
+            "spec": differences(*specs),
+            "provenance": differences(*made_of) if len(made_of) == len(ids) else [],
+        }
 
     def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
         """What happened to a job, behind the cursor `after`."""

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look, pause, resume, cancel, curves, events, logs, reports."""
+"""/v1/jobs: submit, list, look, pause, resume, cancel, retry, clone, compare, curves, events, logs, reports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
 from service.events import CURSOR, START
+from service.jobs import no_such_job
 from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
@@ -95,6 +96,37 @@ def pause(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def resume(job_id: str, jobs: JobsDep, body: Resume | None = None) -> dict[str, Any]:
     """Queues a paused job again; so too one that reached its `max_duration`, given a longer one. May be repeated."""
     return jobs.view(jobs.resume(job_id, body.max_duration if body else None))
+
+
+@router.post("/{job_id}:retry", status_code=202)
+def retry(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    """Queues a job again that failed or was cancelled; it goes on from its checkpoint. Repeating it changes nothing."""
+    return jobs.view(jobs.retry(job_id))
+
+
+@router.post("/{job_id}:clone", status_code=201)
+def clone(
+    job_id: str,
+    patch: Annotated[dict[str, Any], Body(description="A JSON merge patch (RFC 7396) of the job's spec.")],
+    jobs: JobsDep,
+    caller: CallerDep,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> dict[str, Any]:
+    """Accepts a new job: this one with changes; the rest is as of a submission. `{}` runs it once more."""
+    job, created = jobs.clone(job_id, patch, idempotency_key, caller)
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return jobs.view(job)
+
+
+@router.get("/{job_id}/diff/{other_id}")
+def diff(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -> dict[str, Any]:
+    """Where two jobs differ: `path`, `a` and `b` of each place in their specs, and in what their runs were made of."""
+    other = jobs.find(other_id)
+    if other is None or not caller.sees(other.project):
+        raise no_such_job(other_id)
+    return jobs.diff(job_id, other_id)
 
 
 @router.get("/{job_id}/events")

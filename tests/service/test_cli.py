@@ -90,6 +90,15 @@ class FakeClient:
     def resume(self, job_id: str, max_duration: str | None) -> dict[str, Any]:
         return JOB | {"state": "QUEUED", "reason": max_duration}
 
+    def retry(self, job_id: str) -> dict[str, Any]:
+        return JOB | {"state": "QUEUED"}
+
+    def clone(self, job_id: str, patch: dict[str, Any]) -> dict[str, Any]:
+        return JOB | {"id": "job-2", "state": "QUEUED", "spec": patch}
+
+    def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
+        return {"spec": [{"path": "steps", "a": 3}, {"path": "name", "a": "x", "b": "y"}], "provenance": []}
+
     def events(self, job_id: str) -> list[dict[str, Any]]:
         kinds = ("queued", "starting", "running", "worker_left", "worker_joined", "succeeded")
         return [{"time": "2026-11-21T00:00:00.1+00:00", "kind": kind, "message": "why"} for kind in kinds]
@@ -189,6 +198,15 @@ def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
     assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
+
+
+def test_retry_clone_and_diff(service: type[FakeClient]) -> None:
+    assert runner.invoke(cli.app, ["retry", "job-1"]).stdout == "job-1 QUEUED\n"
+    changed = runner.invoke(cli.app, ["clone", "job-1", "--set", "optimizer.lr=0.1", "--set", "steps=null", "--json"])
+    assert json.loads(changed.stdout)["spec"] == {"optimizer": {"lr": 0.1}, "steps": None}
+    assert runner.invoke(cli.app, ["clone", "job-1", "--set", "steps"]).exit_code == 2
+    lines = runner.invoke(cli.app, ["diff", "job-1", "job-2"]).stdout.splitlines()
+    assert lines == ["of\twhere\tjob-1\tjob-2", "spec\tsteps\t3\t", 'spec\tname\t"x"\t"y"']
 
 
 @pytest.mark.parametrize("command", [["jobs"], ["env"], ["submit"], ["logs", "x"]])

@@ -94,6 +94,10 @@ def test_what_a_job_is_asked_for() -> None:
 
     answers = client(echo)
     assert answers.pause("j")["path"] == "/v1/jobs/j:pause"
+    assert answers.retry("j")["path"] == "/v1/jobs/j:retry"
+    cloned = answers.clone("j", {"steps": None})
+    assert (cloned["path"], cloned["body"]) == ("/v1/jobs/j:clone", {"steps": None})
+    assert answers.diff("j", "k")["path"] == "/v1/jobs/j/diff/k"
     assert answers.resume("j", max_duration="2h")["body"] == {"max_duration": "2h"}
     assert answers.events("j", after="3-70") == [{"path": "/v1/jobs/j/events", "body": None, "after": "3-70"}]
 

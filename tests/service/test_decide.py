@@ -12,7 +12,7 @@ from service.errors import Conflict
 from service.ray_jobs import RayStatus
 from service.reconciler import Decision, decide, lives
 from service.store import SETTLED, TERMINAL, Job, JobState
-from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, Request
+from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import Record, RunState
 
 RAY: list[RayStatus | None] = [None, *get_args(RayStatus)]
@@ -134,6 +134,18 @@ def test_requests_are_idempotent_and_leave_what_is_over(request_: Request) -> No
             continue
         assert request_.next_state("j", after) == after
         assert state not in TERMINAL or after == state
+
+
+def test_a_retry_is_of_what_ended_without_success() -> None:
+    assert [s for s in get_args(JobState) if s in RETRY.moves and RETRY.next_state("j", s) != s] == [
+        "FAILED",
+        "CANCELLED",
+    ]
+    assert RETRY.next_state("j", "RUNNING") == "RUNNING"
+    for state, hint in (("SUCCEEDED", "submit a new job"), ("PAUSED", "resume it"), ("PAUSING", "ask again")):
+        with pytest.raises(Conflict, match=f"which is {state}") as refusal:
+            RETRY.next_state("j", state)  # type: ignore[arg-type]
+        assert hint in refusal.value.hint
 
 
 def test_only_a_longer_limit_brings_a_failed_job_back() -> None:
