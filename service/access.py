@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "GET /v1/searches/{name}": Rule("viewer"),
     "GET /v1/jobs": Rule("viewer"),
     "POST /v1/jobs": Rule("submitter", changes=True),
+    "POST /v1/jobs:batch": Rule("submitter", changes=True),
     "GET /v1/jobs/{job_id}": Rule("viewer"),
     "POST /v1/jobs/{job_id}:cancel": Rule("submitter", changes=True, own=True),
     "POST /v1/jobs/{job_id}:pause": Rule("submitter", changes=True, own=True),

@@ -21,7 +21,6 @@ from service.terminal import (
     USAGE,
     AsJson,
     Base,
-    Spec,
     connected,
     fail,
     out,
@@ -36,30 +35,36 @@ LAST_EVENTS = 5  # that `manta job` shows
 
 
 def submit(
-    spec: Spec,
+    specs: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="JobSpecs, YAML or JSON; job:$NAME is an earlier one."),
+    ],
     base: Base = None,
     stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost; submit nothing.")] = False,
     gpu: Annotated[str | None, typer.Option(help="Of a dry run: tell the time by the peak of this GPU.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submits a job."""
-    document = read_job(spec, base).model_dump(mode="json")
+    """Submits a job, or a list of which each may come after earlier ones: all of them or none."""
+    documents = [read_job(spec, base).model_dump(mode="json") for spec in specs]
+    if len(specs) > 1 and (stay or dry_run):
+        fail("got several jobs with --follow or --dry-run, expected one; submit them, then follow one", USAGE)
     if dry_run and stay:
         fail("got --dry-run and --follow, expected one of them: nothing runs that could be followed", USAGE)
     if gpu is not None and not dry_run:
         fail("got --gpu without --dry-run; the job says what it runs on, in resources", USAGE)
     with connected() as client:
         if dry_run:
-            cli_dry_run.show(client.dry_run(document, gpu=gpu), as_json)
+            cli_dry_run.show(client.dry_run(documents[0], gpu=gpu), as_json)
             return
-        job = client.submit(document)
-        if as_json and not stay:
-            show_json(job)
-        elif not stay:
-            out.print(f"{job['id']} {job['state']}")
+        made = client.submit_all(documents) if len(specs) > 1 else [client.submit(documents[0])]
         if stay:
-            _follow(client, job["id"], as_json)
+            _follow(client, made[0]["id"], as_json)
+        elif as_json:
+            show_json(made if len(specs) > 1 else made[0])
+        else:
+            for job in made:
+                out.print(" ".join(job[key] for key in ("id", "state", "reason") if job[key] is not None))
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> None:
@@ -83,6 +88,7 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("id", job["id"]),
         ("name", job["name"]),
         ("state", job["state"]),
+        ("after", ", ".join(job["after"]) or None),
         ("reason", job["reason"]),
         ("hint", job["hint"]),
         ("method", job["method"]),

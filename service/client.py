@@ -113,6 +113,11 @@ class Client:
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError
 
+    def submit_all(self, specs: Sequence[Answer], *, idempotency_key: str | None = None) -> list[Answer]:
+        """Submits a list, all or none; `after: [$name]` and `job:$name` mean an earlier job of it by its `name`."""
+        made: list[Answer] = self._make("/v1/jobs:batch", list(specs), idempotency_key, **self._project)["jobs"]
+        return made
+
     def dry_run(self, spec: Answer, *, gpu: str | None = None) -> Answer:
         """What the job would do and cost, and how long by earlier runs (else by the peak of `gpu`); stores nothing."""
         wanted = {"dry_run": True, **self._project, **({} if gpu is None else {"gpu": gpu})}

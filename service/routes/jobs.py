@@ -27,6 +27,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 FOLLOW_POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
+MOST = 100  # jobs of one list
 
 
 class Resume(BaseModel):
@@ -58,6 +59,23 @@ def submit(
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return parts.jobs.view(job)
+
+
+@router.post(":batch", status_code=201)
+def submit_all(
+    body: Annotated[list[dict[str, Any]], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
+    parts: PartsDep,
+    caller: CallerDep,
+    request: Request,
+    response: Response,
+    project: ProjectQuery = None,
+    idempotency_key: Annotated[str | None, Header(max_length=190)] = None,
+) -> dict[str, Any]:
+    """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
+    request.state.project = chosen = parts.projects.chosen(caller, project)
+    jobs, created = parts.jobs.submit_all(body, idempotency_key, caller, chosen)
+    response.status_code = 201 if created else 200
+    return {"jobs": [parts.jobs.view(job) for job in jobs]}
 
 
 @router.get("")

@@ -42,11 +42,12 @@ def ask(client: TestClient, key: str, project: str, job_id: str, token_id: str) 
     name = {"methods": "mae", "evaluations": "knn", "searches": "zen_nas"}.get(kind, f"of-{project}")
     bodies: dict[str, Any] = {
         "POST /v1/jobs": BODY,
+        "POST /v1/jobs:batch": [BODY, BODY | {"name": "next", "after": ["$toy"]}],
         "POST /v1/tokens": {"name": "y", "role": "viewer", "project": project},
         "POST /v1/projects": {"name": "three"},
         "POST /v1/jobs/{job_id}:clone": {"name": "more"},
     }
-    parameters = {"project": project} if key == "POST /v1/jobs" else {}
+    parameters = {"project": project} if key in ("POST /v1/jobs", "POST /v1/jobs:batch") else {}
     return client.request(
         method,
         path.format(job_id=job_id, other_id=job_id, token_id=token_id, name=name),
@@ -71,7 +72,7 @@ def test_every_route_with_every_role_and_project(service: Secured) -> None:
         for key, rule in routes.items():
             answer = ask(client, key, "one", job_id, token_id)
             owned = "{job_id}" in key or "{token_id}" in key or "/v1/models/{name}" in key
-            named = owned or key in ("POST /v1/jobs", "POST /v1/tokens")
+            named = owned or key in ("POST /v1/jobs", "POST /v1/jobs:batch", "POST /v1/tokens")
             if rule.least is None:
                 expected = {200, 503}
             elif role is None:

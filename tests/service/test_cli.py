@@ -24,6 +24,7 @@ JOB = {
     "id": "job-1",
     "name": "toy",
     "state": "SUCCEEDED",
+    "after": [],
     "reason": None,
     "hint": None,
     "method": "mae",
@@ -61,6 +62,10 @@ class FakeClient:
             raise FakeClient.refuse
         FakeClient.submitted = spec
         return JOB | {"state": "QUEUED"}
+
+    def submit_all(self, specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        reasons = [None] + ["waits for job-1"] * (len(specs) - 1)
+        return [JOB | {"state": "QUEUED", "reason": r, "spec": s} for r, s in zip(reasons, specs, strict=True)]
 
     def dry_run(self, spec: dict[str, Any], gpu: str | None) -> dict[str, Any]:
         return {"name": spec["name"], "gpu": gpu}
@@ -198,6 +203,16 @@ def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
     assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
+
+
+def test_several_files_are_one_list(service: type[FakeClient], spec_file: Path) -> None:
+    second = spec_file.with_name("second.yaml")
+    second.write_text(yaml.safe_dump(yaml.safe_load(spec_file.read_text()) | {"after": ["$toy"], "init": "job:$toy"}))
+    command = ["submit", str(spec_file), str(second)]
+    assert runner.invoke(cli.app, command).stdout == "job-1 QUEUED\njob-1 QUEUED waits for job-1\n"
+    sent = json.loads(runner.invoke(cli.app, [*command, "--json"]).stdout)[1]["spec"]
+    assert (sent["after"], sent["init"]) == (["$toy"], "job:$toy")
+    assert runner.invoke(cli.app, [*command, "--follow"]).exit_code == 2
 
 
 def test_retry_clone_and_diff(service: type[FakeClient]) -> None:

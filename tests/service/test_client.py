@@ -33,6 +33,13 @@ def test_a_lost_answer_is_asked_for_under_the_same_key(monkeypatch: pytest.Monke
     assert len(keys) == 3 and len(set(keys)) == 1
 
 
+def test_a_list_is_one_request() -> None:
+    def echo(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(201, json={"jobs": json.loads(request.content), "path": request.url.path})
+
+    assert client(echo).submit_all([{"name": "a"}, {"name": "b"}]) == [{"name": "a"}, {"name": "b"}]
+
+
 def test_a_refusal_is_not_repeated_and_reads_well() -> None:
     calls: list[str] = []
     problem = {

@@ -32,7 +32,7 @@ def record(state: RunState | None, attempt: int = 1) -> Record | None:
 
 
 def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool = False, fits: bool = True) -> Decision:
-    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3)
+    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3, parents={})
 
 
 @pytest.mark.parametrize("attempt", [1, 2])  # 2: the record is of the one before
@@ -105,7 +105,7 @@ def test_without_progress_it_is_given_up_with_a_reason() -> None:
 def test_attempts_without_progress_wait_longer_and_longer() -> None:
     for stalled, age_s, act in ((1, 1, "none"), (1, 3, "submit"), (0, 0, "submit")):
         row = job("STARTING", stalled=stalled, submitted_at=time.time() - age_s)
-        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5).act == act
+        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5, parents={}).act == act
 
 
 def test_a_job_that_finished_before_its_cancel_says_so() -> None:
