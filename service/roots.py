@@ -26,7 +26,7 @@ _DOTS = re.compile(r"(?:^|[/{,}])\.+(?=$|[/{,}])")  # `.`, `..`, and braces that
 _WILD = re.compile(r"[*?\[{]")
 _REFERENCE = re.compile(r"[\w.-]+(@\d+)?")
 _SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(sig|token|secret|passw|credential|key|auth)", re.IGNORECASE)  # in a URL
-_NAMES = ("name", "register")  # of the catalog, of the job, of its model: no weights are read by these
+_NAMES = ("name", "register")  # of the catalog, of the job, of its model: nothing is read by these but job:<id>
 # nor in these
 _FIXED = ("after", "data", "optimizer", "schedule", "precision", "engine", "guards", "resources", "checkpoint")
 

@@ -13,6 +13,7 @@ from workloads.spec import JobSpec
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "binas": {"largest": 0.5},
     "coins": {"dim": 8, "queue": 20, "coarse": [0, 1, 1, 0]},
     "cp2": {"dim": 8, "queue": 20},
     "densecl": {"dim": 8, "queue": 20, "warmup_steps": 5},
@@ -51,6 +52,25 @@ TOY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 """A toy size of each method; one is required, so a method without tests cannot be added. `toy_home` has teachers."""
 TOY_JOBS: dict[str, dict[str, Any]] = {
+    "binas": {
+        "micro_batch_size": None,  # BatchNorm
+        "model": {
+            "name": "binas_supernet",
+            "image_size": 16,
+            "stem": 8,
+            "first": 8,
+            "widths": [8, 16],
+            "strides": [1, 2],
+            "relu_stages": 1,
+            "min_depth": 1,
+            "max_depth": 2,
+            "expansions": [2, 3],
+            "last": 16,
+            "features": 16,
+        },
+        # AdamW would enlarge rounding: BatchNorm takes away what biases before a 1 x 1 convolution add
+        "optimizer": {"name": "sgd", "lr": 0.01},
+    },
     "coke": {"micro_batch_size": None},
     "cp2": {
         "micro_batch_size": None,

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 METHODS = {
+    "binas": "workloads.methods.binas:Binas",
     "coins": "workloads.methods.coins:CoIns",
     "cp2": "workloads.methods.cp2:CP2",
     "densecl": "workloads.methods.densecl:DenseCL",
@@ -37,6 +38,8 @@ METHODS = {
     "transreid_ssl": "workloads.methods.transreid_ssl:TransReIDSSL",
 }
 MODELS = {
+    "binas": "workloads.models.binas:BinasConfig",
+    "binas_supernet": "workloads.models.binas_supernet:BinasSupernetConfig",
     "genet": "workloads.models.genet:GENetConfig",
     "genet_light": "workloads.models.genet:GENetLight",
     "genet_normal": "workloads.models.genet:GENetNormal",
@@ -72,6 +75,8 @@ EVALUATIONS = {
     "volume_segmentation": "workloads.evaluation.volume_segmentation:VolumeSegmentation",
 }
 SEARCHES = {
+    "binas": "workloads.search.binas:Binas",
+    "genet": "workloads.search.genet_llr:GENetLLR",
     "mae_det": "workloads.search.mae_det:MAEDET",
     "zen_nas": "workloads.search.zen_nas:ZenNAS",
 }

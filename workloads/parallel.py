@@ -166,6 +166,8 @@ def _recompute(block: nn.Module) -> None:
 def _synchronise(method: nn.Module, device: torch.device) -> None:
     """BatchNorm over all ranks, in place; torch has it for GPUs, we for CPUs."""
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        from workloads.models.timm_import import timm
+
+        timm.layers.convert_sync_batchnorm(method)  # torch's own drops the activations that timm has in some
     else:
         batch_norm.convert(method)

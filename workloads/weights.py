@@ -1,6 +1,6 @@
 """`init:` of a JobSpec: the weights that an encoder starts from, ours or public ones.
 
-    name@version, job:<id>, an artifact folder    `workloads.artifact`
+    name@version, job:<id>, an artifact folder    `workloads.artifact`, or what a search found with weights
     weights/mae_base.safetensors                  a file; pickles are refused
     timm:vit_base_patch16_224.mae                 downloaded once by timm, kept in the Hugging Face cache
     vit_base_patch16_224.mae                      the same, where no artifact has that name
@@ -26,6 +26,7 @@ from workloads.artifact import ArtifactError, resolve
 from workloads.data.shards import some
 from workloads.data.views import IMAGENET_MEAN, IMAGENET_STD
 from workloads.models.vit import ViT, resize_positions
+from workloads.winner import folder_of, read_found
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 WRAPPERS = ("module.", "encoder.", "backbone.", "model.")  # DDP, methods, detectors, Lightning
@@ -105,6 +106,13 @@ def locate(reference: str, home: Path) -> Path | str:
         return resolve(reference, home) / "model.safetensors"
     except ArtifactError as error:
         unknown = error
+    if (folder := folder_of(reference, home)) is not None and read_found(folder) is not None:
+        if not (folder / "model.safetensors").exists():
+            raise ArtifactError(
+                f"got init: {reference}, a search that trained nothing, expected weights; its structure comes "
+                "by model: leave init out"
+            )
+        return folder / "model.safetensors"
     path = Path(reference)
     if path.suffix in PICKLES:
         raise ArtifactError(_pickle_refused(path))

@@ -67,8 +67,15 @@ def read_found(folder: Path) -> Found | None:
     """None where `folder` holds no winner (yet)."""
     try:
         return Found.model_validate_json((folder / FOUND).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def folder_of(reference: str, home: Path) -> Path | None:
+    """Where the artifact of `job:<id>` lies, or the folder that is named; None: it is a name of something else."""
+    if reference.startswith("job:"):
+        return home / "runs" / reference.removeprefix("job:") / "artifact"
+    return Path(reference) if "/" in reference else None
 
 
 def settled(spec: AnySpec, home: Path) -> AnySpec:
@@ -83,11 +90,7 @@ def settled(spec: AnySpec, home: Path) -> AnySpec:
     if not isinstance(spec, JobSpec):
         return spec
     name = spec.model.name
-    if "/" in name:
-        folder = Path(name)
-    elif name.startswith("job:"):
-        folder = home / "runs" / name.removeprefix("job:") / "artifact"
-    else:
+    if (folder := folder_of(name, home)) is None:
         return spec
     if (found := read_found(folder)) is not None:
         model = found.model

@@ -25,6 +25,7 @@ from tests.faults.ray_faults import replica_killed
 from tests.faults.table import Row
 from tests.faults.trial import final_weights
 from tests.toy import TOY_MAE
+from tests.toy_artifact import image
 from tests.toy_search import toy_search
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
@@ -130,9 +131,7 @@ def test_a_student_learns_from_a_job_and_from_a_registered_model(home: Path, toy
             student("no-such-teacher@1")
 
 
-def test_what_a_search_finds_is_trained_registered_and_served(
-    home: Path, toy_job: Callable[..., JobSpec], toy_shards: dict[str, str]
-) -> None:
+def test_what_a_search_finds_is_trained_registered_and_served(home: Path, toy_job: Callable[..., JobSpec]) -> None:
     search = toy_search({"iterations": 200}, resources={"workers": 2}, islands=2, migrate_every=50)
     with Client(head_of(home).url) as client:
         with pytest.raises(ApiError, match="expected at least 6, which the smallest network has"):
@@ -150,11 +149,7 @@ def test_what_a_search_finds_is_trained_registered_and_served(
         )
         assert (trained["state"], trained["models"]) == ("SUCCEEDED", ["winner@1"])
         assert client.deploy("winner", wait_s=120)["state"] == "RUNNING"
-        with tarfile.open(toy_shards["test"]) as shard:
-            name = next(name for name in shard.getnames() if name.endswith(".png"))
-            image = shard.extractfile(name)
-            assert image is not None
-            (answer,) = client.predict("winner", [image.read()])
+        (answer,) = client.predict("winner", [image(0)])
         assert answer["label"] in answer["probabilities"]
         client.undeploy("winner")
 

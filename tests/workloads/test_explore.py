@@ -19,14 +19,16 @@ import torch
 from tests.toy_search import TOY_SEARCH, toy_search
 from workloads import explore as loop
 from workloads.explore import IslandFile
+from workloads.models.encoders import build_encoder
 from workloads.preflight import check
 from workloads.record import RunFolder
 from workloads.replay_plan import plan
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute, run_local
 from workloads.search.zen_nas import ZenNAS
-from workloads.spec import JobSpec
+from workloads.spec import JobSpec, Named
 from workloads.spec_search import SearchSpec
-from workloads.winner import read_found, settled
+from workloads.weights import load_initial
+from workloads.winner import read_found, settled, write
 
 SCRIPT = """
 import os, signal, sys
@@ -153,6 +155,25 @@ def test_the_folder_of_a_winner_is_a_model_too(
     assert check(absolute, tmp_path) == []
     found = settled(absolute, tmp_path)
     assert isinstance(found, JobSpec) and found.model.name == "zennet" and found.model.config["se"] is True
+
+
+def test_weights_of_a_search_that_trained_none_are_refused_and_those_of_others_loaded(
+    whole: RunFolder, toy_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    fields = {"method": {"name": "fine_tune"}, "model": {"name": "job:s1"}, "init": "job:s1"}
+    (problem,) = check(toy_job(**fields), whole.path.parents[1])
+    assert problem.loc == ["init"] and "a search that trained nothing" in problem.message
+    found = read_found(whole.artifact)
+    assert found is not None
+    network = build_encoder(Named.model_validate(found.model))
+    folder = tmp_path / "runs" / "s2" / "artifact"
+    folder.parent.mkdir(parents=True)
+    write(folder, found, [{"candidate": found.structure}], network.state_dict())
+    fields |= {"model": {"name": "job:s2"}, "init": "job:s2"}
+    assert check(toy_job(**fields), tmp_path) == []
+    fresh = build_encoder(Named.model_validate(found.model))
+    load_initial(fresh, "job:s2", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), fresh.parameters(), strict=True))
 
 
 def test_a_search_is_not_replayed(whole: RunFolder) -> None:

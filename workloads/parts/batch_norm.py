@@ -13,15 +13,20 @@ from workloads.parts.gather import over_ranks
 class GlobalBatchNorm(_BatchNorm):
     """While it trains, mean and variance are those of the global batch; gradients flow through them over all ranks.
 
-    So two ranks compute what one does. `nn.SyncBatchNorm` is this on GPUs.
+    So two ranks compute what one does. `nn.SyncBatchNorm` is this on GPUs. What a BatchNorm of timm has behind it, an
+    activation, is behind this one too, as its children by the same names.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         assert input.ndim >= 2, f"got {input.ndim} axes, expected [B, C, ...]"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
-            return super().forward(input)
+        x = self._over_ranks(input) if self.training and dist.is_initialized() else super().forward(input)
+        for behind in self.children():
+            x = behind(x)
+        return x
+
+    def _over_ranks(self, input: Tensor) -> Tensor:
         axes = [axis for axis in range(input.ndim) if axis != 1]
         shape = [1, -1, *[1] * (input.ndim - 2)]
         x = input.float()
@@ -50,6 +55,8 @@ def convert(module: nn.Module) -> nn.Module:
         )
         ours.weight, ours.bias = module.weight, module.bias
         ours._buffers = module._buffers
+        for name, child in module.named_children():
+            ours.add_module(name, child)
         return ours.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, convert(child))

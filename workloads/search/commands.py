@@ -18,12 +18,18 @@ def latency_table(
     precision: Annotated[str, typer.Option(help="fp16 or fp32 [fp16 on cuda, fp32 on cpu].", show_default=False)] = "",
     width: Annotated[list[int] | None, typer.Option(help="Channels [8, 16, 32, ... 8192].", min=1)] = None,
     kernel: Annotated[list[int] | None, typer.Option(help="Sides of kernels [1, 3, 5, 7].", min=1)] = None,
-    most_macs: Annotated[float, typer.Option(help="Leave out parts of more multiply-adds for each image.")] = 2e9,
+    most_macs: Annotated[
+        float | None,
+        typer.Option(help="Leave out parts of more multiply-adds for each image [8e9 on cuda, 3e8 on cpu].", min=1),
+    ] = None,
+    most_values: Annotated[
+        int, typer.Option(help="Leave out parts of more values in their maps: 2**29 are 1 GiB in fp16.", min=1)
+    ] = 2**29,
 ) -> None:
-    """Measure a latency table: once on a device, for every search that is about it."""
+    """Measure a latency table: once on a device, for every search that is about it. Nothing else should run there."""
     import torch
 
-    from workloads.search.latency_grid import KERNELS, WIDTHS, check, grid, measure_table
+    from workloads.search.latency_grid import KERNELS, MOST_MACS, WIDTHS, check, grid, measure_table
 
     precision = precision or ("fp32" if device == "cpu" else "fp16")
     if precision not in ("fp16", "fp32"):
@@ -32,7 +38,11 @@ def latency_table(
         fail(f"got device {device!r}, expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         fail("got device cuda on a machine without a GPU; run this where there is one, and take the file along")
-    ops = list(dict.fromkeys(grid(size, batch_size, width or WIDTHS, kernel or KERNELS, most_macs)))
+    ops = list(
+        dict.fromkeys(
+            grid(size, batch_size, width or WIDTHS, kernel or KERNELS, most_macs or MOST_MACS[device], most_values)
+        )
+    )
     with one_line_errors(), progress("measuring", len(ops)) as on_entry:
         try:
             table = measure_table(
@@ -49,6 +59,6 @@ def latency_table(
         check(table)
         table.write(out)
     for name, (added, measured) in table.checks.items():
-        off = table.ratio * added / measured - 1
-        typer.echo(f"{name}\tmeasured {measured:.4f} ms\tby this table {table.ratio * added:.4f} ({off:+.1%})")
+        typer.echo(f"{name}\tmeasured {measured:.4f} ms\tsum of its parts {added:.4f} ({added / measured - 1:+.1%})")
+    typer.echo(f"sums are multiplied by {table.ratio:.3f}")
     typer.echo(f"{out}\t{len(ops)} parts\t{table.conditions}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -55,16 +56,18 @@ def placed(network: nn.Module, device: torch.device, precision: Precision) -> nn
     return network.to(device, DTYPE[precision]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Milliseconds of one run.
+def timed(
+    runs: Sequence[Callable[[], object]], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Milliseconds of each.
 
     Args:
-        run: what is timed.
-        device: that it computes on; CUDA is waited for.
+        runs: what is timed, in turns: whatever else slows the device slows all of them alike.
+        device: that they compute on; CUDA is waited for.
         clock: seconds.
     """
 
-    def seconds(repeats: int) -> float:
+    def seconds(run: Callable[[], object], repeats: int) -> float:
         _wait(device)
         began = clock()
         for _ in range(repeats):
@@ -72,11 +75,46 @@ def timed(run: Callable[[], object], device: torch.device, clock: Callable[[], f
         _wait(device)
         return clock() - began
 
-    for _ in range(WARM_UPS - 1):
-        run()
-    repeats = max(1, math.ceil(SHORTEST_S / max(seconds(1), 1e-6)))  # the last warm-up says how many
-    timings = sorted(seconds(repeats) for _ in range(TIMINGS))[OUTER:-OUTER]
-    return 1000 * sum(timings) / len(timings) / repeats
+    for run in runs:
+        for _ in range(WARM_UPS - 1):
+            run()
+    # the last warm-up says how many times
+    repeats = [max(1, math.ceil(SHORTEST_S / max(seconds(run, 1), 1e-6))) for run in runs]
+    rounds = [[seconds(run, n) / n for run, n in zip(runs, repeats, strict=True)] for _ in range(TIMINGS)]
+    counted = [sorted(timings)[OUTER:-OUTER] for timings in zip(*rounds, strict=True)]
+    return [1000 * sum(timings) / len(timings) for timings in counted]
+
+
+def measure_all(
+    networks: Sequence[nn.Module],
+    *,
+    size: int,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Milliseconds per image of networks of images, [B, 3, H, W] -> anything, which are timed in turns.
+
+    Args:
+        networks: stay as they are; those on the meta device will do.
+        size: side of the images.
+        batch_size: of the images that go through at once.
+        precision: of weights and maps.
+        device: to measure on.
+        clock: seconds.
+
+    Raises:
+        ValueError: the device does not do that precision.
+    """
+    device = torch.device(device)
+    expect_precision(precision, device)
+    made = [placed(folded(network), device, precision) for network in networks]
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randn(batch_size, 3, size, size, generator=generator, device=device, dtype=DTYPE[precision])
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return [ms / batch_size for ms in timed([partial(network, images) for network in made], device, clock)]
 
 
 def measure(
@@ -88,27 +126,9 @@ def measure(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Milliseconds per image of a network of images, [B, 3, H, W] -> anything.
-
-    Args:
-        network: stays as it is; one on the meta device will do.
-        size: side of the images.
-        batch_size: of the images that go through it at once.
-        precision: of weights and maps.
-        device: to measure on.
-        clock: seconds.
-
-    Raises:
-        ValueError: the device does not do that precision.
-    """
-    device = torch.device(device)
-    expect_precision(precision, device)
-    network = placed(folded(network), device, precision)
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.randn(batch_size, 3, size, size, generator=generator, device=device, dtype=DTYPE[precision])
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        return timed(lambda: network(images), device, clock) / batch_size
+    """The same of one network."""
+    (ms,) = measure_all([network], size=size, batch_size=batch_size, precision=precision, device=device, clock=clock)
+    return ms
 
 
 def device_name(device: torch.device) -> str:

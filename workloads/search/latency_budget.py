@@ -5,6 +5,7 @@ A worker whose device it names measures; without that device the budget needs a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from workloads.models.structure import Structure
 from workloads.models.zennet import ZenNet
-from workloads.search.latency import Precision, expect_precision, measure
+from workloads.search.latency import Precision, expect_precision, measure_all
 from workloads.search.latency_ops import TableError, of_structure, operations
 from workloads.search.latency_table import LatencyTable
 
@@ -98,9 +99,23 @@ class Latency:
         Raises:
             TableError: the table does not cover it.
         """
+        return self.of_all([network])[0]
+
+    def of_all(self, networks: Sequence[nn.Module]) -> list[float]:
+        """Of several, which are timed in turns: on a busy device too their quotients say something.
+
+        Raises:
+            TableError: the table does not cover one.
+        """
         if self.table is not None:
-            return self.table.predict(operations(network, self.size))
-        return self._measured(network)
+            return [self.table.predict(operations(network, self.size)) for network in networks]
+        return measure_all(
+            networks,
+            size=self.size,
+            batch_size=self.budget.batch_size,
+            precision=self.budget.resolved_precision,
+            device=self.budget.device,
+        )
 
     def of_structure(self, structure: Structure, classes: int = 0) -> float:
         """Of a structure string of Zen-NAS; by a table that is half a millisecond, as nothing is built.
@@ -111,13 +126,4 @@ class Latency:
         if self.table is not None:
             return self.table.predict(of_structure(structure, self.size, classes))
         with torch.device("meta"):
-            return self._measured(ZenNet(structure, num_classes=classes))
-
-    def _measured(self, network: nn.Module) -> float:
-        return measure(
-            network,
-            size=self.size,
-            batch_size=self.budget.batch_size,
-            precision=self.budget.resolved_precision,
-            device=self.budget.device,
-        )
+            return self(ZenNet(structure, num_classes=classes))

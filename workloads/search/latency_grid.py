@@ -20,8 +20,8 @@ from workloads.search.latency_table import LatencyTable
 
 WIDTHS = tuple(2**i for i in range(3, 14))  # 8 to 8192
 KERNELS = (1, 3, 5, 7)
-MOST_MACS = 2e9
-MOST_VALUES = 2**28  # in the maps of an entry: 1 GiB in fp32
+MOST_MACS = {"cuda": 8e9, "cpu": 3e8}  # of an entry for each image: minutes of a GPU, half an hour of a core at 32 px
+MOST_VALUES = 2**29  # in the maps of an entry: 1 GiB in fp16, 2 in fp32
 SIDES = 6  # of the maps: a network divides the size of its images by 32
 OFTEN = 200  # entries between two writes
 CHECKED: dict[str, Callable[[], nn.Module]] = {
@@ -40,7 +40,8 @@ def grid(
     batch_size: int,
     widths: Iterable[int] = WIDTHS,
     kernels: Iterable[int] = KERNELS,
-    most_macs: float = MOST_MACS,
+    most_macs: float = MOST_MACS["cuda"],
+    most_values: int = MOST_VALUES,
 ) -> Iterator[Op]:
     """What a table measures.
 
@@ -50,6 +51,7 @@ def grid(
         widths: channels; images have 3 beside.
         kernels: odd.
         most_macs: multiply-adds of an entry for each image; what is above is left out.
+        most_values: in the maps of an entry, of all images.
     """
     widths, kernels = sorted(set(widths)), sorted(set(kernels))
     side = size
@@ -58,10 +60,10 @@ def grid(
             out = -(-side // stride)
             for a, b in itertools.product([3, *widths] if side == size else widths, widths):
                 values = a * side**2 + b * out**2
-                if a * b * (kernel * out) ** 2 <= most_macs and values * batch_size <= MOST_VALUES:
+                if a * b * (kernel * out) ** 2 <= most_macs and values * batch_size <= most_values:
                     yield conv(kernel, stride, a, b, side)
             for a in widths:
-                if kernel > 1 and 2 * a * side**2 * batch_size <= MOST_VALUES:
+                if kernel > 1 and a * (side**2 + out**2) * batch_size <= most_values:
                     yield conv(kernel, stride, a, a, side, groups=a)
         if side == 1:
             break
@@ -69,9 +71,9 @@ def grid(
     for a, b in itertools.product(widths, widths):
         yield conv(1, 1, a, b, 1)  # of squeeze-and-excitation
         yield Op("linear", (a, b))
-    for i, family in itertools.product(range(14), ("relu", "add", "mean")):
-        if 2 * 4**i * batch_size <= MOST_VALUES:
-            yield Op(family, (4**i,))
+    for i, family in itertools.product(range(32), ("relu", "add", "mean")):
+        if 2**i * batch_size <= most_values:
+            yield Op(family, (2**i,))
 
 
 class _Sum(nn.Module):
@@ -105,7 +107,7 @@ def measure_op(op: Op, batch_size: int, precision: Precision, device: torch.devi
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        return timed(lambda: layer(x), device) / batch_size
+        return timed([lambda: layer(x)], device)[0] / batch_size
 
 
 def measure_table(

@@ -10,9 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from workloads.models.encoders import build_encoder
 from workloads.parts.batch_norm import GlobalBatchNorm, convert
+from workloads.spec import Named
 
 ROWS = (3, 5)  # of the two ranks: shares need not be equal
+
+
+class Activated(nn.BatchNorm2d):
+    """As timm's: what is behind it is a part of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
 
 
 def norms() -> nn.ModuleDict:
@@ -24,6 +37,7 @@ def norms() -> nn.ModuleDict:
             "free": nn.BatchNorm1d(4, affine=False),
             "averaged": nn.BatchNorm1d(4, momentum=None),
             "forgetful": nn.BatchNorm1d(4, track_running_stats=False),
+            "activated": Activated(4),
         }
     )
     for parameter in modules.parameters():
@@ -34,7 +48,7 @@ def norms() -> nn.ModuleDict:
 def batches() -> dict[str, tuple[Tensor, Tensor]]:
     """Two batches by name: numbers far from 0, where a variance of one pass would lose its digits."""
     generator = torch.Generator().manual_seed(1)
-    shapes = {name: (sum(ROWS), 4, 2, 2) if name == "images" else (sum(ROWS), 4) for name in norms()}
+    shapes = {name: (sum(ROWS), 4, 2, 2) if name in ("images", "activated") else (sum(ROWS), 4) for name in norms()}
     return {
         name: tuple(100 + torch.randn(2, *shape, generator=generator))  # type: ignore[misc]
         for name, shape in shapes.items()
@@ -105,3 +119,13 @@ def test_each_norm_is_replaced_and_keeps_what_it_has(training: bool) -> None:
     assert net.state_dict().keys() == state.keys()
     assert net.state_dict()["1.0.running_mean"].data_ptr() == state["1.0.running_mean"].data_ptr()
     assert isinstance(convert(nn.BatchNorm3d(2)), GlobalBatchNorm)
+
+
+def test_networks_of_timm_compute_the_same() -> None:
+    network = build_encoder(Named(name="mobilenetv3_small_050")).eval()  # most of its BatchNorms have an activation
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    names = list(network.state_dict())
+    with torch.no_grad():
+        before = network(images)
+        assert torch.equal(convert(network)(images), before)
+    assert list(network.state_dict()) == names

@@ -32,14 +32,28 @@ class Clock:
 def test_the_outer_timings_and_the_warm_ups_do_not_count() -> None:
     clock = Clock([90, 90, 90, 7, 1, 2, 3, 4, 5, 6, 100, 0.5, 8])
     # sorted: .5 1 | 2 3 4 5 6 7 | 8 100
-    assert timed(clock.run, CPU, clock) == pytest.approx(1000 * (2 + 3 + 4 + 5 + 6 + 7) / 6)
+    assert timed([clock.run], CPU, clock) == [pytest.approx(1000 * (2 + 3 + 4 + 5 + 6 + 7) / 6)]
     assert clock.runs == 3 + 10
 
 
 def test_short_runs_are_repeated_within_a_timing() -> None:
     clock = Clock([SHORTEST_S / 4])
-    assert timed(clock.run, CPU, clock) == pytest.approx(1000 * SHORTEST_S / 4)
+    assert timed([clock.run], CPU, clock) == [pytest.approx(1000 * SHORTEST_S / 4)]
     assert clock.runs == 3 + 10 * 4
+
+
+def test_what_slows_the_device_slows_all_that_is_timed_in_turns() -> None:
+    """Twice the work takes twice as long, though each round of both is slower than the one before."""
+    now = 0.0
+    runs = 0
+
+    def run(work: float) -> None:
+        nonlocal now, runs
+        runs += 1
+        now += work * (1 + runs / 10)
+
+    one, two = timed([lambda: run(1.0), lambda: run(2.0)], CPU, lambda: now)
+    assert two / one == pytest.approx(2, rel=0.1)
 
 
 def test_ms_are_for_one_image() -> None:

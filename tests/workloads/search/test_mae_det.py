@@ -245,7 +245,7 @@ def test_a_latency_that_no_network_has_or_that_the_table_does_not_say(tmp_path: 
 
 def test_without_a_table_the_backbone_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[nn.Module] = []
-    monkeypatch.setattr("workloads.search.latency_budget.measure", lambda network, **_: seen.append(network) or 7.0)
+    monkeypatch.setattr("workloads.search.latency_budget.measure_all", lambda of, **_: seen.extend(of) or [7.0])
     found = search(budget={"layers": 40, "latency": {"ms": 5}})
     assert found.score(text(R50), 0) == {"latency_ms": 7.0}
     assert isinstance(seen[0], MAEDet)
