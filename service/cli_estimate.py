@@ -13,6 +13,10 @@ from service.terminal import USAGE, AsJson, Spec, fail, out, read_job, show_json
 GIB = 2**30
 
 
+def activations(size: int | None) -> str:
+    return "activations are not to be counted" if size is None else f"at most {size / GIB:,.2f} GiB of activations"
+
+
 def estimate(
     spec: Spec,
     samples: Annotated[int | None, typer.Option(min=1, help="Of an epoch, such as 1281167 of ImageNet-1k.")] = None,
@@ -48,7 +52,7 @@ def estimate(
         ("parameters", f"{found.parameters / 1e6:,.1f} M, {found.trained / 1e6:,.1f} M of them trained"),
         ("a step", "not to be counted" if found.flops is None else f"{found.flops / 1e12:,.2f} TFLOP over all workers"),
         ("memory of a worker", f"{found.state_bytes / GIB:,.2f} GiB of weights, gradients and moments"),
-        ("", f"at most {found.activation_bytes / GIB:,.2f} GiB of activations"),
+        ("", activations(found.activation_bytes)),
         ("steps", "give --samples" if found.steps is None else f"{found.steps:,}"),
         (f"hours of one {gpu} at {utilisation:.0%}", "" if hours is None else f"{hours:,.1f}"),
     ]

@@ -1,7 +1,8 @@
-"""The `manta` commands of jobs: submit, look, follow, pause, resume, cancel."""
+"""The `manta` commands of jobs: submit, look, follow, pause, resume, cancel, retry, clone, compare."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,14 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+from service import cli_dry_run
+from service.patches import patch_of
 from service.progress import follow
 from service.terminal import (
     CANCELLED,
     FAILED,
     OK,
+    USAGE,
     AsJson,
     Base,
-    Spec,
     connected,
     fail,
     out,
@@ -32,21 +35,36 @@ LAST_EVENTS = 5  # that `manta job` shows
 
 
 def submit(
-    spec: Spec,
+    specs: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="JobSpecs, YAML or JSON; job:$NAME is an earlier one."),
+    ],
     base: Base = None,
     stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost; submit nothing.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="Of a dry run: tell the time by the peak of this GPU.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submits a job."""
-    document = read_job(spec, base).model_dump(mode="json")
+    """Submits a job, or a list of which each may come after earlier ones: all of them or none."""
+    documents = [read_job(spec, base).model_dump(mode="json") for spec in specs]
+    if len(specs) > 1 and (stay or dry_run):
+        fail("got several jobs with --follow or --dry-run, expected one; submit them, then follow one", USAGE)
+    if dry_run and stay:
+        fail("got --dry-run and --follow, expected one of them: nothing runs that could be followed", USAGE)
+    if gpu is not None and not dry_run:
+        fail("got --gpu without --dry-run; the job says what it runs on, in resources", USAGE)
     with connected() as client:
-        job = client.submit(document)
-        if as_json and not stay:
-            show_json(job)
-        elif not stay:
-            out.print(f"{job['id']} {job['state']}")
+        if dry_run:
+            cli_dry_run.show(client.dry_run(documents[0], gpu=gpu), as_json)
+            return
+        made = client.submit_all(documents) if len(specs) > 1 else [client.submit(documents[0])]
         if stay:
-            _follow(client, job["id"], as_json)
+            _follow(client, made[0]["id"], as_json)
+        elif as_json:
+            show_json(made if len(specs) > 1 else made[0])
+        else:
+            for job in made:
+                out.print(" ".join(job[key] for key in ("id", "state", "reason") if job[key] is not None))
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> None:
@@ -70,6 +88,7 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("id", job["id"]),
         ("name", job["name"]),
         ("state", job["state"]),
+        ("after", ", ".join(job["after"]) or None),
         ("reason", job["reason"]),
         ("hint", job["hint"]),
         ("method", job["method"]),
@@ -212,6 +231,43 @@ def resume(
         _print_state(client.resume(job_id, max_duration=max_duration), as_json)
 
 
+def retry(job_id: JobId, as_json: AsJson = False) -> None:
+    """Queues a job again that failed or was cancelled; it goes on from its checkpoint."""
+    with connected() as client:
+        _print_state(client.retry(job_id), as_json)
+
+
+def clone(
+    job_id: JobId,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="May be repeated; null removes a field.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submits a job once more, with changes: `manta clone JOB --set optimizer.lr=1e-3 --set name=slower`."""
+    try:
+        patch = patch_of(changes or [])
+    except ValueError as error:
+        fail(error, USAGE)
+    with connected() as client:
+        _print_state(client.clone(job_id, patch), as_json)
+
+
+def diff(job_id: JobId, other_id: JobId, as_json: AsJson = False) -> None:
+    """Shows where two jobs differ, and what their runs were made of."""
+    with connected() as client:
+        found = client.diff(job_id, other_id)
+    if as_json:
+        show_json(found)
+        return
+    rows = [
+        (what, d["path"], *(json.dumps(d[side]) if side in d else None for side in ("a", "b")))
+        for what in ("spec", "provenance")
+        for d in found[what]
+    ]
+    show_table(["of", "where", job_id, other_id], rows)
+
+
 def events(job_id: JobId, as_json: AsJson = False) -> None:
     """Prints what happened to a job: states, attempts, workers that came and went."""
     with connected() as client:
@@ -229,4 +285,4 @@ def _print_state(found: dict[str, Any], as_json: bool) -> None:
         out.print(f"{found['id']} {found['state']}")
 
 
-COMMANDS = (submit, jobs, job, logs, events, metrics, report, pause, resume, cancel)
+COMMANDS = (submit, jobs, job, logs, events, metrics, report, pause, resume, cancel, retry, clone, diff)

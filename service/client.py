@@ -100,15 +100,28 @@ class Client:
 
     def submit(self, spec: Answer, *, idempotency_key: str | None = None) -> Answer:
         """Submits a JobSpec; a lost answer is asked for again under the same key, which makes one job."""
+        return self._make("/v1/jobs", spec, idempotency_key, **self._project)
+
+    def _make(self, path: str, body: Any, idempotency_key: str | None, **parameters: str) -> Answer:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         for attempt in range(TRIES):
             try:
-                return self._call("POST", "/v1/jobs", json=spec, headers=headers, params=self._project)
+                return self._call("POST", path, json=body, headers=headers, params=parameters)
             except ApiError as error:
                 if error.status not in (0, 503) or attempt == TRIES - 1:
                     raise
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError
+
+    def submit_all(self, specs: Sequence[Answer], *, idempotency_key: str | None = None) -> list[Answer]:
+        """Submits a list, all or none; `after: [$name]` and `job:$name` mean an earlier job of it by its `name`."""
+        made: list[Answer] = self._make("/v1/jobs:batch", list(specs), idempotency_key, **self._project)["jobs"]
+        return made
+
+    def dry_run(self, spec: Answer, *, gpu: str | None = None) -> Answer:
+        """What the job would do and cost, and how long by earlier runs (else by the peak of `gpu`); stores nothing."""
+        wanted = {"dry_run": True, **self._project, **({} if gpu is None else {"gpu": gpu})}
+        return self._call("POST", "/v1/jobs", json=spec, params=wanted)
 
     def job(self, job_id: str) -> Answer:
         return self._call("GET", f"/v1/jobs/{job_id}")
@@ -136,6 +149,18 @@ class Client:
     def resume(self, job_id: str, *, max_duration: float | str | None = None) -> Answer:
         """Queues a paused job again; with a longer `max_duration` (seconds, "2h") also one that reached its own."""
         return self._call("POST", f"/v1/jobs/{job_id}:resume", json={"max_duration": max_duration})
+
+    def retry(self, job_id: str) -> Answer:
+        """Queues a failed or cancelled job again; it goes on from its checkpoint."""
+        return self._call("POST", f"/v1/jobs/{job_id}:retry")
+
+    def clone(self, job_id: str, patch: Answer | None = None, *, idempotency_key: str | None = None) -> Answer:
+        """Submits the job once more, changed by a JSON merge patch of its spec."""
+        return self._make(f"/v1/jobs/{job_id}:clone", patch or {}, idempotency_key)
+
+    def diff(self, job_id: str, other_id: str) -> Answer:
+        """`spec` and `provenance`: `path`, `a`, `b` of each place where the two jobs differ."""
+        return self._call("GET", f"/v1/jobs/{job_id}/diff/{other_id}")
 
     def events(self, job_id: str, *, after: str = "0-0") -> list[Answer]:
         """What happened to the job; `after`: the `cursor` of an earlier event."""

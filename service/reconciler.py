@@ -13,7 +13,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +21,14 @@ import psutil
 import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
+from service.dependencies import lost, waiting, waits_for
 from service.errors import ServiceError, Unavailable
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
+from workloads import preflight
+from workloads.preflight import Check
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
 
@@ -40,10 +43,11 @@ MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
 class Decision:
     """What to do about a job, and the state that is true.
 
-    `submit` starts the next attempt, `resubmit` the same one again: Ray never heard of it.
+    `submit` starts the next attempt, `resubmit` the same one again: Ray never heard of it. `check` looks whether a job
+    can run whose parents have succeeded.
     """
 
-    act: Literal["submit", "resubmit", "stop", "finish", "none"]
+    act: Literal["submit", "resubmit", "stop", "finish", "check", "none"]
     state: JobState
     reason: str | None = None
     hint: str | None = None
@@ -65,6 +69,7 @@ def decide(
     alive: bool,
     fits: bool,
     max_attempts: int,
+    parents: Mapping[str, JobState | None],
 ) -> Decision:
     """What is true of a job, and what to do.
 
@@ -76,10 +81,17 @@ def decide(
         alive: whether a process of the job is at work, whatever Ray says.
         fits: whether the cluster has room for it.
         max_attempts: that may end in a row without a step of progress.
+        parents: the jobs that it comes after; None: not in the table any more.
     """
     if row.state in SETTLED:
         return Decision("none", row.state)
     at_work = alive or ray in ("PENDING", "RUNNING")
+    if row.state == "QUEUED" and row.held:
+        if ended := lost(parents):
+            return Decision("finish", "FAILED", *ended)
+        if open_ := waits_for(parents):
+            return Decision("none", "QUEUED", waiting(open_))
+        return Decision("check", "QUEUED")
     if row.state == "QUEUED":
         return Decision("submit", "STARTING") if fits and not at_work else Decision("none", "QUEUED")
 
@@ -120,6 +132,7 @@ class Reconciler:
         registry: Registry,
         deployments: Callable[[], None],
         clock: Callable[[], float] = time.time,
+        check: Check = preflight.check,
     ) -> None:
         """Keeps its parts.
 
@@ -130,7 +143,9 @@ class Reconciler:
             registry: takes the artifacts of jobs that succeeded.
             deployments: brings Serve to what the table of deployments wants; called each round.
             clock: seconds since the epoch.
+            check: what is wrong with a job whose parents have succeeded.
         """
+        self._check = check
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self._unreadable: set[str] = set()  # run folders that are none, said once
@@ -178,17 +193,22 @@ class Reconciler:
         with self._store.session() as session:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
+            named = {parent for job in jobs if job.held for parent in job.after}
+            of_parents = sa.select(Job.id, Job.state).where(Job.id.in_(named))
+            states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
         free = {
             "CPU": capacity["CPU"] - sum(job.cpus for job in jobs if job.state in ACTIVE),
             "GPU": capacity["GPU"] - sum(job.gpus for job in jobs if job.state in ACTIVE),
         }
-        waiting = False  # first come, first served: nobody overtakes a job that waits
+        behind = False  # first come, first served: nobody overtakes a job that waits for room
         for job in jobs:
-            fits = not waiting and job.cpus <= free["CPU"] and job.gpus <= free["GPU"]
-            if job.state == "QUEUED":
-                waiting = waiting or not fits
+            fits = not behind and job.cpus <= free["CPU"] and job.gpus <= free["GPU"]
+            if job.state == "QUEUED" and not job.held:
+                behind = behind or not fits
             try:
-                if self._settle(job, statuses.get(submission_id(job.id, job.attempt)), fits) and job.state == "QUEUED":
+                parents = {parent: states.get(parent) for parent in job.after}
+                ray = statuses.get(submission_id(job.id, job.attempt))
+                if self._settle(job, ray, fits, parents) and job.state == "QUEUED":
                     free = {"CPU": free["CPU"] - job.cpus, "GPU": free["GPU"] - job.gpus}
             except StaleDataError:
                 logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
@@ -196,13 +216,14 @@ class Reconciler:
                 logger.warning("job %s: %s; tried again in the next round", job.id, error)
         self._deployments()
 
-    def _settle(self, job: Job, ray: RayStatus | None, fits: bool) -> bool:
+    def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> bool:
         """Decides and acts for one job; True when it was submitted."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
         alive = lives(record, now)
-        decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=self._settings.max_attempts)
+        most = self._settings.max_attempts
+        decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, again=decision.act == "resubmit")
         elif decision.act == "stop":
@@ -210,6 +231,8 @@ class Reconciler:
             self._ray.stop(job.id, job.attempt)
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
             self._register(job, run)
+        elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
+            decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
         self._write(job, decision, record)
         return decision.act in ("submit", "resubmit")
 
@@ -254,6 +277,9 @@ class Reconciler:
             if row.state != decision.state:
                 row.become(decision.state, decision.reason or f"attempt {row.attempt}")
             row.reason, row.hint = decision.reason, decision.hint
+            if decision.act == "check":
+                row.held = False
+                self._wake.set()  # it is submitted in the next round
             if record is not None and record.attempt == row.attempt:
                 row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
                 row.started_at = row.started_at or record.started_at

@@ -63,6 +63,10 @@ class Registry:
             with suppress(IntegrityError), self._store.session() as session:  # somebody claims it at the same moment
                 if session.get(ModelName, name) is None:
                     session.add(ModelName(name=name, project=project))
+        return self.taken(names, project)
+
+    def taken(self, names: Sequence[str], project: str) -> list[str]:
+        """Those of the names that a project other than `project` has."""
         with self._store.session() as session:
             taken = sa.select(ModelName.name).where(ModelName.name.in_(names), ModelName.project != project)
             return list(session.scalars(taken))

@@ -27,7 +27,8 @@ _WILD = re.compile(r"[*?\[{]")
 _REFERENCE = re.compile(r"[\w.-]+(@\d+)?")
 _SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(sig|token|secret|passw|credential|key|auth)", re.IGNORECASE)  # in a URL
 _NAMES = ("name", "register")  # of the catalog, of the job, of its model: nothing is read by these but job:<id>
-_FIXED = ("data", "optimizer", "schedule", "precision", "engine", "guards", "resources", "checkpoint")  # nor in these
+# nor in these
+_FIXED = ("after", "data", "optimizer", "schedule", "precision", "engine", "guards", "resources", "checkpoint")
 
 
 class Roots:
@@ -53,7 +54,7 @@ class Roots:
             readable: whether its submitter may read the weights of a job or a model.
         """
         found = []
-        for loc, text in _texts(spec.model_dump(mode="json"), []):
+        for loc, text in texts(spec.model_dump(mode="json"), []):
             if problem := self._unsafe(text) or self._beyond(text, readable) or self._foreign(loc, text, readable):
                 found.append(Problem(loc=loc, message=problem[0], hint=problem[1]))
         return found
@@ -114,16 +115,16 @@ class Roots:
         return None if may else (f"got {text!r}, which names no weights that you may read", "GET /v1/models lists them")
 
 
-def _texts(value: Any, loc: list[str | int]) -> Iterator[tuple[list[str | int], str]]:
+def texts(value: Any, loc: list[str | int]) -> Iterator[tuple[list[str | int], str]]:
     """Every text in a document, and where."""
     if isinstance(value, str):
         yield loc, value
     elif isinstance(value, dict):
         for key, one in value.items():
-            yield from _texts(one, [*loc, key])
+            yield from texts(one, [*loc, key])
     elif isinstance(value, list):
         for i, one in enumerate(value):
-            yield from _texts(one, [*loc, i])
+            yield from texts(one, [*loc, i])
 
 
 def _held(text: str) -> str:

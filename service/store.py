@@ -44,6 +44,8 @@ class Job(Base):
     id: Mapped[str] = mapped_column(sa.String(80), unique=True)
     name: Mapped[str] = mapped_column(sa.String(80))
     spec: Mapped[dict[str, Any]]
+    after: Mapped[list[Any]] = mapped_column(default=list)  # ids of jobs that it needs
+    held: Mapped[bool] = mapped_column(default=False)  # until these have succeeded and it was checked
     project: Mapped[str] = mapped_column(sa.String(63), default=DEFAULT_PROJECT, index=True)
     owner: Mapped[str] = mapped_column(sa.String(80), default=LOCAL.name)  # the principal that submitted it
     origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", or "ray": came by `ray job submit`

@@ -35,6 +35,8 @@ class Request:
             return self.moves[state]
         if state == "PAUSING":
             hint = "it writes its checkpoint; ask again when it is PAUSED"
+        elif state == "PAUSED":
+            hint = "resume it"
         elif state in TERMINAL or state == "CANCELLING":
             hint = "it stays as it is; submit a new job"
         else:
@@ -60,6 +62,11 @@ RESUME = Request(
     "resume",
     "resumed on request",
     {"PAUSED": "QUEUED", "QUEUED": "QUEUED", "STARTING": "STARTING", "RUNNING": "RUNNING"},
+)
+RETRY = Request(
+    "retry",
+    "retried on request",
+    {"FAILED": "QUEUED", "CANCELLED": "QUEUED", "QUEUED": "QUEUED", "STARTING": "STARTING", "RUNNING": "RUNNING"},
 )
 LENGTHEN = Request("resume with max_duration", "resumed with a longer max_duration", {"PAUSED": "QUEUED"})
 LENGTHEN_ENDED = Request(LENGTHEN.verb, LENGTHEN.reason, {"PAUSED": "QUEUED", "FAILED": "QUEUED"})  # by the one before

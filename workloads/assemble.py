@@ -39,7 +39,11 @@ def open_stream(stream: Stream, mapper: Mapper = here) -> Manifest:
     """
     if stream.piped:
         return stream_manifest(stream.shards, stream.epoch_samples or 0, stream.num_classes)
-    manifest = open_manifest(stream.shards, mapper=mapper)
+    return chosen(stream, open_manifest(stream.shards, mapper=mapper))
+
+
+def chosen(stream: Stream, manifest: Manifest) -> Manifest:
+    """What a stream takes of the manifest of its shards; raises as `open_stream` does."""
     bad, good = len(manifest.quarantined), len(manifest)
     if bad > stream.max_bad_share * (bad + good):
         raise DataError(

@@ -39,7 +39,7 @@ class Estimate:
         flops: of an optimizer step over all workers, forward and backward; None where shapes alone do not say.
         state_bytes: of a worker: weights, and gradients and two moments of what is trained, in float32, not sharded.
         activation_bytes: of a worker: what a micro-batch keeps for backward, in the job's precision, nothing being
-            computed again. An upper bound: fused kernels keep less.
+            computed again. An upper bound: fused kernels keep less. None where `flops` is.
         steps: of the whole job; None where neither the job nor the caller says how many samples there are.
     """
 
@@ -47,7 +47,7 @@ class Estimate:
     groups: list[Group]
     flops: int | None
     state_bytes: int
-    activation_bytes: int
+    activation_bytes: int | None
     steps: int | None
 
     @property
@@ -104,7 +104,7 @@ def estimate(spec: JobSpec, home: Path, *, samples: int | None = None, num_class
         groups=groups,
         flops=None if flops is None else flops * parts,
         state_bytes=BYTES_OF_STATE * trained + 4 * (parameters - trained),
-        activation_bytes=_kept(method, batch) // (1 if spec.precision == "fp32" else 2),
+        activation_bytes=None if flops is None else _kept(method, batch) // (1 if spec.precision == "fp32" else 2),
         steps=steps,
     )
 

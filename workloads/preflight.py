@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class Problem(BaseModel):
 
     def __str__(self) -> str:
         return self.sentence + (f" ({self.hint})" if self.hint else "")
+
+
+Check = Callable[[AnySpec, Path], list[Problem]]
 
 
 def warm() -> None:
@@ -66,17 +70,19 @@ def look(spec: AnySpec, home: Path) -> list[Problem]:
         spec = settled(spec, home)
     except ArtifactError as error:
         return [Problem(loc=["model", "name"], message=str(error))]
+    return form(spec) or _data(spec) + _init(spec, home)
+
+
+def form(spec: AnySpec) -> list[Problem]:
+    """`check` of what the spec itself says: all that can be said while other jobs make its weights or its data."""
     if isinstance(spec, SearchSpec):
-        return _search(spec, home)
+        return _search(spec)
     problems = _config("method", "method", spec.method)
     for i, evaluation in enumerate(spec.evaluate):
         problems += _config("evaluation", "evaluate", evaluation, i)
-    problems += _model(spec)
-    if not problems:
-        problems += _streams(spec)
-    if not problems:
-        problems += _data(spec) + _init(spec, home)
-    return problems
+    if not spec.model.name.startswith("job:"):
+        problems += _model(spec)
+    return problems or _streams(spec)
 
 
 def _config(kind: str, field: str, named: Named, *index: int) -> list[Problem]:
@@ -110,8 +116,8 @@ def _model(spec: JobSpec) -> list[Problem]:
     return []
 
 
-def _search(spec: SearchSpec, home: Path) -> list[Problem]:
-    """What the search itself finds wrong, its data and its weights."""
+def _search(spec: SearchSpec) -> list[Problem]:
+    """What the search itself finds wrong."""
     if problems := _config("search", "search", spec.search):
         return problems
     cls = catalog.load("search", spec.search.name)
@@ -131,7 +137,7 @@ def _search(spec: SearchSpec, home: Path) -> list[Problem]:
             "the weights that it measures; name those of a job" if cls.starts_from_weights else "none; leave it out"
         )
         found.append(Problem(loc=["init"], message=f"got {spec.init} for {spec.search.name}, expected {expected}"))
-    return found or _streams(spec) or _data(spec) + _init(spec, home)
+    return found or _streams(spec)
 
 
 def _streams(spec: AnySpec) -> list[Problem]:

@@ -89,6 +89,9 @@ class Stream(Strict):
         return self
 
 
+JobReference = Annotated[str, Field(pattern=r"^\$?[a-zA-Z0-9][a-zA-Z0-9._-]{0,79}$")]  # $name: in a list of jobs
+
+
 class BaseSpec(Strict):
     """What every job has."""
 
@@ -98,6 +101,7 @@ class BaseSpec(Strict):
         None  # weights to start from: name@version, job:<id>, timm:<name>, a folder or a .safetensors file
     )
     max_duration: Seconds | None = Field(default=None, gt=0)  # of the work itself, over all attempts; "12h"
+    after: list[JobReference] = []  # of the service: ids of jobs that must have succeeded before this one starts
     seed: int = Field(default=0, ge=0, lt=2**31)
     resources: Resources = Resources()
 

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look, pause, resume, cancel, curves, events, logs, reports."""
+"""/v1/jobs: submit, list, look, pause, resume, cancel, retry, clone, compare, curves, events, logs, reports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
 from service.events import CURSOR, START
+from service.jobs import no_such_job
 from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
@@ -26,6 +27,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 FOLLOW_POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
+MOST = 100  # jobs of one list
 
 
 class Resume(BaseModel):
@@ -43,13 +45,37 @@ def submit(
     response: Response,
     project: ProjectQuery = None,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    dry_run: Annotated[
+        bool, Query(description="Answers what the job would do and cost, 200, and stores none.")
+    ] = False,
+    gpu: Annotated[str | None, Query(max_length=80, description="Of a dry run: tells the time by its peak.")] = None,
 ) -> dict[str, Any]:
     """Accepts a job: 201 means that it is stored and will run. The same Idempotency-Key answers the same job, 200."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
+    if dry_run:
+        response.status_code = 200
+        return parts.jobs.dry_run(body, caller, chosen, gpu)
     job, created = parts.jobs.submit(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return parts.jobs.view(job)
+
+
+@router.post(":batch", status_code=201)
+def submit_all(
+    body: Annotated[list[dict[str, Any]], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
+    parts: PartsDep,
+    caller: CallerDep,
+    request: Request,
+    response: Response,
+    project: ProjectQuery = None,
+    idempotency_key: Annotated[str | None, Header(max_length=190)] = None,
+) -> dict[str, Any]:
+    """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
+    request.state.project = chosen = parts.projects.chosen(caller, project)
+    jobs, created = parts.jobs.submit_all(body, idempotency_key, caller, chosen)
+    response.status_code = 201 if created else 200
+    return {"jobs": [parts.jobs.view(job) for job in jobs]}
 
 
 @router.get("")
@@ -88,6 +114,37 @@ def pause(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def resume(job_id: str, jobs: JobsDep, body: Resume | None = None) -> dict[str, Any]:
     """Queues a paused job again; so too one that reached its `max_duration`, given a longer one. May be repeated."""
     return jobs.view(jobs.resume(job_id, body.max_duration if body else None))
+
+
+@router.post("/{job_id}:retry", status_code=202)
+def retry(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+    """Queues a job again that failed or was cancelled; it goes on from its checkpoint. Repeating it changes nothing."""
+    return jobs.view(jobs.retry(job_id))
+
+
+@router.post("/{job_id}:clone", status_code=201)
+def clone(
+    job_id: str,
+    patch: Annotated[dict[str, Any], Body(description="A JSON merge patch (RFC 7396) of the job's spec.")],
+    jobs: JobsDep,
+    caller: CallerDep,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> dict[str, Any]:
+    """Accepts a new job: this one with changes; the rest is as of a submission. `{}` runs it once more."""
+    job, created = jobs.clone(job_id, patch, idempotency_key, caller)
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return jobs.view(job)
+
+
+@router.get("/{job_id}/diff/{other_id}")
+def diff(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -> dict[str, Any]:
+    """Where two jobs differ: `path`, `a` and `b` of each place in their specs, and in what their runs were made of."""
+    other = jobs.find(other_id)
+    if other is None or not caller.sees(other.project):
+        raise no_such_job(other_id)
+    return jobs.diff(job_id, other_id)
 
 
 @router.get("/{job_id}/events")

@@ -42,12 +42,17 @@ def ask(client: TestClient, key: str, project: str, job_id: str, token_id: str) 
     name = {"methods": "mae", "evaluations": "knn", "searches": "zen_nas"}.get(kind, f"of-{project}")
     bodies: dict[str, Any] = {
         "POST /v1/jobs": BODY,
+        "POST /v1/jobs:batch": [BODY, BODY | {"name": "next", "after": ["$toy"]}],
         "POST /v1/tokens": {"name": "y", "role": "viewer", "project": project},
         "POST /v1/projects": {"name": "three"},
+        "POST /v1/jobs/{job_id}:clone": {"name": "more"},
     }
-    parameters = {"project": project} if key == "POST /v1/jobs" else {}
+    parameters = {"project": project} if key in ("POST /v1/jobs", "POST /v1/jobs:batch") else {}
     return client.request(
-        method, path.format(job_id=job_id, token_id=token_id, name=name), json=bodies.get(key), params=parameters
+        method,
+        path.format(job_id=job_id, other_id=job_id, token_id=token_id, name=name),
+        json=bodies.get(key),
+        params=parameters,
     )
 
 
@@ -67,7 +72,7 @@ def test_every_route_with_every_role_and_project(service: Secured) -> None:
         for key, rule in routes.items():
             answer = ask(client, key, "one", job_id, token_id)
             owned = "{job_id}" in key or "{token_id}" in key or "/v1/models/{name}" in key
-            named = owned or key in ("POST /v1/jobs", "POST /v1/tokens")
+            named = owned or key in ("POST /v1/jobs", "POST /v1/jobs:batch", "POST /v1/tokens")
             if rule.least is None:
                 expected = {200, 503}
             elif role is None:
@@ -105,6 +110,7 @@ def test_what_another_project_has_is_as_if_it_were_not_there(service: Secured) -
     client = service.client(service.token("bob", "operator"))
     theirs = service.client(service.token("eve", "admin", "one"))
     job_id = service.job()
+    assert theirs.get(f"/v1/jobs/{service.job(project='one')}/diff/{job_id}").json()["detail"].count("does not exist")
     for verb in ("", "/logs", "/report", "/events"):
         got = [theirs.get(f"/v1/jobs/{name}{verb}").json() for name in (job_id, "job-none")]
         assert got[0]["detail"].replace(job_id, "job-none") == got[1]["detail"] and got[0]["status"] == 404
@@ -115,7 +121,7 @@ def test_what_another_project_has_is_as_if_it_were_not_there(service: Secured) -
         assert hidden["status"] == 404 and hidden["hint"] == "registered are own"
     assert [m["name"] for m in theirs.get("/v1/models").json()["models"]] == ["own"]
     assert [m["name"] for m in client.get("/v1/models").json()["models"]] == ["own", "secret-model"]
-    assert theirs.get("/v1/jobs").json()["jobs"] == []
+    assert [job["project"] for job in theirs.get("/v1/jobs").json()["jobs"]] == ["one"]
     expect(theirs.get("/v1/jobs?project=default"), 404, "project 'default', which does not exist")
     expect(theirs.post("/v1/jobs?project=default", json=BODY), 404)
     assert client.get("/v1/jobs?project=default").json()["jobs"][0]["id"] == job_id

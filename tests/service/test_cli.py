@@ -24,6 +24,7 @@ JOB = {
     "id": "job-1",
     "name": "toy",
     "state": "SUCCEEDED",
+    "after": [],
     "reason": None,
     "hint": None,
     "method": "mae",
@@ -62,6 +63,13 @@ class FakeClient:
         FakeClient.submitted = spec
         return JOB | {"state": "QUEUED"}
 
+    def submit_all(self, specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        reasons = [None] + ["waits for job-1"] * (len(specs) - 1)
+        return [JOB | {"state": "QUEUED", "reason": r, "spec": s} for r, s in zip(reasons, specs, strict=True)]
+
+    def dry_run(self, spec: dict[str, Any], gpu: str | None) -> dict[str, Any]:
+        return {"name": spec["name"], "gpu": gpu}
+
     def metrics(self, job_id: str, after_step: int = -1) -> list[dict[str, Any]]:
         points = [{"step": 3, "epoch": 0, "loss": 0.5, "lr": 1e-3, "samples_per_s": 10.0}]
         return [point for point in points if point["step"] > after_step]
@@ -86,6 +94,15 @@ class FakeClient:
 
     def resume(self, job_id: str, max_duration: str | None) -> dict[str, Any]:
         return JOB | {"state": "QUEUED", "reason": max_duration}
+
+    def retry(self, job_id: str) -> dict[str, Any]:
+        return JOB | {"state": "QUEUED"}
+
+    def clone(self, job_id: str, patch: dict[str, Any]) -> dict[str, Any]:
+        return JOB | {"id": "job-2", "state": "QUEUED", "spec": patch}
+
+    def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
+        return {"spec": [{"path": "steps", "a": 3}, {"path": "name", "a": "x", "b": "y"}], "provenance": []}
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
         kinds = ("queued", "starting", "running", "worker_left", "worker_joined", "succeeded")
@@ -116,6 +133,14 @@ def test_submit_sends_absolute_shards(service: type[FakeClient], spec_file: Path
     assert (result.exit_code, result.stdout.strip()) == (0, "job-1 QUEUED")
     assert service.submitted is not None
     assert service.submitted["data"]["train"]["shards"] == str(spec_file.parent / "train-0.tar")
+
+
+def test_a_dry_run_submits_nothing(service: type[FakeClient], spec_file: Path) -> None:
+    command = ["submit", str(spec_file), "--dry-run", "--json"]
+    assert json.loads(runner.invoke(cli.app, [*command, "--gpu", "A100"]).stdout) == {"name": "toy", "gpu": "A100"}
+    assert service.submitted is None
+    for wrong in ([*command, "--follow"], ["submit", str(spec_file), "--gpu", "A100"]):
+        assert runner.invoke(cli.app, wrong).exit_code == 2
 
 
 @pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 3)])
@@ -178,6 +203,25 @@ def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
     assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
+
+
+def test_several_files_are_one_list(service: type[FakeClient], spec_file: Path) -> None:
+    second = spec_file.with_name("second.yaml")
+    second.write_text(yaml.safe_dump(yaml.safe_load(spec_file.read_text()) | {"after": ["$toy"], "init": "job:$toy"}))
+    command = ["submit", str(spec_file), str(second)]
+    assert runner.invoke(cli.app, command).stdout == "job-1 QUEUED\njob-1 QUEUED waits for job-1\n"
+    sent = json.loads(runner.invoke(cli.app, [*command, "--json"]).stdout)[1]["spec"]
+    assert (sent["after"], sent["init"]) == (["$toy"], "job:$toy")
+    assert runner.invoke(cli.app, [*command, "--follow"]).exit_code == 2
+
+
+def test_retry_clone_and_diff(service: type[FakeClient]) -> None:
+    assert runner.invoke(cli.app, ["retry", "job-1"]).stdout == "job-1 QUEUED\n"
+    changed = runner.invoke(cli.app, ["clone", "job-1", "--set", "optimizer.lr=0.1", "--set", "steps=null", "--json"])
+    assert json.loads(changed.stdout)["spec"] == {"optimizer": {"lr": 0.1}, "steps": None}
+    assert runner.invoke(cli.app, ["clone", "job-1", "--set", "steps"]).exit_code == 2
+    lines = runner.invoke(cli.app, ["diff", "job-1", "job-2"]).stdout.splitlines()
+    assert lines == ["of\twhere\tjob-1\tjob-2", "spec\tsteps\t3\t", 'spec\tname\t"x"\t"y"']
 
 
 @pytest.mark.parametrize("command", [["jobs"], ["env"], ["submit"], ["logs", "x"]])

@@ -33,6 +33,13 @@ def test_a_lost_answer_is_asked_for_under_the_same_key(monkeypatch: pytest.Monke
     assert len(keys) == 3 and len(set(keys)) == 1
 
 
+def test_a_list_is_one_request() -> None:
+    def echo(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(201, json={"jobs": json.loads(request.content), "path": request.url.path})
+
+    assert client(echo).submit_all([{"name": "a"}, {"name": "b"}]) == [{"name": "a"}, {"name": "b"}]
+
+
 def test_a_refusal_is_not_repeated_and_reads_well() -> None:
     calls: list[str] = []
     problem = {
@@ -94,6 +101,10 @@ def test_what_a_job_is_asked_for() -> None:
 
     answers = client(echo)
     assert answers.pause("j")["path"] == "/v1/jobs/j:pause"
+    assert answers.retry("j")["path"] == "/v1/jobs/j:retry"
+    cloned = answers.clone("j", {"steps": None})
+    assert (cloned["path"], cloned["body"]) == ("/v1/jobs/j:clone", {"steps": None})
+    assert answers.diff("j", "k")["path"] == "/v1/jobs/j/diff/k"
     assert answers.resume("j", max_duration="2h")["body"] == {"max_duration": "2h"}
     assert answers.events("j", after="3-70") == [{"path": "/v1/jobs/j/events", "body": None, "after": "3-70"}]
 

@@ -12,7 +12,7 @@ from service.errors import Conflict
 from service.ray_jobs import RayStatus
 from service.reconciler import Decision, decide, lives
 from service.store import SETTLED, TERMINAL, Job, JobState
-from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, Request
+from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import Record, RunState
 
 RAY: list[RayStatus | None] = [None, *get_args(RayStatus)]
@@ -32,7 +32,7 @@ def record(state: RunState | None, attempt: int = 1) -> Record | None:
 
 
 def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool = False, fits: bool = True) -> Decision:
-    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3)
+    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3, parents={})
 
 
 @pytest.mark.parametrize("attempt", [1, 2])  # 2: the record is of the one before
@@ -105,7 +105,7 @@ def test_without_progress_it_is_given_up_with_a_reason() -> None:
 def test_attempts_without_progress_wait_longer_and_longer() -> None:
     for stalled, age_s, act in ((1, 1, "none"), (1, 3, "submit"), (0, 0, "submit")):
         row = job("STARTING", stalled=stalled, submitted_at=time.time() - age_s)
-        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5).act == act
+        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5, parents={}).act == act
 
 
 def test_a_job_that_finished_before_its_cancel_says_so() -> None:
@@ -134,6 +134,18 @@ def test_requests_are_idempotent_and_leave_what_is_over(request_: Request) -> No
             continue
         assert request_.next_state("j", after) == after
         assert state not in TERMINAL or after == state
+
+
+def test_a_retry_is_of_what_ended_without_success() -> None:
+    assert [s for s in get_args(JobState) if s in RETRY.moves and RETRY.next_state("j", s) != s] == [
+        "FAILED",
+        "CANCELLED",
+    ]
+    assert RETRY.next_state("j", "RUNNING") == "RUNNING"
+    for state, hint in (("SUCCEEDED", "submit a new job"), ("PAUSED", "resume it"), ("PAUSING", "ask again")):
+        with pytest.raises(Conflict, match=f"which is {state}") as refusal:
+            RETRY.next_state("j", state)  # type: ignore[arg-type]
+        assert hint in refusal.value.hint
 
 
 def test_only_a_longer_limit_brings_a_failed_job_back() -> None:

@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from service.app import build
-from service.audit import Audit
-from service.jobs import Jobs
-from service.parts import Parts
-from service.projects import Projects
-from service.reconciler import Reconciler
-from service.registry import Registry
-from service.settings import Settings
-from service.store import Store
-from service.tokens import Tokens
-from tests.service.fakes import FakeRay, local_client, write_record
-from tests.toy import TOY_MAE, TOY_MODEL
+from tests.service.fakes import write_record
+from tests.service.rest import Service
 from tests.toy_artifact import image, write_artifact
 from tests.toy_search import TOY_SEARCH, toy_search
 from workloads import catalog
 from workloads.artifact import PICTURES
-
-
-class NoDeployments:
-    def view(self, name: str) -> None:
-        return None
-
-    def reconcile(self) -> None:
-        pass
-
-
-class Service:
-    """The app over a fake Ray; the reconciler is turned by hand."""
-
-    def __init__(self, home: Path) -> None:
-        settings = Settings(home=home, reconcile_interval_s=3600)
-        store, self.ray = Store(settings.database), FakeRay()
-        registry = Registry(settings, store)
-        reconciler = Reconciler(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
-        jobs = Jobs(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
-        people = Tokens(store), Projects(store), Audit(store)
-        self.parts = Parts(settings, store, self.ray, registry, reconciler, jobs, NoDeployments(), *people)  # type: ignore[arg-type]
-        self.app = build(settings, self.parts)
-        self.runs = settings.runs
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Service:
-    return Service(tmp_path)
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[TestClient]:
-    with local_client(service.app) as client:
-        yield client
-
-
-@pytest.fixture
-def body(toy_shards: dict[str, str]) -> dict[str, Any]:
-    data = {"train": {"shards": toy_shards["train"]}}
-    return {"name": "toy", "method": TOY_MAE, "model": TOY_MODEL, "data": data, "epochs": 1, "batch_size": 8}
 
 
 def test_submit_answers_a_stored_job(client: TestClient, body: dict[str, Any]) -> None:

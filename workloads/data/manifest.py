@@ -17,12 +17,12 @@ from typing import Any
 import platformdirs
 
 from workloads.data.columns import REBUILD, Manifest, read_facts
-from workloads.data.indexing import Mapper, build_manifest, here
+from workloads.data.indexing import MIN_PARALLEL_BYTES, Mapper, build_manifest, here
 from workloads.data.shards import DataError, expand, read_classes, some
 from workloads.data.sources import is_remote, read_file, sizes, write_file
 from workloads.data.tarscan import PRIMARY, first_sample
 
-__all__ = ["DataError", "Manifest", "build_manifest", "expand", "open_manifest", "peek"]
+__all__ = ["DataError", "Manifest", "build_manifest", "count", "expand", "open_manifest", "peek"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,22 @@ def open_manifest(
     beside, cached = _places(paths)
     _keep(manifest, beside, cached)
     return manifest
+
+
+def count(shards: str | list[str]) -> Manifest | None:
+    """The manifest without keeping one: the kept one, or that of small shards of this machine.
+
+    None for shards whose scan would take long.
+
+    Raises:
+        DataError: as `open_manifest`.
+    """
+    paths = expand(shards)
+    if (place := _find(paths)) is not None:
+        return Manifest.read(place)
+    if any(map(is_remote, paths)) or sum(sizes(paths)) > MIN_PARALLEL_BYTES:
+        return None
+    return build_manifest(paths)
 
 
 def peek(shards: str | list[str]) -> None:

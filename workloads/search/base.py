@@ -14,7 +14,7 @@ restart is `state`, plain JSON. Nothing here knows of Ray, of files or of other 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,6 +40,10 @@ class SearchConfig(BaseModel):
             device: `cpu` or `cuda`: what the job's workers have. Takes well below a second, on a machine without it.
         """
         return []
+
+    def least(self) -> Mapping[str, float]:
+        """The least that a candidate can have of each cost; `latency_ms` only where a table says it; {}: not known."""
+        return {}
 
 
 def _no_data(stream: str) -> Any:

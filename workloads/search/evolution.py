@@ -40,7 +40,6 @@ class EvolutionConfig(SearchConfig):
     image_size: int = Field(default=224, ge=8)
 
     def least(self) -> Mapping[str, float]:
-        """The least that a network of the space can have of each cost; `latency_ms` only where a table says it."""
         raise NotImplementedError(f"{type(self).__name__} must define least()")
 
     def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
