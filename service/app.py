@@ -144,13 +144,25 @@ class Ingress:
     """What Ray Serve replicates; everything is in the app."""
 
 
-def deployment(settings: Settings) -> Any:
-    """The Ray Serve application of the front end; the app is built in the replica, so only settings travel."""
+def application(_: dict[str, Any]) -> Any:
+    """What a Serve config names as `service.app:application`; settings are read where the replica runs.
+
+    Ray imports it on any node of a cluster, and only the head is told where the database is.
+    """
+    return deployment(None)
+
+
+def deployment(settings: Settings | None) -> Any:
+    """The Ray Serve application of the front end; the app is built in the replica, so only settings travel.
+
+    Args:
+        settings: None: those of the replica's environment.
+    """
     from ray import serve
 
     def builder() -> FastAPI:
         logging.basicConfig(level=logging.INFO)
-        return build(settings)
+        return build(settings or Settings())
 
     return serve.deployment(
         name="api",

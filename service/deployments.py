@@ -206,7 +206,8 @@ class Deployments:
     def _start(self, row: Deployment) -> None:
         """Asks Serve and returns at once; the application of another version is replaced in place."""
         reference = f"{row.name}@{row.version}"
-        app = application(self._registry.folder(row.name, row.version), self._settings.home, reference)
+        folder, cpus = self._registry.folder(row.name, row.version), self._settings.predictor_cpus
+        app = application(folder, self._settings.home, reference, cpus=cpus)
         target = RunTarget(app, name=PREFIX + row.name, route_prefix=None)
         try:
             self._serve.run_many(

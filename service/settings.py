@@ -22,6 +22,9 @@ class Settings(BaseSettings):
     max_images: int = Field(default=256, ge=1)
     max_attempts: int = Field(default=5, ge=1)  # in a row without progress
     stop_grace_s: int = Field(default=60, ge=1)  # from SIGTERM to SIGKILL: time for a checkpoint
+    cluster_cpus: float = Field(default=0, ge=0)  # that an autoscaler may grow the cluster to; 0: what it has is all
+    cluster_gpus: float = Field(default=0, ge=0)
+    predictor_cpus: float = Field(default=0, ge=0)  # reserved by each served model; an autoscaler ends idle nodes
 
     @property
     def runs(self) -> Path:
