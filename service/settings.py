@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _words(value: Any) -> Any:
+    """`/data, s3://bucket` -> its words: a list in an environment variable needs no JSON."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
 class Settings(BaseSettings):
-    """Each field is a variable `MANTA_<NAME>`; built once, in the CLI or the replica, and passed down."""
+    """Each field is a variable `MANTA_<NAME>`; built once, in the CLI or the replica, and passed down.
+
+    Attributes:
+        home: folder of the installation: database, runs, registry.
+        database_url: SQLAlchemy's; default: SQLite in the home folder. May hold a password, so it is never shown.
+        ray_dashboard_url: where Ray's Jobs API is.
+        reconcile_interval_s: between two looks at all jobs.
+        max_attempts: of a job, in a row without progress.
+        stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
+        cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
+        cluster_gpus: the same of GPUs.
+        predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
+        host: address the front end listens on. Beyond loopback it does not start without a token.
+        tokens: auto: asked for as soon as there is one; required: always, so that an empty database opens nothing.
+        first_admin_token_file: holds a token (32 characters or more, of a secret store) that becomes an admin of all
+            projects when the database has none yet.
+        allowed_roots: folders and URL prefixes (`/data, s3://bucket/prefix`) that jobs may name, `*` for any. Not set:
+            any while there are no tokens, none afterwards.
+        cors_origins: web pages of other origins whose scripts may call the service.
+        requests_per_s: of each token, in the long run.
+        request_burst: of each token at once; above it 429.
+        max_body_bytes: of a request.
+        upload_timeout_s: in which its body has to arrive.
+        max_images: in a request.
+        max_image_pixels: width times height of an image in a request.
+    """
 
     model_config = SettingsConfigDict(env_prefix="MANTA_", extra="ignore", frozen=True)
 
     home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("manta")))
-    database_url: str = ""  # default: SQLite in the home folder
+    database_url: SecretStr = SecretStr("")
     ray_dashboard_url: str = "http://127.0.0.1:8265"
     reconcile_interval_s: float = Field(default=1.0, gt=0)
-    max_body_bytes: int = Field(default=64 << 20, ge=1 << 10)
-    max_images: int = Field(default=256, ge=1)
-    max_attempts: int = Field(default=5, ge=1)  # in a row without progress
-    stop_grace_s: int = Field(default=60, ge=1)  # from SIGTERM to SIGKILL: time for a checkpoint
-    cluster_cpus: float = Field(default=0, ge=0)  # that an autoscaler may grow the cluster to; 0: what it has is all
+    max_attempts: int = Field(default=5, ge=1)
+    stop_grace_s: int = Field(default=60, ge=1)
+    cluster_cpus: float = Field(default=0, ge=0)
     cluster_gpus: float = Field(default=0, ge=0)
-    predictor_cpus: float = Field(default=0, ge=0)  # reserved by each served model; an autoscaler ends idle nodes
+    predictor_cpus: float = Field(default=0, ge=0)
+
+    host: str = "127.0.0.1"
+    tokens: Literal["auto", "required"] = "auto"
+    first_admin_token_file: Path | None = None
+    allowed_roots: Words | None = None
+    cors_origins: Words = ()
+    requests_per_s: float = Field(default=100, gt=0)
+    request_burst: int = Field(default=200, ge=1)
+    max_body_bytes: int = Field(default=64 << 20, ge=1 << 10)
+    upload_timeout_s: float = Field(default=60, gt=0)
+    max_images: int = Field(default=256, ge=1)
+    max_image_pixels: int = Field(default=64_000_000, ge=1)
 
     @property
     def runs(self) -> Path:
@@ -36,4 +81,17 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.home / 'manta.db'}"
+        return self.database_url.get_secret_value() or f"sqlite:///{self.home / 'manta.db'}"
+
+    @property
+    def local(self) -> bool:
+        """Whether the front end listens on loopback only."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, is this machine's loopback."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
