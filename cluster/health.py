@@ -1,4 +1,4 @@
-"""`python -m cluster.health`: whether this container does its work; the health check of the image.
+"""`python -m cluster.health [URL]`: whether this container does its work; the health check of the image.
 
 A container with an installation of its own (`manta serve`) is healthy when the service takes requests; one that is a
 node of a cluster, head or worker, when Ray's agent says so of the node.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -33,8 +34,9 @@ def problem(url: str) -> str | None:
     return None if answer.status_code == 200 else f"{url} answers {answer.status_code}: {answer.text[:200]}"
 
 
-def main() -> int:
-    found = problem(url_of(Path(os.environ["MANTA_HOME"])))
+def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
+    """Asks the URL of the command line, else this container."""
+    found = problem(argv[0] if argv else url_of(Path(os.environ["MANTA_HOME"])))
     sys.stdout.write((found or "ok") + "\n")
     return found is not None
 

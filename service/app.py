@@ -145,10 +145,7 @@ class Ingress:
 
 
 def application(_: dict[str, Any]) -> Any:
-    """What a Serve config names as `service.app:application`; settings are read where the replica runs.
-
-    Ray imports it on any node of a cluster, and only the head is told where the database is.
-    """
+    """What a Serve config names as `service.app:application`; settings are read where the replica runs, on the head."""
     return deployment(None)
 
 
@@ -168,6 +165,7 @@ def deployment(settings: Settings | None) -> Any:
         name="api",
         max_ongoing_requests=200,
         max_queued_requests=400,
-        ray_actor_options={"num_cpus": 0},
+        # On the head, which no autoscaler ends, and which alone is told where the database is.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         graceful_shutdown_timeout_s=5,
     )(serve.ingress(builder)(Ingress)).bind()
