@@ -138,7 +138,9 @@ def listening(pid: int) -> list[tuple[str, str, int]]:
 
 def _sockets(head: Head) -> Finding:
     """Serve's replicas open an internal port on all interfaces, which Ray hard-codes and the token guards."""
-    open_to_all = [(name, ip, port) for name, ip, port in listening(head.pid) if "ServeReplica" not in name]
+    ours = None if head.http_host.startswith(LOOPBACK) else head.http_port  # opened on request, and asks for tokens
+    found = listening(head.pid)
+    open_to_all = [(name, ip, port) for name, ip, port in found if "ServeReplica" not in name and port != ours]
     detail = "; ".join(f"{name} on {ip}:{port}" for name, ip, port in open_to_all) or "all on loopback"
     return Finding(
         name="sockets", ok=not open_to_all, detail=detail, hint="these are reachable from outside: report it"

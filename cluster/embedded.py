@@ -22,11 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import psutil
 from pydantic import BaseModel
+
+from cluster.secrets import OF_JOBS, without_foreign
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 2.5  # a head goes in 2 s; what is left then is killed
@@ -57,13 +60,15 @@ class Head(BaseModel):
     token_path: Path
     address: str  # of the GCS, 127.0.0.1:port
     dashboard_url: str
-    http_port: int  # of our front end
+    http_host: str = "127.0.0.1"  # of our front end
+    http_port: int
     metric_ports: tuple[int, int]
     num_cpus: int
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        """Of the front end, as this machine reaches it."""
+        return f"http://{'127.0.0.1' if self.http_host == '0.0.0.0' else self.http_host}:{self.http_port}"
 
     def alive(self) -> bool:
         try:
@@ -112,13 +117,22 @@ def shell_exports(head: Head) -> str:
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(head).items())
 
 
-def start(home: Path, *, num_cpus: int | None = None, http_port: int | None = None) -> Head:
+def start(
+    home: Path,
+    *,
+    num_cpus: int | None = None,
+    http_host: str = "127.0.0.1",
+    http_port: int | None = None,
+    credentials: Sequence[str] = OF_JOBS,
+) -> Head:
     """Starts a head for this home and waits until it takes jobs, about 10 s.
 
     Args:
         home: the folder of the installation; made when missing.
         num_cpus: how many the cluster may give out; default: those of the machine, at least 2.
-        http_port: where the front end will listen; default: a free one.
+        http_host: address on which the front end will listen.
+        http_port: its port; default: a free one.
+        credentials: patterns of variables that jobs may have although they look like secrets.
 
     Raises:
         ClusterError: one runs already, or Ray did not start; what was started is ended again.
@@ -138,6 +152,7 @@ def start(home: Path, *, num_cpus: int | None = None, http_port: int | None = No
         token_path=token_path,
         address=f"127.0.0.1:{gcs}",
         dashboard_url=f"http://127.0.0.1:{dashboard}",
+        http_host=http_host,
         http_port=http_port or http,
         metric_ports=(metrics[0], metrics[1]),
         num_cpus=cpus,
@@ -151,7 +166,7 @@ def start(home: Path, *, num_cpus: int | None = None, http_port: int | None = No
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command,
-            env=os.environ | environment(head),
+            env=without_foreign(os.environ, credentials) | environment(head),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,39 +1,47 @@
 """Builds the FastAPI app, and the Ray Serve application that runs it.
 
-The one place where errors become answers: `application/problem+json`, RFC 9457.
+The one place where errors become answers, in the form of `service.problems`.
 """
 
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import BadRequest, ServiceError, TooLarge
+from service.access import authorise, without_rule
+from service.errors import ServiceError
+from service.gate import Gate
+from service.headers import SECURITY, SecurityHeaders
+from service.limits import BodyLimit, Rate
 from service.parts import Parts, build_parts
-from service.routes import catalog, health, jobs, models, predict
+from service.problems import answer, plain
+from service.routes import catalog, health, jobs, models, people, predict
 from service.settings import Settings
+from service.tokens import expect_tokens
 
 logger = logging.getLogger(__name__)
 
-PROBLEM = "application/problem+json"
-
 
 def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
-    """The app; `parts` replaces those made from the settings."""
+    """The app; `parts` replaces those made from the settings.
+
+    Raises:
+        NoToken: it would listen beyond loopback and ask nobody for a token.
+        RuntimeError: a route is not in `service.access.RULES`.
+    """
     parts = parts or build_parts(settings)
+    expect_tokens(settings, parts.tokens)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,13 +56,25 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(authorise)],
     )
     app.state.parts = parts
-    for module in (jobs, catalog, predict, models, health):
+    for module in (jobs, catalog, predict, models, people, health):
         app.include_router(module.router)
     _docs(app)
     _errors(app)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if unruled := without_rule(app.routes):
+        raise RuntimeError(
+            f"got {', '.join(unruled)} without a rule, expected one of each route; see service/access.py"
+        )
+    # From the inside out: what is added last sees a request first.
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.upload_timeout_s)
+    rate, origins = Rate(settings.requests_per_s, settings.request_burst), list(settings.cors_origins)
+    app.add_middleware(Gate, tokens=parts.tokens, audit=parts.audit, rate=rate, origins=origins)
+    if origins:
+        headers = ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
+    app.add_middleware(SecurityHeaders)
     return app
 
 
@@ -75,69 +95,29 @@ def _docs(app: FastAPI) -> None:
         )
 
 
-def _problem(body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-    if body["retryable"]:
-        headers = {"Retry-After": "2"} | (headers or {})
-    return JSONResponse(body, body["status"], headers, PROBLEM)
-
-
-def _plain(status: int, title: str, detail: str, hint: str = "", **more: Any) -> dict[str, Any]:
-    return {
-        "type": "about:blank",
-        "title": title,
-        "status": status,
-        "detail": detail,
-        "hint": hint,
-        "retryable": False,
-    } | more
-
-
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     def refused(_: Request, error: ServiceError) -> JSONResponse:
-        return _problem(error.problem())
+        return answer(error)
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         errors = [{"loc": list(item["loc"]), "message": item["msg"], "hint": ""} for item in error.errors()]
         where = ".".join(map(str, errors[0]["loc"]))
-        return _problem(_plain(422, "Invalid request", f"{where}: {errors[0]['message']}", "see /docs", errors=errors))
+        return plain(422, "Invalid request", f"{where}: {errors[0]['message']}", "see /docs", errors=errors)
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         hint = "see /docs for the paths" if error.status_code in (404, 405) else ""
         detail = f"{request.method} {request.url.path}: {error.detail}"
-        return _problem(_plain(error.status_code, str(error.detail), detail, hint), dict(error.headers or {}))
+        return plain(error.status_code, str(error.detail), detail, hint, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:
-        request_id = uuid.uuid4().hex[:12]
-        logger.error("request %s %s %s failed", request_id, request.method, request.url.path, exc_info=error)
-        return _problem(
-            _plain(500, "Internal error", f"request {request_id} failed", "the service's log has the cause")
-        )
-
-
-class BodyLimit:
-    """Refuses a body that is too long, or does not say its length, before it is read.
-
-    Plain ASGI: `@app.middleware("http")` would put a task and a stream between each request and its route, 1 ms.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (self._app if refusal is None else _problem(refusal.problem()))(scope, receive, send)
-
-    def _refusal(self, headers: Headers) -> ServiceError | None:
-        if "transfer-encoding" in headers:  # a body that does not say its length cannot be held to a limit
-            return BadRequest("got a body of unknown length", "send a Content-Length header")
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._limit:
-            return TooLarge(f"got a body of {length} bytes, expected at most {self._limit}", "send less at a time")
-        return None
+        number = request.state.request_id
+        logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error)
+        hint = "the service's log has the cause"
+        return plain(500, "Internal error", f"request {number} failed", hint, SECURITY | {"X-Request-ID": number})
 
 
 class Ingress:

@@ -62,6 +62,17 @@ def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJso
 
 
 @app.command()
+def searches(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
+    """Lists the architecture searches, or shows the schema of one."""
+    with connected() as client:
+        found = client.searches() if name is None else client.search(name)
+    if as_json or name is not None:
+        show_json(found)
+    else:
+        show_table(["name", "paper"], [(s["name"], s["paper"]) for s in found])
+
+
+@app.command()
 def models(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
     """Lists the registered models, or shows one."""
     with connected() as client:
@@ -220,12 +231,16 @@ def demo(
 
 def _more_commands() -> None:
     """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
+    from service.cli_access import audit, project_app, token_app
     from service.cli_cluster import COMMANDS
     from workloads.data.commands import TOOLS, pack_app
 
     for command in (*COMMANDS, *TOOLS):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
+    app.add_typer(token_app, name="token")
+    app.add_typer(project_app, name="project")
+    app.command()(audit)
 
 
 def main() -> None:

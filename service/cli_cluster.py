@@ -14,17 +14,19 @@ from service import local_cluster
 from service.local_cluster import default_home
 from service.terminal import CANCELLED, FAILED, UNREACHABLE, fail, out, show_json, show_table
 
+Host = Annotated[str | None, typer.Option(help="Address it listens on [127.0.0.1]; others need a token first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 
 def up(
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
     port: Annotated[int | None, typer.Option(help="Of the REST API [a free one].")] = None,
+    host: Host = None,
 ) -> None:
     """Starts a Ray head and the service on this machine, in the background, on loopback."""
     try:
         with local_cluster.signals_raise():
-            head = local_cluster.up(default_home(), num_cpus=cpus, http_port=port)
+            head = local_cluster.up(default_home(), num_cpus=cpus, host=host, http_port=port)
     except ClusterError as error:
         fail(error, UNREACHABLE)
     except KeyboardInterrupt:
@@ -45,10 +47,11 @@ def down() -> None:
 def serve(
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
     port: Annotated[int, typer.Option(help="Of the REST API.")] = 8000,
+    host: Host = None,
 ) -> None:
     """`up` in the foreground: Ctrl-C ends it; jobs continue from their checkpoints at the next start."""
     try:
-        with local_cluster.temporary(default_home(), num_cpus=cpus, http_port=port) as head:
+        with local_cluster.temporary(default_home(), num_cpus=cpus, host=host, http_port=port) as head:
             out.print(f"ready: {head.url}  docs: {head.url}/docs  (Ctrl-C ends it)")
             signal.pause()
     except ClusterError as error:

@@ -74,12 +74,14 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("reason", job["reason"]),
         ("hint", job["hint"]),
         ("method", job["method"]),
+        ("search", job["search"]),
         ("progress", f"step {progress['step']} of {progress['total_steps']}, epoch {progress['epoch']}"),
         ("attempt", job["attempt"]),
         ("created", job["created_at"]),
         ("finished", job["finished_at"]),
         ("skipped samples", len(job["skipped"]) or None),
         ("models", ", ".join(job["models"]) or None),
+        *_found(job["found"]),
     ]
     for result in job["evaluations"]:
         values = ", ".join(f"{who} {value['mean']:.3f}" for who, value in result["results"].items())
@@ -87,6 +89,17 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
     newest = {result["entry"]: result for result in online}
     rows += [(r["label"], f"{r['mean']:.3f} at step {r['step']}") for _, r in sorted(newest.items())]
     show_table(["field", "value"], [row for row in rows if row[1] is not None])
+
+
+def _found(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a search that ended has found."""
+    if found is None:
+        return []
+    rows = [("found", found["structure"]), ("score", f"{found['score']:.6g}")]
+    rows += [(name, f"{value:,.10g}") for name, value in found["costs"].items()]
+    if (latency := found["latency"]) is not None:
+        rows.append(("latency", f"{latency['ms']:.4g} ms an image by {latency['batch_size']} on {latency['device']}"))
+    return rows
 
 
 def _with_online(points: list[dict[str, Any]], online: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +125,9 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: AsJson = Fals
     rows = []
     for j in found:
         progress = j["progress"]
-        rows.append([j["id"], j["name"], j["method"], j["state"], progress["step"], progress["total_steps"]])
+        rows.append(
+            [j["id"], j["name"], j["method"] or j["search"], j["state"], progress["step"], progress["total_steps"]]
+        )
         rows[-1] += [j["created_at"][:19], j["reason"]]
     show_table(["id", "name", "method", "state", "step", "of", "created", "reason"], rows)
 

@@ -47,17 +47,31 @@ class ApiError(Exception):
 class Client:
     """A connection to one service; a context manager."""
 
-    def __init__(self, url: str, *, timeout_s: float = 60.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        project: str | None = None,
+        timeout_s: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         """Connects lazily.
 
         Args:
             url: of the front end.
+            token: of who asks, where the service has tokens.
+            project: that jobs are submitted to and listed of; default: the token's.
             timeout_s: of one answer.
             transport: for tests, `httpx.MockTransport`.
         """
         self.url = url
+        self._project = {} if project is None else {"project": project}
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         # trust_env: a proxy of the environment is not for a service on this machine
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport, trust_env=False)
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+        )
 
     def __enter__(self) -> Client:
         return self
@@ -89,7 +103,7 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         for attempt in range(TRIES):
             try:
-                return self._call("POST", "/v1/jobs", json=spec, headers=headers)
+                return self._call("POST", "/v1/jobs", json=spec, headers=headers, params=self._project)
             except ApiError as error:
                 if error.status not in (0, 503) or attempt == TRIES - 1:
                     raise
@@ -104,7 +118,7 @@ class Client:
         found: list[Answer] = []
         cursor: int | None = None
         while len(found) < limit:
-            wanted = {"limit": min(500, limit - len(found)), "cursor": cursor, "state": state}
+            wanted = {"limit": min(500, limit - len(found)), "cursor": cursor, "state": state, **self._project}
             page = self._call("GET", "/v1/jobs", params={k: v for k, v in wanted.items() if v is not None})
             found += page["jobs"]
             cursor = page["next"]
@@ -173,6 +187,13 @@ class Client:
     def method(self, name: str) -> Answer:
         return self._call("GET", f"/v1/methods/{name}")
 
+    def searches(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/searches")["searches"]
+        return found
+
+    def search(self, name: str) -> Answer:
+        return self._call("GET", f"/v1/searches/{name}")
+
     def models(self) -> list[Answer]:
         found: list[Answer] = self._call("GET", "/v1/models")["models"]
         return found
@@ -200,6 +221,30 @@ class Client:
 
     def undeploy(self, name: str) -> None:
         self._send("DELETE", f"/v1/models/{name}/deploy")
+
+    def projects(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/projects")["projects"]
+        return found
+
+    def create_project(self, name: str) -> Answer:
+        return self._call("POST", "/v1/projects", json={"name": name})
+
+    def tokens(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/tokens")["tokens"]
+        return found
+
+    def create_token(self, name: str, role: str, *, project: str, lifetime: float | str | None) -> Answer:
+        """A new one, for all projects where `project` is `*`; `token` in the answer is its text, told this once."""
+        body = {"name": name, "role": role, "project": project, "lifetime": lifetime}
+        return self._call("POST", "/v1/tokens", json=body)
+
+    def revoke_token(self, token_id: str) -> Answer:
+        return self._call("DELETE", f"/v1/tokens/{token_id}")
+
+    def audit(self, *, limit: int = 50) -> list[Answer]:
+        """The newest entries of the audit log, at most 500."""
+        found: list[Answer] = self._call("GET", "/v1/audit", params={"limit": limit})["entries"]
+        return found
 
     def _infer(self, name: str, verb: str, images: Sequence[bytes]) -> list[Any]:
         body = {"images": [base64.b64encode(image).decode() for image in images]}

@@ -206,8 +206,9 @@ class Deployments:
     def _start(self, row: Deployment) -> None:
         """Asks Serve and returns at once; the application of another version is replaced in place."""
         reference = f"{row.name}@{row.version}"
-        folder, cpus = self._registry.folder(row.name, row.version), self._settings.predictor_cpus
-        app = application(folder, self._settings.home, reference, cpus=cpus)
+        settings, folder = self._settings, self._registry.folder(row.name, row.version)
+        reserve = {"cpus": settings.predictor_cpus, "max_pixels": settings.max_image_pixels}
+        app = application(folder, settings.home, reference, **reserve)
         target = RunTarget(app, name=PREFIX + row.name, route_prefix=None)
         try:
             self._serve.run_many(

@@ -5,7 +5,12 @@
     +-- InvalidSpec          422  a JobSpec or body that cannot run; lists each problem
     +-- BadRequest           400  a request that means nothing: an empty batch, no base64
     |   +-- BadImage         422  bytes that are no image, or too many pixels
+    +-- Unauthorised         401  no token
+    |   +-- InvalidToken     401  one that is unknown, expired or revoked
+    +-- Forbidden            403  a token whose role does not reach so far
+    +-- TooSlow              408  a body that does not arrive in time
     +-- TooLarge             413  a body above the limit
+    +-- TooMany              429  requests above the rate of the token; may be tried again
     +-- Conflict             409  the state does not allow it, or a key used for another body
     |   +-- NotDeployed      409  the model is registered, but nobody serves it
     +-- Unavailable          503  not now: starting, full, Ray not reachable; may be tried again
@@ -16,6 +21,7 @@ cross processes, so they pickle, and keep their cause.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -37,6 +43,11 @@ class ServiceError(Exception):
 
     def __str__(self) -> str:
         return f"{self.detail} ({self.hint})" if self.hint else self.detail
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """That the answer carries."""
+        return {"Retry-After": "2"} if self.retryable else {}
 
     @property
     def code(self) -> str:
@@ -82,8 +93,44 @@ class BadImage(BadRequest):
     status, title = 422, "Not a usable image"
 
 
+class Unauthorised(ServiceError):
+    status, title = 401, "Unauthorised"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": 'Bearer realm="manta"'}
+
+
+class InvalidToken(Unauthorised):
+    """A token was given; RFC 6750 tells these two apart."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": 'Bearer realm="manta", error="invalid_token"'}
+
+
+class Forbidden(ServiceError):
+    status, title = 403, "Forbidden"
+
+
+class TooSlow(ServiceError):
+    status, title = 408, "Too slow"
+
+
 class TooLarge(ServiceError):
     status, title = 413, "Too large"
+
+
+class TooMany(ServiceError):
+    status, title, retryable = 429, "Too many requests", True
+
+    def __init__(self, detail: str, hint: str = "", wait_s: float = 1.0) -> None:
+        super().__init__(detail, hint)
+        self.args, self.wait_s = (detail, hint, wait_s), wait_s  # args: what it is pickled by
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.wait_s)))}
 
 
 class Conflict(ServiceError):

@@ -28,17 +28,20 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import Conflict, InvalidSpec, NotFound, Unavailable
 from service.events import START, read_events
+from service.principal import ALL, DEFAULT_PROJECT, LOCAL, Principal
 from service.ray_jobs import RayJobs
 from service.registry import Registry
+from service.roots import ANY, Kind, Roots
 from service.settings import Settings
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
 from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, Request
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.record import RunFolder
-from workloads.spec import JobSpec
+from workloads.spec_any import AnySpec, kind_of
+from workloads.winner import read_found
 
-Check = Callable[[JobSpec, Any], list[preflight.Problem]]
+Check = Callable[[AnySpec, Any], list[preflight.Problem]]
 
 
 class Jobs:
@@ -66,21 +69,35 @@ class Jobs:
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._wake, self._check = wake, check
 
-    def submit(self, body: dict[str, Any], idempotency_key: str | None = None) -> tuple[Job, bool]:
+    def submit(
+        self,
+        body: dict[str, Any],
+        idempotency_key: str | None = None,
+        by: Principal = LOCAL,
+        project: str = DEFAULT_PROJECT,
+    ) -> tuple[Job, bool]:
         """Accepts a job: its row is durable when this returns. False when the key had made it before.
+
+        Args:
+            body: a JobSpec.
+            idempotency_key: of the project.
+            by: whose job it is.
+            project: whose, too; one that `by` may submit to.
 
         Raises:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
         """
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        if idempotency_key is not None and (known := self._by_key(idempotency_key, digest)):
+        if idempotency_key is not None and (known := self._by_key(project, idempotency_key, digest)):
             return known, False
-        spec = self._valid(body)
+        spec = self._valid(body, by, project)
         job = Job(
             id=f"job-{uuid.uuid4().hex[:12]}",
             name=spec.name,
             spec=spec.model_dump(mode="json"),
+            project=project,
+            owner=by.name,
             origin="rest",
             cpus=spec.resources.cpus,
             gpus=spec.resources.gpus,
@@ -92,32 +109,61 @@ class Jobs:
             with self._store.session() as session:
                 session.add(job)
         except IntegrityError:  # the same key at the same moment
-            known = self._by_key(idempotency_key or "", digest)
+            known = self._by_key(project, idempotency_key or "", digest)
             if known is None:
                 raise
             return known, False
         self._wake()
         return job, True
 
-    def _by_key(self, key: str, digest: str) -> Job | None:
+    def _by_key(self, project: str, key: str, digest: str) -> Job | None:
         with self._store.session() as session:
-            job = session.scalar(sa.select(Job).filter_by(idempotency_key=key))
+            job = session.scalar(sa.select(Job).filter_by(project=project, idempotency_key=key))
         if job is not None and job.body_hash != digest:
             raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
         return job
 
-    def _valid(self, body: dict[str, Any]) -> JobSpec:
+    def _valid(self, body: dict[str, Any], by: Principal, project: str) -> AnySpec:
+        kind = kind_of(body)
         try:
-            spec = JobSpec.model_validate(body)
+            spec = kind.model_validate(body)
         except ValidationError as error:
-            found = problems_of(error, JobSpec)
+            found = problems_of(error, kind)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
-        problems = _unfit_for_a_service(spec) or self._check(spec, self._settings.home) or self._too_large(spec)
+        problems = (
+            _unfit_for_a_service(spec)
+            or self._not_allowed(spec, by)  # before anything that it names is opened
+            or self._check(spec, self._settings.home)
+            or self._too_large(spec)
+            or self._taken(spec, project)
+        )
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec
 
-    def _too_large(self, spec: JobSpec) -> list[preflight.Problem]:
+    def _not_allowed(self, spec: AnySpec, by: Principal) -> list[preflight.Problem]:
+        """Paths outside of the roots, and weights of projects that `by` does not see."""
+        roots = self._settings.allowed_roots
+        if roots is None and by == LOCAL:
+            roots = (ANY,)
+
+        def readable(kind: Kind, name: str) -> bool:
+            if by.project == ALL:
+                return True
+            row = self.find(name) if kind == "job" else self._registry.owner(name)
+            return kind == "model" if row is None else by.sees(row.project)  # else a name of public weights
+
+        return Roots(roots, self._settings.home).problems(spec, readable)
+
+    def _taken(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
+        """Names in the registry that another project has; the others are its own from now on."""
+        document = spec.model_dump()
+        names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
+        taken = self._registry.claim([name for name in names if name is not None], project)
+        message = f"got {', '.join(taken)}, which another project has in the registry"
+        return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
+
+    def _too_large(self, spec: AnySpec) -> list[preflight.Problem]:
         """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
         try:
             capacity = self._ray.capacity()
@@ -135,11 +181,14 @@ class Jobs:
                 return [preflight.Problem(loc=["resources"], message=message, hint=hint)]
         return []
 
-    def get(self, job_id: str) -> Job:
+    def find(self, job_id: str) -> Job | None:
         with self._store.session() as session:
-            job = session.scalar(sa.select(Job).filter_by(id=job_id))
+            return session.scalar(sa.select(Job).filter_by(id=job_id))
+
+    def get(self, job_id: str) -> Job:
+        job = self.find(job_id)
         if job is None:
-            raise NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
+            raise no_such_job(job_id)
         return job
 
     def cancel(self, job_id: str) -> Job:
@@ -205,13 +254,17 @@ class Jobs:
         """What happened to a job, behind the cursor `after`."""
         return read_events(self._store, self.get(job_id), self.run_folder(job_id), after)
 
-    def list(self, *, limit: int, before: int | None = None, state: JobState | None = None) -> list[Job]:
+    def list(
+        self, *, limit: int, before: int | None = None, state: JobState | None = None, project: str = ALL
+    ) -> list[Job]:
         """Newest first; `before` is the number of the last job of the page before."""
         query = sa.select(Job).order_by(Job.number.desc()).limit(limit)
         if before is not None:
             query = query.where(Job.number < before)
         if state is not None:
             query = query.where(Job.state == state)
+        if project != ALL:
+            query = query.where(Job.project == project)
         with self._store.session() as session:
             return list(session.scalars(query))
 
@@ -222,14 +275,19 @@ class Jobs:
         """A job as an answer."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
+        kind = "search" if "search" in job.spec else "method"
+        found = read_found(run.artifact) if kind == "search" else None
         return {
             "id": job.id,
             "name": job.name,
+            "project": job.project,
+            "owner": job.owner,
             "state": job.state,
             "attempt": job.attempt,
             "reason": job.reason,
             "hint": job.hint,
-            "method": job.spec["method"]["name"],
+            **dict.fromkeys(("method", "search")),
+            kind: job.spec[kind]["name"],
             "origin": job.origin,
             "created_at": _iso(job.created_at),
             "started_at": _iso(job.started_at),
@@ -240,11 +298,16 @@ class Jobs:
             "warnings": record.warnings if record else [],
             "evaluations": run.read_evaluations(),
             "models": self._registry.of_job(job.id),
+            "found": found.summary() if found else None,
             "spec": job.spec,
         }
 
 
-def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
+def no_such_job(job_id: str) -> NotFound:
+    return NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
+
+
+def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     """Sources that only a person at a shell may name: relative paths, whose start nobody knows here, and commands."""
     piped = [name for name, stream in spec.data.items() if stream.piped]
     if piped:
@@ -254,8 +317,8 @@ def _unfit_for_a_service(spec: JobSpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    relative = (("init", spec.init != absolute.init), ("data", spec.data != absolute.data))
-    found = [name for name, differs in (*relative, ("evaluate", spec.evaluate != absolute.evaluate)) if differs]
+    fields = ("init", "data", "evaluate", "search")
+    found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
 
 

@@ -10,25 +10,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from cluster import embedded
 from cluster.embedded import ClusterError, Head
 
+if TYPE_CHECKING:
+    from service.settings import Settings
+
 READY_TIMEOUT_S = 120.0
 
 
-def up(home: Path, *, num_cpus: int | None = None, http_port: int | None = None) -> Head:
+def up(home: Path, *, num_cpus: int | None = None, host: str | None = None, http_port: int | None = None) -> Head:
     """Starts head and front end, and returns when the service takes requests.
 
     Raises:
-        ClusterError: it runs already, or something did not start; then nothing is left running.
+        ClusterError: it runs already, something did not start, or it would listen beyond loopback without a token; then
+            nothing is left running.
     """
-    head = embedded.start(home, num_cpus=num_cpus, http_port=http_port)
+    from service.settings import Settings
+
+    settings = Settings(home=home.absolute())
+    settings = settings if host is None else settings.model_copy(update={"host": host})
+    _expect_tokens(settings)
+    head = embedded.start(
+        home, num_cpus=num_cpus, http_host=settings.host, http_port=http_port, credentials=settings.job_credentials
+    )
     try:
         embedded.connect(head.home)
-        _serve(head)
+        _serve(head, settings)
         _wait_until_ready(head)
     except BaseException:
         down(head)
@@ -45,16 +57,31 @@ def down(head: Head) -> None:
     embedded.stop(head)
 
 
-def _serve(head: Head) -> None:
+def _expect_tokens(settings: Settings) -> None:
+    """The app looks again; here it costs a second less, and a person reads the reason."""
+    from service.store import Store
+    from service.tokens import NoToken, Tokens, expect_tokens
+
+    if settings.local and settings.first_admin_token_file is None:
+        return
+    store = Store(settings.database)
+    try:
+        expect_tokens(settings, Tokens(store, required=settings.tokens == "required"))
+    except (NoToken, ValueError, OSError) as error:
+        raise ClusterError(str(error)) from error
+    finally:
+        store.close()
+
+
+def _serve(head: Head, settings: Settings) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from service.app import deployment
-    from service.settings import Settings
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: the terminal is the user's
-    settings = Settings(home=head.home, ray_dashboard_url=head.dashboard_url)
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=head.http_port), proxy_location="HeadOnly")
+    settings = settings.model_copy(update={"ray_dashboard_url": head.dashboard_url})
+    serve.start(http_options=HTTPOptions(host=head.http_host, port=head.http_port), proxy_location="HeadOnly")
     serve.run(deployment(settings), name="manta", route_prefix="/", blocking=False)
 
 
@@ -90,7 +117,7 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def temporary(home: Path, **options: int | None) -> Iterator[Head]:
+def temporary(home: Path, **options: Any) -> Iterator[Head]:
     """`up`, and `down` however the block ends; a second Ctrl-C while going down is held back."""
     with signals_raise():
         head = up(home, **options)

@@ -9,13 +9,16 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.audit import Audit
 from service.deployments import Deployments
 from service.jobs import Jobs
+from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Store
+from service.tokens import Tokens
 from workloads import preflight
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,9 @@ class Parts:
     reconciler: Reconciler
     jobs: Jobs
     deployments: Deployments
+    tokens: Tokens
+    projects: Projects
+    audit: Audit
     warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
 
     def start(self) -> None:
@@ -58,7 +64,8 @@ def build_parts(settings: Settings) -> Parts:
     deployments = Deployments(settings, store, registry)
     reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile)
     jobs = Jobs(settings, store, ray, registry, reconciler.wake)
-    return Parts(settings, store, ray, registry, reconciler, jobs, deployments)
+    tokens = Tokens(store, required=settings.tokens == "required")
+    return Parts(settings, store, ray, registry, reconciler, jobs, deployments, tokens, Projects(store), Audit(store))
 
 
 # Async although nothing is awaited: a `def` dependency runs in a thread, and each request would pay for the way there.

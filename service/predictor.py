@@ -33,7 +33,7 @@ TIMEOUT_S = 120.0  # of an answer
 class Predictor:
     """Answers for one model version; whatever a request holds, the replica lives on."""
 
-    def __init__(self, folder: Path, home: Path, reference: str, threads: int) -> None:
+    def __init__(self, folder: Path, home: Path, reference: str, threads: int, max_pixels: int) -> None:
         """Loads the artifact and runs it once, so that RUNNING means that it answers.
 
         Args:
@@ -41,6 +41,7 @@ class Predictor:
             home: the installation's folder.
             reference: `name@version`, told in every answer: while a version is replaced, it says which one answered.
             threads: CPU threads of a forward.
+            max_pixels: of an image.
         """
         import torch
 
@@ -48,7 +49,7 @@ class Predictor:
 
         torch.set_num_threads(threads)
         self._reference = reference
-        self._model = Model(folder, home)
+        self._model = Model(folder, home, max_pixels=max_pixels)
         self._model.warm_up()
         self._classify = Batcher(self._watched(self._model.classify), MAX_BATCH_SIZE)
         self._features = Batcher(self._watched(self._model.features), MAX_BATCH_SIZE)
@@ -141,13 +142,14 @@ async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> 
         raise Unavailable("the replica of the model is not there", again) from error
 
 
-def application(folder: Path, home: Path, reference: str, *, cpus: float = 0) -> Application:
+def application(folder: Path, home: Path, reference: str, *, max_pixels: int, cpus: float = 0) -> Application:
     """The Serve application of one model version.
 
     Args:
         folder: the artifact.
         home: the installation's folder.
         reference: `name@version`.
+        max_pixels: of an image.
         cpus: what the replica reserves; its threads are as many, one at least. 0 on a laptop: a reserved core
             would be taken from training, and an idle replica needs none.
     """
@@ -161,4 +163,4 @@ def application(folder: Path, home: Path, reference: str, *, cpus: float = 0) ->
         graceful_shutdown_timeout_s=10,
         logging_config={"enable_access_log": False},  # the front end has its own
     )(Predictor)
-    return deployment.bind(folder, home, reference, max(1, int(cpus)))
+    return deployment.bind(folder, home, reference, max(1, int(cpus)), max_pixels)

@@ -27,6 +27,8 @@ WORDS_WIDTH = 84  # of a line with all of them
 _SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda loss: f"loss {loss:.4f}" if 1e-3 <= abs(loss) < 1e4 else f"loss {loss:.3g}"),
     ("samples_per_s", lambda rate: f"{rate:,.0f} samples/s" if rate >= 100 else f"{rate:.3g} samples/s"),
+    ("best_score", lambda score: f"best {score:.6g}"),
+    ("candidates_per_s", lambda rate: f"{rate:,.3g} candidates/s"),
     ("data_wait_share", lambda share: f"data wait {share:.0%}"),
     ("skipped_steps", lambda steps: f"{steps} steps skipped"),
 )
@@ -98,9 +100,11 @@ class JobProgress:
             self._pace.add(job.get("attempt"), point)
             step_s = self._pace.step_s()
             self._ends_at = None if step_s is None or total is None else self._clock() + step_s * (total - step)
-        note = f"epoch {epoch}  {note_of(self._point)}".rstrip()
-        if phase == "evaluating":
-            note = f"{len(job['evaluations'])} of {len(job['spec']['evaluate'])} evaluations done"
+        note = note_of(self._point)
+        if "search" not in job["spec"]:
+            note = f"epoch {epoch}  {note}".rstrip()
+            if phase == "evaluating":
+                note = f"{len(job['evaluations'])} of {len(job['spec']['evaluate'])} evaluations done"
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task, description=phase, completed=step, total=total, note=note, ends_at=self._ends_at

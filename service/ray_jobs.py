@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from service.errors import Unavailable
 from service.settings import Settings
-from workloads.spec import JobSpec
+from workloads.spec_any import read_spec
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,10 @@ class RayJobs:
             return
         spec = self._settings.runs / job_id / "job.json"
         # The head of a cluster that grows gives out no CPU: a driver that trains by itself reserves its own elsewhere.
-        resources = JobSpec.model_validate_json(spec.read_text()).resources
+        resources = read_spec(spec).resources
         alone = self._settings.cluster_cpus > 0 and resources.max_workers == 1 and not resources.gpus
-        environment = {
+        # A job inherits the environment of its node, where the service may have its own secrets: "" hides them.
+        environment = dict.fromkeys(self._settings.kept_from_jobs(), "") | {
             "MANTA_HOME": str(self._settings.home),
             "MANTA_JOB_ID": job_id,
             "MANTA_ATTEMPT": str(attempt),

@@ -27,7 +27,7 @@ from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
-from workloads.spec import JobSpec
+from workloads.spec_any import parse_spec, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -230,14 +230,14 @@ class Reconciler:
                 session.flush()
                 job.revision, job.attempt, job.stalled = row.revision, row.attempt, row.stalled
         run.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.spec, JobSpec.model_validate(job.spec).model_dump_json(indent=1))
+        write_atomic(run.spec, parse_spec(job.spec).model_dump_json(indent=1))
         run.stop.unlink(missing_ok=True)
         logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
         self._ray.submit(job.id, job.attempt)
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""
-        name = JobSpec.model_validate(job.spec).register_as
+        name = getattr(parse_spec(job.spec), "register_as", None)
         if name is not None:
             self._registry.register(name, run.artifact, job.id, "artifact")
         for result in run.read_evaluations():
@@ -275,7 +275,7 @@ class Reconciler:
                 record = run.read_record()
                 if record is None or not run.spec.exists():
                     continue  # no run yet, or none at all
-                spec = JobSpec.model_validate_json(run.spec.read_text())
+                spec = spec_of(run)
             except (ValueError, OSError) as error:  # one such folder must not keep the others from their round
                 logger.warning("%s is not followed: %s", path, error)
                 self._unreadable.add(path.name)

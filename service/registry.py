@@ -3,7 +3,7 @@
 An artifact is copied to `<home>/registry/<name>/<version>` under a scratch name and
 renamed, then its row is written: a crash in between leaves a folder without a row, which
 the next call takes over. One artifact of one job gets one version of a name, however
-often it is registered.
+often it is registered. A name and all its versions belong to the project that claimed it first.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from service.errors import NotFound
+from service.principal import ALL, DEFAULT_PROJECT
 from service.settings import Settings
-from service.store import ModelVersion, Store
+from service.store import ModelName, ModelVersion, Store
 from workloads.artifact import read_card
 
 
@@ -26,6 +30,7 @@ class Registry:
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._root, self._store = settings.registry, store
+        self._owners: dict[str, ModelName] = {}
 
     def register(self, name: str, artifact: Path, job_id: str, source: str) -> ModelVersion:
         """Makes `artifact` the next version of `name`; a second call returns the same version.
@@ -41,6 +46,7 @@ class Registry:
             if known is not None:
                 return known
             newest = session.scalar(sa.select(sa.func.max(ModelVersion.version)).filter_by(name=name)) or 0
+        self.claim([name], DEFAULT_PROJECT)  # of a job by REST it is claimed already, for its own project
         card = read_card(artifact)
         version = newest + 1
         self._copy(artifact, self.folder(name, version))
@@ -50,6 +56,26 @@ class Registry:
         with self._store.session() as session:
             session.add(row)
         return row
+
+    def claim(self, names: Sequence[str], project: str) -> list[str]:
+        """Makes names that nobody has those of `project`; returns the ones that another project has."""
+        for name in names:
+            with suppress(IntegrityError), self._store.session() as session:  # somebody claims it at the same moment
+                if session.get(ModelName, name) is None:
+                    session.add(ModelName(name=name, project=project))
+        with self._store.session() as session:
+            taken = sa.select(ModelName.name).where(ModelName.name.in_(names), ModelName.project != project)
+            return list(session.scalars(taken))
+
+    def owner(self, name: str) -> ModelName | None:
+        """Whose the name is; asked for once, since that never changes."""
+        if name not in self._owners:
+            with self._store.session() as session:
+                row = session.get(ModelName, name)
+            if row is None:
+                return None
+            self._owners[name] = row
+        return self._owners[name]
 
     def _copy(self, artifact: Path, target: Path) -> None:
         scratch = target.with_name(f".{target.name}.tmp")
@@ -83,18 +109,24 @@ class Registry:
         query = sa.select(ModelVersion).filter_by(name=name).order_by(ModelVersion.version.desc())
         with self._store.session() as session:
             rows = list(session.scalars(query))
-            names = [] if rows else list(session.scalars(sa.select(ModelVersion.name).distinct()))
         if not rows:
-            close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:10]
-            hint = f"registered are {', '.join(close)}" if close else "none is registered; run a job with `register`"
-            raise NotFound(f"got model {name!r}, which is not registered", hint)
+            raise self.no_such_model(name)
         return rows
 
-    def newest(self) -> list[ModelVersion]:
-        """The newest version of every name, by name."""
+    def no_such_model(self, name: str, project: str = ALL) -> NotFound:
+        """Says the nearest names of `project`."""
+        names = [row.name for row in self.newest(project)]
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:10]
+        hint = f"registered are {', '.join(close)}" if close else "none is registered; run a job with `register`"
+        return NotFound(f"got model {name!r}, which is not registered", hint)
+
+    def newest(self, project: str = ALL) -> list[ModelVersion]:
+        """The newest version of every name of `project`, by name."""
+        query = sa.select(ModelVersion).order_by(ModelVersion.name, ModelVersion.version)
+        if project != ALL:
+            query = query.join(ModelName, ModelName.name == ModelVersion.name).where(ModelName.project == project)
         with self._store.session() as session:
-            rows = session.scalars(sa.select(ModelVersion).order_by(ModelVersion.name, ModelVersion.version))
-            return list({row.name: row for row in rows}.values())
+            return list({row.name: row for row in session.scalars(query)}.values())
 
     def of_job(self, job_id: str) -> list[str]:
         """`name@version` of everything that a job registered."""

@@ -39,28 +39,34 @@ def page(
         sheet: a PNG of what the method draws; None where it does not.
         summary: further numbers: `predict_accuracy`.
     """
-    import jinja2
-
     results = job["evaluations"]
     columns = list(dict.fromkeys(who for result in results for who in result["results"] if "=" not in who))
     charts: list[Chart] = [result["chart"] for result in results if "chart" in result]
     if online:
         charts.insert(0, _checkpoints(online))
-    template = (Path(__file__).parent / "web" / "report.html").read_text()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return render(
         job=job,
         paper=paper,
         parameters=parameters,
         columns=columns,
         rows=[_row(result, columns) for result in results],
         summary=summary,
-        curve=_html(_loss(points), with_script=True),
-        charts=[(chart["title"], _html(figure(chart).update_layout(title=None))) for chart in charts],
+        curve=("Loss", html_of(_loss(points), with_script=True)),
+        charts=[(chart["title"], html_of(figure(chart).update_layout(title=None))) for chart in charts],
         picture=base64.b64encode(sheet).decode() if sheet else "",
-        spec=yaml.safe_dump(job["spec"], sort_keys=False),
-        versions=", ".join([f"Python {platform.python_version()}", *(f"{v} {_version(v)}" for v in VERSIONS)]),
     )
+
+
+def render(**of_page: Any) -> str:
+    """The template with what differs; `job`, `paper`, `parameters` and `curve` (title, HTML) are always given."""
+    import jinja2
+
+    template = (Path(__file__).parent / "web" / "report.html").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    empty: dict[str, Any] = {"columns": [], "rows": [], "charts": [], "picture": "", "summary": {}, "facts": []}
+    versions = ", ".join([f"Python {platform.python_version()}", *(f"{v} {_version(v)}" for v in VERSIONS)])
+    spec = yaml.safe_dump(of_page["job"]["spec"], sort_keys=False)
+    return environment.from_string(template).render(empty | {"spec": spec, "versions": versions} | of_page)
 
 
 def _version(name: str) -> str:
@@ -114,7 +120,7 @@ def _loss(points: Sequence[dict[str, Any]]) -> Any:
     )
 
 
-def _html(drawn: Any, *, with_script: bool = False) -> str:
+def html_of(drawn: Any, *, with_script: bool = False) -> str:
     """The figure as a part of the page; plotly's script is inside it once, so the page needs no network."""
     grid = {"gridcolor": "rgba(128,128,128,.2)"}
     drawn.update_layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Literal
 import platformdirs
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from cluster.secrets import OF_JOBS, foreign
 
 
 def _words(value: Any) -> Any:
@@ -38,6 +41,8 @@ class Settings(BaseSettings):
             projects when the database has none yet.
         allowed_roots: folders and URL prefixes (`/data, s3://bucket/prefix`) that jobs may name, `*` for any. Not set:
             any while there are no tokens, none afterwards.
+        job_credentials: patterns of variables that jobs may have although they look like secrets; others that do are
+            kept from them.
         cors_origins: web pages of other origins whose scripts may call the service.
         requests_per_s: of each token, in the long run.
         request_burst: of each token at once; above it 429.
@@ -63,6 +68,7 @@ class Settings(BaseSettings):
     tokens: Literal["auto", "required"] = "auto"
     first_admin_token_file: Path | None = None
     allowed_roots: Words | None = None
+    job_credentials: Words = OF_JOBS
     cors_origins: Words = ()
     requests_per_s: float = Field(default=100, gt=0)
     request_burst: int = Field(default=200, ge=1)
@@ -82,6 +88,10 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         return self.database_url.get_secret_value() or f"sqlite:///{self.home / 'manta.db'}"
+
+    def kept_from_jobs(self) -> list[str]:
+        """Variables of this process that no job may see."""
+        return foreign(os.environ, self.job_credentials)
 
     @property
     def local(self) -> bool:

@@ -1,4 +1,6 @@
-"""The database: jobs and their events, model versions, deployments. The table of jobs is the truth; Ray is the engine.
+"""The database: jobs and their events, models, deployments, and who may what.
+
+The table of jobs is the truth; Ray is the engine.
 
 SQLite by default, PostgreSQL by URL. Schema changes are Alembic migrations, applied
 when the service starts.
@@ -17,6 +19,8 @@ import alembic.config
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
+from service.principal import DEFAULT_PROJECT, LOCAL, Role
+
 JobState = Literal[
     "QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED", "PAUSING", "PAUSED"
 ]
@@ -34,11 +38,14 @@ class Job(Base):
     """One accepted job. Times are seconds since the epoch."""
 
     __tablename__ = "jobs"
+    __table_args__ = (sa.UniqueConstraint("project", "idempotency_key", name="uq_jobs_project_idempotency_key"),)
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)  # order of arrival
     id: Mapped[str] = mapped_column(sa.String(80), unique=True)
     name: Mapped[str] = mapped_column(sa.String(80))
     spec: Mapped[dict[str, Any]]
+    project: Mapped[str] = mapped_column(sa.String(63), default=DEFAULT_PROJECT, index=True)
+    owner: Mapped[str] = mapped_column(sa.String(80), default=LOCAL.name)  # the principal that submitted it
     origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", or "ray": came by `ray job submit`
     state: Mapped[JobState] = mapped_column(sa.String(16), index=True)
     attempt: Mapped[int] = mapped_column(default=0)
@@ -56,7 +63,7 @@ class Job(Base):
     total_steps: Mapped[int] = mapped_column(default=0)
     cpus: Mapped[float] = mapped_column(default=0)
     gpus: Mapped[float] = mapped_column(default=0)
-    idempotency_key: Mapped[str | None] = mapped_column(sa.String(200), unique=True)
+    idempotency_key: Mapped[str | None] = mapped_column(sa.String(200))
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))
     revision: Mapped[int] = mapped_column(default=0)
 
@@ -84,6 +91,15 @@ class JobEvent(Base):
     time: Mapped[float] = mapped_column(default=time.time)
     kind: Mapped[str] = mapped_column(sa.String(16))  # a state of the job
     message: Mapped[str] = mapped_column(sa.Text)
+
+
+class ModelName(Base):
+    """Whose the versions of a name are: the first project that asks for a name keeps it."""
+
+    __tablename__ = "model_names"
+
+    name: Mapped[str] = mapped_column(sa.String(80), primary_key=True)
+    project: Mapped[str] = mapped_column(sa.String(63), index=True)
 
 
 class ModelVersion(Base):
@@ -114,14 +130,56 @@ class Deployment(Base):
     updated_at: Mapped[float] = mapped_column(default=time.time, onupdate=time.time)
 
 
+class Project(Base):
+    """What jobs and models belong to."""
+
+    __tablename__ = "projects"
+
+    name: Mapped[str] = mapped_column(sa.String(63), primary_key=True)
+    created_at: Mapped[float] = mapped_column(default=time.time)
+
+
+class Token(Base):
+    """A bearer token, of which only the hash is known. Rows stay: what was revoked stays told."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(80))  # of the principal
+    project: Mapped[str] = mapped_column(sa.String(63))  # or "*"
+    role: Mapped[Role] = mapped_column(sa.String(16))
+    hash: Mapped[str] = mapped_column(sa.String(64), unique=True)
+    created_by: Mapped[str] = mapped_column(sa.String(80))
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
+    last_used_at: Mapped[float | None]  # to the minute
+
+
+class AuditEntry(Base):
+    """One change that somebody asked for. It is written before the change is made, its result afterwards."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    time: Mapped[float]
+    who: Mapped[str] = mapped_column(sa.String(80))
+    token_id: Mapped[str | None] = mapped_column(sa.String(20))
+    project: Mapped[str] = mapped_column(sa.String(63), index=True)
+    action: Mapped[str] = mapped_column(sa.String(120))  # "POST /v1/jobs/{job_id}:cancel"
+    target: Mapped[str] = mapped_column(sa.String(200))  # the id or name in it, or of what was made
+    request_id: Mapped[str] = mapped_column(sa.String(64))
+    status: Mapped[int | None]  # of the answer; None: the service died before it gave one
+
+
 class Store:
     """Sessions on one database, migrated on construction."""
 
     def __init__(self, url: str) -> None:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        # a server may have restarted since the last session; a file has not
-        self.engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        # An error tells the statement, not what is in it. A server may have restarted since the last session.
+        self.engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=not url.startswith("sqlite"))
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _sqlite_pragmas)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
@@ -165,9 +223,16 @@ def _sqlite_pragmas(connection: Any, _: Any) -> None:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Brings the schema to the newest version."""
+    """Brings the schema to the newest version, or leaves it as it was."""
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.begin() as connection:
+    with engine.connect() as connection:
+        if sqlite := engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a table is altered by dropping and renaming it
+            connection.commit()
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # Python's driver begins none for a change of the schema
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, "head")
+        connection.commit()
+        if sqlite:
+            connection.exec_driver_sql("PRAGMA foreign_keys=ON")

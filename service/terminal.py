@@ -41,7 +41,8 @@ def connected() -> Iterator[Any]:
 
     try:
         url = os.environ.get("MANTA_URL") or running(default_home()).url
-        with Client(url) as client:
+        token, project = os.environ.get("MANTA_TOKEN"), os.environ.get("MANTA_PROJECT")
+        with Client(url, token=token, project=project) as client:
             yield client
     except ClusterError as error:
         fail(error, UNREACHABLE)
@@ -51,7 +52,7 @@ def connected() -> Iterator[Any]:
 
 def read_job(path: Path, base: Path | None = None) -> Any:
     """The JobSpec of a file, its relative paths taken from `base` or its own folder; a wrong one ends the command."""
-    from workloads.spec import read_spec
+    from workloads.spec_any import read_spec
 
     try:
         return read_spec(path).absolute((base or path.parent).absolute())
@@ -65,10 +66,12 @@ def _readable(error: ValueError) -> str:
 
     from workloads.catalog import problems_of
     from workloads.spec import JobSpec
+    from workloads.spec_search import SearchSpec
 
     if not isinstance(error, ValidationError):
         return str(error)
-    return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, JobSpec))
+    spec = SearchSpec if error.title == SearchSpec.__name__ else JobSpec
+    return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, spec))
 
 
 def show_json(value: Any) -> None:

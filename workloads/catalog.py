@@ -1,6 +1,6 @@
 """Names of a JobSpec -> the classes that they name, imported on demand.
 
-A new method, model or evaluation is one line here. Nothing is imported until its
+A new method, model, evaluation or search is one line here. Nothing is imported until its
 name is used, so listing the catalog costs no torch.
 """
 
@@ -70,7 +70,11 @@ EVALUATIONS = {
     "sweep": "workloads.evaluation.sweep:Sweep",
     "volume_segmentation": "workloads.evaluation.volume_segmentation:VolumeSegmentation",
 }
-KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS}
+SEARCHES = {
+    "zen_nas": "workloads.search.zen_nas:ZenNAS",
+}
+KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS, "search": SEARCHES}
+PLURAL = {"method": "methods", "model": "models", "evaluation": "evaluations", "search": "searches"}
 
 
 class UnknownName(ValueError):
@@ -96,7 +100,7 @@ def load(kind: str, name: str) -> Any:
     """Imports what `name` names.
 
     Args:
-        kind: "method", "model" or "evaluation".
+        kind: "method", "model", "evaluation" or "search".
         name: a key of that table.
 
     Raises:

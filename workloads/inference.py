@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from workloads import artifact
-from workloads.data.decode import ImageError, decode
+from workloads.data.decode import MAX_PIXELS, ImageError, decode
 from workloads.data.transforms.image import execute, normalise
 from workloads.data.views import View, height_width
 from workloads.methods.base import Method
@@ -35,18 +35,19 @@ CHUNK = 64  # images in one forward: a request of any length needs the memory of
 class Model:
     """One artifact in memory, in eval mode; several threads may call it at once."""
 
-    def __init__(self, folder: Path, home: Path = Path()) -> None:
+    def __init__(self, folder: Path, home: Path = Path(), *, max_pixels: int = MAX_PIXELS) -> None:
         """Loads the network; the state of its method is loaded by the first `reconstruct`.
 
         Args:
             folder: the artifact.
             home: where the method finds its teachers, if it has any.
+            max_pixels: of an image that is asked about.
 
         Raises:
             artifact.ArtifactError: no artifact, or weights that are not those of its card.
         """
         self.card = artifact.read_card(folder)
-        self._folder, self._home = folder, home
+        self._folder, self._home, self._max_pixels = folder, home, max_pixels
         self._network = artifact.load_model(folder)
         self._view = View(size=self.card.image_size, mean=self.card.mean, std=self.card.std)
 
@@ -109,7 +110,7 @@ class Model:
         pixels = []
         for position, data in enumerate(images):  # one at a time: none but one is in memory in its own size
             try:
-                image = decode(data)
+                image = decode(data, max_pixels=self._max_pixels)
             except ImageError as error:
                 raise ImageError(f"image {position}: {error}") from error
             pixels.append(execute(self._view, [image])[0][0])

@@ -15,7 +15,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from workloads import catalog
-from workloads.spec import JobSpec, Named
+from workloads.artifact import ArtifactError
+from workloads.spec import BaseSpec, JobSpec, Named
+from workloads.spec_any import AnySpec
+from workloads.spec_search import SearchSpec
+from workloads.winner import settled
 
 
 class Problem(BaseModel):
@@ -43,18 +47,27 @@ def warm() -> None:
             catalog.load(kind, name)
 
 
-def check(spec: JobSpec, home: Path) -> list[Problem]:
+def check(spec: AnySpec, home: Path) -> list[Problem]:
     """What is wrong with `spec`; `[]` means that it can start.
 
     Args:
-        spec: a JobSpec whose own fields are valid.
+        spec: a job whose own fields are valid.
         home: where `init` and other references to weights are looked up.
     """
-    return look(spec, home) or _fit(spec, home)
+    found = look(spec, home)
+    if not found and isinstance(spec := settled(spec, home), JobSpec):
+        found = _fit(spec, home)
+    return found
 
 
-def look(spec: JobSpec, home: Path) -> list[Problem]:
+def look(spec: AnySpec, home: Path) -> list[Problem]:
     """`check` without building the network, for a run that builds it next anyway."""
+    try:
+        spec = settled(spec, home)
+    except ArtifactError as error:
+        return [Problem(loc=["model", "name"], message=str(error))]
+    if isinstance(spec, SearchSpec):
+        return _search(spec, home)
     problems = _config("method", "method", spec.method)
     for i, evaluation in enumerate(spec.evaluate):
         problems += _config("evaluation", "evaluate", evaluation, i)
@@ -71,12 +84,14 @@ def _config(kind: str, field: str, named: Named, *index: int) -> list[Problem]:
     try:
         cls = catalog.load(kind, named.name)
     except catalog.UnknownName as error:
-        return [Problem(loc=[field, *index, "name"], message=str(error), hint=f"GET /v1/{kind}s lists them")]
+        return [
+            Problem(loc=[field, *index, "name"], message=str(error), hint=f"GET /v1/{catalog.PLURAL[kind]} lists them")
+        ]
     try:
         cls.Config.model_validate(named.config)
     except ValidationError as error:
         found = catalog.problems_of(error, cls.Config)
-        hint = f"GET /v1/{kind}s/{named.name} has the schema"
+        hint = f"GET /v1/{catalog.PLURAL[kind]}/{named.name} has the schema"
         return [Problem(loc=[field, *index, *loc], message=message, hint=hint) for loc, message in found]
     return []
 
@@ -95,23 +110,38 @@ def _model(spec: JobSpec) -> list[Problem]:
     return []
 
 
-def _streams(spec: JobSpec) -> list[Problem]:
-    wanted = catalog.load("method", spec.method.name).streams
+def _search(spec: SearchSpec, home: Path) -> list[Problem]:
+    """What the search itself finds wrong, its data and its weights."""
+    if problems := _config("search", "search", spec.search):
+        return problems
+    cls = catalog.load("search", spec.search.name)
+    if spec.islands > 1 and not cls.islands:
+        message = f"got {spec.islands} islands, expected 1: {spec.search.name} measures a list that is the same for all"
+        return [Problem(loc=["islands"], message=message, hint="leave it out; more workers share the list")]
+    config = cls.Config.model_validate(spec.search.config)
+    device = "cuda" if spec.resources.gpus else "cpu"
+    found = [Problem(loc=["search", *loc], message=message) for loc, message in config.problems(device)]
+    return found or _streams(spec) or _data(spec) + _init(spec, home)
+
+
+def _streams(spec: AnySpec) -> list[Problem]:
+    kind, name = spec.about
+    wanted = catalog.load(kind, name).streams
     if set(spec.data) == set(wanted):
         return []
     got, expected = sorted(spec.data), ", ".join(wanted)
     close = [f"{name!r} is like {m[0]!r}" for name in got if (m := difflib.get_close_matches(name, wanted, n=1))]
-    message = f"got streams {', '.join(got)}, expected {expected} for method {spec.method.name}"
-    return [Problem(loc=["data"], message=message, hint="; ".join(close) or f"give exactly: {expected}")]
+    message = f"got streams {', '.join(got) or 'none'}, expected {expected or 'none'} for {kind} {name}"
+    return [Problem(loc=["data"], message=message, hint="; ".join(close) or f"give exactly: {expected or 'no data'}")]
 
 
-def _data(spec: JobSpec) -> list[Problem]:
+def _data(spec: AnySpec) -> list[Problem]:
     """Shards that cannot be read or hold no image, without a scan of all of them, and files that hold no scores."""
     from workloads.data.manifest import DataError, peek
     from workloads.data.scores import expect_scores
 
     streams: list[tuple[list[str | int], Any]] = [(["data", name], s) for name, s in spec.data.items() if not s.piped]
-    for i, evaluation in enumerate(spec.evaluate):
+    for i, evaluation in enumerate(spec.evaluate if isinstance(spec, JobSpec) else ()):
         config = catalog.load("evaluation", evaluation.name).Config.model_validate(evaluation.config)
         streams += [(["evaluate", i, "data", name], getattr(config.data, name)) for name in ("train", "test")]
     problems = []
@@ -125,11 +155,10 @@ def _data(spec: JobSpec) -> list[Problem]:
     return problems
 
 
-def _init(spec: JobSpec, home: Path) -> list[Problem]:
+def _init(spec: BaseSpec, home: Path) -> list[Problem]:
     """Weights that are not there; a public name is looked up, not downloaded."""
     if spec.init is None:
         return []
-    from workloads.artifact import ArtifactError
     from workloads.weights import locate
 
     try:
@@ -144,7 +173,6 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
     import torch
 
     from workloads import assemble, weights
-    from workloads.artifact import ArtifactError
     from workloads.data.views import height_width
     from workloads.methods.base import DataInfo
     from workloads.models.encoders import build_encoder

@@ -14,13 +14,13 @@ from workloads.place import Here, device
 from workloads.ray_online import ClusterTask
 from workloads.ray_train import train_on_ray
 from workloads.record import RunFolder
-from workloads.spec import JobSpec
+from workloads.spec import BaseSpec, JobSpec
 from workloads.spec_training import Resources
 
 T = TypeVar("T")
 
 
-def needs_a_group(spec: JobSpec) -> bool:
+def needs_a_group(spec: BaseSpec) -> bool:
     """Whether Ray Train makes a group of workers for it; one CPU worker is the process itself."""
     return spec.resources.max_workers > 1 or spec.resources.gpus > 0
 
@@ -29,7 +29,7 @@ class Workers:
     """Workers of Ray."""
 
     def __init__(
-        self, spec: JobSpec, run: RunFolder, home: Path, should_stop: Callable[[], bool], connected: Callable[[], None]
+        self, spec: BaseSpec, run: RunFolder, home: Path, should_stop: Callable[[], bool], connected: Callable[[], None]
     ) -> None:
         """Starts nothing.
 

@@ -1,4 +1,4 @@
-"""`python -m workloads.run job.yaml`: JobSpec -> trained weights, evaluations, artifact, and a true record.
+"""`python -m workloads.run job.yaml`: a job -> what it trained, evaluated or found, and a true record.
 
 The same for a job of the service, for `ray job submit -- python -m workloads.run`, and
 for `manta run --local`, which uses no Ray. One CPU worker trains in this very process
@@ -23,15 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from workloads.evaluate import evaluate
-from workloads.export import export
+from workloads.artifact import ArtifactError
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
-from workloads.online import OnlineEvaluations
-from workloads.place import Here, Place
 from workloads.preflight import look
 from workloads.record import RunFolder, write_atomic
-from workloads.spec import JobSpec, read_spec
+from workloads.spec_any import AnySpec, read_spec, spec_of
+from workloads.winner import settled
+from workloads.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class StopRequest:
 
 
 def execute(
-    spec: JobSpec,
+    spec: AnySpec,
     run: RunFolder,
     home: Path,
     *,
@@ -85,12 +84,13 @@ def execute(
     """Runs a job in its folder to the end, or on from where an earlier call was stopped or killed.
 
     Args:
-        spec: the job; must be the one that the folder already holds, if it holds one.
+        spec: the job; must be the one that the folder already holds, if it holds one. A model that is another job's is
+            kept there as what it stands for.
         run: the folder; locked, so two processes never run one job.
         home: where references to weights are looked up.
         job_id: written into record and card.
         attempt: counted by whoever starts the job again.
-        ray: whether Ray Train may be used (a cluster is at hand).
+        ray: whether a cluster is at hand.
         on_point: gets each point of the curve when the loop runs in this process.
 
     Returns:
@@ -102,7 +102,13 @@ def execute(
             logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
             return FAILED
         stack.enter_context(run.logging())
-        if problem := _claim(spec, run):
+        try:
+            spec = settled(spec, home)
+        except ArtifactError as error:
+            with Journal(run, job_id, attempt) as journal:
+                journal.finish("FAILED", f"model: {error}")
+            return FAILED
+        if problem := _claim(spec, run, home):
             logger.error("%s", problem)
             return FAILED
         journal = stack.enter_context(Journal(run, job_id, attempt, max_duration=spec.max_duration))
@@ -112,22 +118,19 @@ def execute(
                 hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
                 journal.finish("FAILED", "; ".join(problem.sentence for problem in problems), "; ".join(hints) or None)
                 return FAILED
-            place = _place(spec, run, home, stop, ray)
-            with OnlineEvaluations(spec, run, home, job_id, place.online), journal.training():
-                trained = place.train(spec, run, on_point)
+            work = Work(spec, run, home, job_id, ray, should_stop=stop, connected=stop.install)
+            done = work.go(journal, on_point)
             if journal.out_of_time:
                 run.stop.unlink(missing_ok=True)  # what is trained is still exported and evaluated
-                if not trained:
+                if not done:
                     now = journal.update()
                     reached = f"step {now.step} of {now.total_steps}; the last checkpoint is kept"
                     journal.finish("FAILED", f"got max_duration of {spec.max_duration:.9g} s, reached {reached}", HINT)
                     return FAILED
-            if not trained or stop():
+            if not done or stop():
                 journal.finish("STOPPED", "stopped on request; the checkpoint is kept")
                 return STOPPED
-            if not run.artifact.exists():
-                export(spec, run, home, job_id)
-            if not evaluate(spec, run, home, job_id, stop, place):
+            if not work.conclude():
                 journal.finish("STOPPED", "stopped on request between evaluations")
                 return STOPPED
         except Exception as error:
@@ -142,29 +145,19 @@ def execute(
         return SUCCEEDED
 
 
-def _place(spec: JobSpec, run: RunFolder, home: Path, stop: StopRequest, ray: bool) -> Place:
-    """The process itself, or workers of Ray Train."""
-    if ray:
-        from workloads.ray_place import Workers, needs_a_group
-
-        if needs_a_group(spec):
-            return Workers(spec, run, home, stop, connected=stop.install)
-    return Here(spec.resources, home, stop)
-
-
-def _claim(spec: JobSpec, run: RunFolder) -> str | None:
+def _claim(spec: AnySpec, run: RunFolder, home: Path) -> str | None:
     """Writes the spec into a new folder; refuses a folder that holds another job. Only `max_duration` may change."""
     text = spec.model_dump_json(indent=1)
     if not run.spec.exists():
         write_atomic(run.spec, text)
         return None
-    held = JobSpec.model_validate_json(run.spec.read_text())
+    held = settled(spec_of(run), home)  # the service writes the job as it was sent
     if held.model_copy(update={"max_duration": spec.max_duration}) == spec:
-        if held != spec:
+        if run.spec.read_text() != text:
             write_atomic(run.spec, text)
         return None
     ours, theirs = spec.model_dump(), held.model_dump()
-    keys = ", ".join(key for key in ours if ours[key] != theirs[key])
+    keys = ", ".join(key for key in ours if ours[key] != theirs.get(key))
     return f"{run.path} holds another job (it differs in {keys}); use another folder, or --fresh to start anew"
 
 
@@ -180,7 +173,7 @@ def _locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def run_local(spec: JobSpec, out: Path, *, fresh: bool = False, on_point: OnPoint = lambda _: None) -> int:
+def run_local(spec: AnySpec, out: Path, *, fresh: bool = False, on_point: OnPoint = lambda _: None) -> int:
     """Runs a job in this process, without Ray, in the folder `out`; a second call continues.
 
     Args:
@@ -232,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         spec = read_spec(arguments.spec).absolute(arguments.spec.absolute().parent)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{arguments.spec} is no JobSpec: {error}") from error
+        raise SystemExit(f"{arguments.spec} is no job: {error}") from error
     run = RunFolder(Path(home) / "runs" / job_id)
     return execute(spec, run, Path(home), job_id=job_id, attempt=int(os.environ.get("MANTA_ATTEMPT", "1")), ray=True)
 

@@ -1,4 +1,6 @@
-"""JobSpec: the one description of a job, shared by requests, recipes and runs.
+"""JobSpec: the one description of a job that trains, shared by requests, recipes and runs.
+
+What other jobs have in common with it is `BaseSpec`; `workloads.spec_any` reads jobs of any kind.
 
 No torch in here: the service, the command line and a laptop without a GPU read a
 spec in milliseconds. Names (of methods, models, evaluations) are resolved by
@@ -9,9 +11,8 @@ spec in milliseconds. Names (of methods, models, evaluations) are resolved by
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from workloads.spec_training import (
@@ -88,16 +89,47 @@ class Stream(Strict):
         return self
 
 
-class JobSpec(Strict):
-    """What a request, a recipe and a run have in common."""
+class BaseSpec(Strict):
+    """What every job has."""
 
     name: JobName
-    method: Named
-    model: Named
     data: dict[str, Stream]
     init: str | None = (
         None  # weights to start from: name@version, job:<id>, timm:<name>, a folder or a .safetensors file
     )
+    max_duration: Seconds | None = Field(default=None, gt=0)  # of the work itself, over all attempts; "12h"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    resources: Resources = Resources()
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """What it does, as the catalog has it: the kind, and the name."""
+        raise NotImplementedError(f"{type(self).__name__} must define about")
+
+    def absolute(self, base: Path) -> Self:
+        """The spec with relative paths (shards and scores, `init`, tables) taken from `base`."""
+        document = self.model_dump()
+        if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
+            document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
+        for holder in self._holders(document):
+            for stream in holder.get("data", {}).values():
+                for field in ("shards", "scores"):
+                    if stream.get(field) is not None:
+                        stream[field] = _absolute(stream[field], base)
+        return type(self).model_validate(document)
+
+    def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        """Parts of the document with a `data` of streams."""
+        return [document]
+
+
+class JobSpec(BaseSpec):
+    """A job that trains: what a request, a recipe and a run have in common."""
+
+    method: Named
+    model: Named
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=256, ge=1)  # global, whatever the number of workers
@@ -108,14 +140,9 @@ class JobSpec(Strict):
     engine: Engine = Engine()
     log_steps: int = Field(default=10, ge=1)  # that a point of the curve stands for
     guards: Guards = Guards()
-    max_duration: Seconds | None = Field(default=None, gt=0)  # of training, over all attempts; "12h"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    resources: Resources = Resources()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     evaluate: list[Named] = []
     register_as: JobName | None = Field(default=None, alias="register")
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
 
     @field_validator("data")
     @classmethod
@@ -164,17 +191,12 @@ class JobSpec(Strict):
         """How many of `workers` train: the most that share the micro-batches evenly; the others stand by."""
         return next(n for n in range(workers, 0, -1) if self._micro_batches % n == 0)
 
-    def absolute(self, base: Path) -> JobSpec:
-        """The spec with relative paths (shards and scores of the data and of evaluations, `init`) taken from `base`."""
-        document = self.model_dump()
-        if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
-            document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
-        for holder in (document, *document["evaluate"]):
-            for stream in holder.get("data", {}).values():
-                for field in ("shards", "scores"):
-                    if stream.get(field) is not None:
-                        stream[field] = _absolute(stream[field], base)
-        return JobSpec.model_validate(document)
+    @property
+    def about(self) -> tuple[str, str]:
+        return "method", self.method.name
+
+    def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        return [document, *document["evaluate"]]
 
     def accumulation_on(self, world_size: int) -> int:
         """Micro-batches for each optimizer step of one of `world_size` ranks.
@@ -190,19 +212,3 @@ def _absolute(shards: str | list[str], base: Path) -> str | list[str]:
     if isinstance(shards, list):
         return [str(_absolute(one, base)) for one in shards]
     return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)
-
-
-def read_spec(path: Path) -> JobSpec:
-    """Reads a YAML (or JSON) file into a JobSpec, as it stands there.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no YAML mapping, or not a JobSpec (pydantic's ValidationError is one).
-    """
-    try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds {type(document).__name__}, expected a mapping with name, method, model, data")
-    return JobSpec.model_validate(document)

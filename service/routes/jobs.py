@@ -6,18 +6,22 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.access import CallerDep
 from service.events import CURSOR, START
 from service.parts import JobsDep, PartsDep
+from service.principal import ProjectName
 from service.report import page
+from service.report_search import search_page
 from service.store import TERMINAL, JobState
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
 from workloads.spec_training import Seconds
 
+ProjectQuery = Annotated[ProjectName | None, Query(description="Default: that of the token.")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 FOLLOW_POLL_S = 0.25
@@ -32,28 +36,35 @@ class Resume(BaseModel):
 
 @router.post("", status_code=201)
 def submit(
-    body: Annotated[dict[str, Any], Body(description="A JobSpec.")],
-    jobs: JobsDep,
+    body: Annotated[dict[str, Any], Body(description="A JobSpec, or a SearchSpec.")],
+    parts: PartsDep,
+    caller: CallerDep,
+    request: Request,
     response: Response,
+    project: ProjectQuery = None,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
 ) -> dict[str, Any]:
     """Accepts a job: 201 means that it is stored and will run. The same Idempotency-Key answers the same job, 200."""
-    job, created = jobs.submit(body, idempotency_key)
+    request.state.project = chosen = parts.projects.chosen(caller, project)
+    job, created = parts.jobs.submit(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return jobs.view(job)
+    return parts.jobs.view(job)
 
 
 @router.get("")
 def list_jobs(
-    jobs: JobsDep,
+    parts: PartsDep,
+    caller: CallerDep,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: Annotated[int | None, Query(ge=1)] = None,
     state: JobState | None = None,
+    project: ProjectQuery = None,
 ) -> dict[str, Any]:
-    """Newest first; `next` is the cursor of the following page, null on the last."""
-    page = jobs.list(limit=limit, before=cursor, state=state)
-    return {"jobs": [jobs.view(job) for job in page], "next": page[-1].number if len(page) == limit else None}
+    """Newest first, of one project or of all that the token sees; `next`: the following page's cursor, or null."""
+    chosen = caller.project if project is None else parts.projects.chosen(caller, project)
+    page = parts.jobs.list(limit=limit, before=cursor, state=state, project=chosen)
+    return {"jobs": [parts.jobs.view(job) for job in page], "next": page[-1].number if len(page) == limit else None}
 
 
 @router.get("/{job_id}")
@@ -102,6 +113,9 @@ def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     """One page for people: curves, evaluations, what the method draws, the JobSpec; of a job in any state."""
     view, run = jobs.view(jobs.get(job_id)), jobs.run_folder(job_id)
+    if view["search"] is not None:
+        paper = catalog.load("search", view["search"]).paper
+        return HTMLResponse(search_page(job=view, points=list(run.read_metrics()), paper=paper, artifact=run.artifact))
     done = run.artifact.exists()
     sheet = run.artifact / PICTURES
     text = page(

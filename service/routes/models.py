@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from service.access import CallerDep
 from service.parts import PartsDep, RegistryDep
 from service.store import ModelVersion
 
@@ -24,9 +25,9 @@ def _version(row: ModelVersion) -> dict[str, Any]:
 
 
 @router.get("")
-def list_models(registry: RegistryDep) -> dict[str, Any]:
-    """The newest version of every name."""
-    return {"models": [_version(row) for row in registry.newest()]}
+def list_models(registry: RegistryDep, caller: CallerDep) -> dict[str, Any]:
+    """The newest version of every name that the token sees."""
+    return {"models": [_version(row) for row in registry.newest(caller.project)]}
 
 
 @router.get("/{name}")

@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
 from service.errors import Unavailable
 from service.ray_jobs import RayStatus, submission_id
 from workloads.record import Record, RunFolder, RunState
@@ -60,3 +63,14 @@ def write_record(folder: Path, state: RunState, attempt: int = 1, *, age_s: floa
         job_id=folder.name, state=state, attempt=attempt, started_at=now, updated_at=now, host="node-9", **more
     )
     RunFolder(folder).record.write_text(record.model_dump_json())
+
+
+def local_client(app: FastAPI, **headers: str) -> TestClient:
+    """A client on the machine of the service, as the one without tokens expects it."""
+    return TestClient(
+        app,
+        base_url="http://127.0.0.1",
+        client=("127.0.0.1", 50000),
+        headers=headers,
+        raise_server_exceptions=False,
+    )

@@ -76,7 +76,7 @@ def fake() -> FakeServe:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Settings, a store and a registry with `digits` 1 and 2, `faces` 1."""
-    monkeypatch.setattr(deployments, "application", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(deployments, "application", lambda *arguments, **_: arguments[-1])
     monkeypatch.setattr(deployments, "POLL_S", 0.0)
     settings = Settings(home=tmp_path)
     store = Store(settings.database)

@@ -1,6 +1,7 @@
 import asyncio
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from service import predictor
 from service.app import build
+from service.audit import Audit
 from service.errors import BadImage, NotDeployed, NotFound, Unavailable
+from service.registry import Registry
 from service.settings import Settings
-from service.store import Deployment
+from service.store import Deployment, Store
+from service.tokens import Tokens
+from tests.service.fakes import local_client
 
 PATH = "/v1/models/digits"
 
@@ -68,11 +73,19 @@ def fake() -> FakeDeployments:
 
 
 @pytest.fixture
-def client(fake: FakeDeployments) -> Iterator[TestClient]:
+def client(fake: FakeDeployments, tmp_path: Path) -> Iterator[TestClient]:
+    settings = Settings(home=tmp_path, max_images=4, max_body_bytes=4096)
+    store = Store(settings.database)
     parts: Any = SimpleNamespace(
-        settings=Settings(max_images=4, max_body_bytes=4096), deployments=fake, start=lambda: None, stop=lambda: None
+        settings=settings,
+        deployments=fake,
+        registry=Registry(settings, store),
+        tokens=Tokens(store),
+        audit=Audit(store),
+        start=lambda: None,
+        stop=store.close,
     )
-    with TestClient(build(parts.settings, parts), raise_server_exceptions=False) as client:
+    with local_client(build(settings, parts)) as client:
         yield client
 
 
@@ -130,8 +143,9 @@ def test_requests_that_mean_nothing(
 
 def test_a_body_that_is_no_json_or_of_unknown_length(client: TestClient) -> None:
     expect(client.post(f"{PATH}:predict", content=b"{"), 400, detail="Invalid JSON", hint='{"images"')
-    chunked = client.post(f"{PATH}:predict", content=iter([b"{}"]))
-    expect(chunked, 400, detail="unknown length", hint="Content-Length")
+    expect(client.post(f"{PATH}:predict", content=iter([b"{", b"}"])), 400, detail="Field required", hint='{"images"')
+    unending = client.post(f"{PATH}:predict", content=iter([b" " * 4000, b" " * 4000]))
+    expect(unending, 413, detail="more than 4096 bytes", hint="less")
 
 
 @pytest.mark.parametrize(

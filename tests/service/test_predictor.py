@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make(folders: dict[str, Path]) -> Iterator[Callable[[str], Predictor]]:
     """Predictors without Ray."""
     threads = torch.get_num_threads()
-    yield lambda kind: Predictor(folders[kind], Path(), f"{kind}@1", threads=1)
+    yield lambda kind: Predictor(folders[kind], Path(), f"{kind}@1", threads=1, max_pixels=10**6)
     torch.set_num_threads(threads)
 
 

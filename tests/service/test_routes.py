@@ -13,13 +13,16 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import build
+from service.audit import Audit
 from service.jobs import Jobs
 from service.parts import Parts
+from service.projects import Projects
 from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Store
-from tests.service.fakes import FakeRay, write_record
+from service.tokens import Tokens
+from tests.service.fakes import FakeRay, local_client, write_record
 from tests.toy import TOY_MAE, TOY_MODEL
 from tests.toy_artifact import image, write_artifact
 from workloads.artifact import PICTURES
@@ -42,7 +45,8 @@ class Service:
         registry = Registry(settings, store)
         reconciler = Reconciler(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
         jobs = Jobs(settings, store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
-        self.parts = Parts(settings, store, self.ray, registry, reconciler, jobs, NoDeployments())  # type: ignore[arg-type]
+        people = Tokens(store), Projects(store), Audit(store)
+        self.parts = Parts(settings, store, self.ray, registry, reconciler, jobs, NoDeployments(), *people)  # type: ignore[arg-type]
         self.app = build(settings, self.parts)
         self.runs = settings.runs
 
@@ -54,7 +58,7 @@ def service(tmp_path: Path) -> Service:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(service.app, raise_server_exceptions=False) as client:
+    with local_client(service.app) as client:
         yield client
 
 

@@ -21,7 +21,8 @@ from workloads.models.encoders import build_encoder, timm_folder_config
 from workloads.preflight import check
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
-from workloads.spec import JobSpec, read_spec
+from workloads.spec import JobSpec
+from workloads.spec_any import read_spec
 
 RECIPES = sorted((Path(workloads.__file__).parent / "recipes").glob("*.yaml"))
 FULL = [path for path in RECIPES if path.stem.startswith(("imagenet_", "cifar100_", "acdc_", "luperson_"))]

@@ -30,6 +30,11 @@ class Island:
     def done(self) -> bool:
         return self.told == self.search.total
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best row of the population; None while there is none."""
+        return next(iter(self.search.population()), None)
+
     def take(self, most: int) -> list[tuple[int, str]]:
         """Up to so many candidates that are to be scored, and that nobody was given before."""
         free = [(i, c) for i, c in self._waiting.items() if c is not None and i not in self._handed][:most]
@@ -64,7 +69,7 @@ class Island:
         """JSON values; what was taken and not given is scored again after `restore`."""
         waiting = [[index, candidate] for index, candidate in self._waiting.items()]
         counts = {"told": self.told, "scored": self.scored, "spent": self.spent}
-        return {**counts, "waiting": waiting, "search": self.search.state()}
+        return {**counts, "waiting": waiting, "best": self.best, "search": self.search.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.told, self.scored, self.spent = state["told"], state["scored"], state["spent"]

@@ -1,0 +1,121 @@
+"""The first look at a request: who asks, how often, and under which number it is told of.
+
+A service without tokens answers the machine it runs on and nobody else, whatever address it listens on; it asks the
+address of the client, and the Host and Origin that a web page in a browser of this machine cannot make up.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.access import PUBLIC, PUBLIC_FOLDER
+from service.audit import Audit
+from service.errors import Forbidden, InvalidToken, ServiceError, Unauthorised, Unavailable
+from service.limits import Rate
+from service.principal import LOCAL, Principal
+from service.problems import answer
+from service.settings import is_loopback
+from service.tokens import Tokens
+
+ASK = "send `Authorization: Bearer TOKEN`; the command line takes it from MANTA_TOKEN"
+SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+class Gate:
+    """Plain ASGI; puts `principal` and `request_id` into the state of the request, and ends its audit entry."""
+
+    def __init__(self, app: ASGIApp, tokens: Tokens, audit: Audit, rate: Rate, origins: Sequence[str]) -> None:
+        self._app, self._tokens, self._audit, self._rate, self._origins = app, tokens, audit, rate, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, state = Headers(scope=scope), dict(scope.get("state", {}))
+        scope["state"] = state  # of this request: servers may give all the same one
+        state["request_id"] = _request_id(headers)
+        noted = False
+
+        async def note(status: int, made: str = "") -> None:
+            nonlocal noted
+            if "audit" in state and not noted:
+                noted = True
+                await run_in_threadpool(self._audit.finish, state["audit"], status, made, state.get("project", ""))
+
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                more = MutableHeaders(scope=message)
+                more["X-Request-ID"] = state["request_id"]
+                await note(message["status"], more.get("location", "").rpartition("/")[2])
+            await send(message)
+
+        try:
+            if scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_FOLDER):
+                state["principal"] = await self._who(scope, headers)
+            await self._app(scope, receive, numbered)
+        except ServiceError as error:
+            await answer(error)(scope, receive, numbered)
+        except Exception:
+            await note(500)
+            raise
+
+    async def _who(self, scope: Scope, headers: Headers) -> Principal:
+        """The principal.
+
+        Raises:
+            Unauthorised: no token where one is needed, or a wrong one.
+            Forbidden: from elsewhere, to a service that has no tokens.
+            TooMany: above the rate of the token.
+            Unavailable: the database does not answer.
+        """
+        try:
+            needed = self._tokens.needed() if self._tokens.sure else await run_in_threadpool(self._tokens.needed)
+            if not needed:
+                self._expect_local(scope, headers)
+                return LOCAL
+            text = _bearer(headers)
+            principal = self._tokens.known(text)
+            if principal is None:
+                principal = await run_in_threadpool(self._tokens.authenticate, text)
+        except SQLAlchemyError as error:
+            raise Unavailable("tokens cannot be looked up", "try again; /readyz says what is missing") from error
+        self._rate.take(principal.token_id or principal.name)
+        return principal
+
+    def _expect_local(self, scope: Scope, headers: Headers) -> None:
+        client = (scope.get("client") or ("",))[0]
+        if not is_loopback(client):
+            raise Forbidden(
+                f"got a request from {client or 'nowhere'}; a service without tokens serves its own machine only",
+                "make the first token there: manta token create NAME --role admin --all-projects",
+            )
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if not is_loopback(host):
+            raise Forbidden(f"got Host {host!r}, expected localhost", "ask http://127.0.0.1")
+        origin = headers.get("origin")
+        ours = origin is None or origin in self._origins or urlsplit(origin).netloc == headers.get("host")
+        if scope["method"] not in SAFE and not ours:
+            raise Forbidden(f"got a change from a page of {origin}", "name it in MANTA_CORS_ORIGINS if it is yours")
+
+
+def _bearer(headers: Headers) -> str:
+    given = headers.get("authorization")
+    if given is None:
+        raise Unauthorised("got no token", ASK)
+    scheme, _, text = given.partition(" ")
+    if scheme.lower() != "bearer" or not text.strip():
+        raise InvalidToken("got another kind of Authorization, expected a bearer token", ASK)
+    return text.strip()
+
+
+def _request_id(headers: Headers) -> str:
+    """That of the proxy in front, if it gave one that can stand in a log."""
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)

@@ -1,0 +1,24 @@
+"""Errors as answers: `application/problem+json`, RFC 9457."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from service.errors import ServiceError
+
+PROBLEM = "application/problem+json"
+
+
+def answer(error: ServiceError) -> JSONResponse:
+    """What the service refused."""
+    return JSONResponse(error.problem(), error.status, error.headers, PROBLEM)
+
+
+def plain(
+    status: int, title: str, detail: str, hint: str = "", headers: dict[str, str] | None = None, **more: Any
+) -> JSONResponse:
+    """What the framework refused."""
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, "hint": hint}
+    return JSONResponse(body | {"retryable": False} | more, status, headers, PROBLEM)

@@ -1,0 +1,164 @@
+"""Evolution as the training-free searches do it: one child a turn, scored once, the best stay.
+
+A turn draws a parent from the population, mutates it, and is spent where the child is over budget or known already.
+No structure is kept twice, so a lucky score is not drawn again. Beside the population the Pareto front is kept: what
+scored best for its FLOPs, or for its milliseconds, though the population has long outgrown it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, cast
+
+from numpy.random import Generator
+from pydantic import Field
+
+from workloads.search.base import Result, Search, SearchConfig
+from workloads.search.budget import Budget
+from workloads.search.latency_budget import Latency
+
+Row = dict[str, Any]
+
+
+class EvolutionConfig(SearchConfig):
+    """What evolutions have in common.
+
+    Attributes:
+        population: how many stay.
+        iterations: turns, of each island.
+        budget: what a network may cost.
+        image_size: side of the images, of which FLOPs and latency are counted.
+    """
+
+    population: int = Field(default=256, ge=2)
+    iterations: int = Field(default=96000, ge=1)
+    budget: Budget
+    image_size: int = Field(default=224, ge=8)
+
+    def least(self) -> Mapping[str, float]:
+        """The least that a network of the space can have of each cost; `latency_ms` only where a table says it."""
+        raise NotImplementedError(f"{type(self).__name__} must define least()")
+
+    def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
+        latency = self.budget.latency
+        said = [] if latency is None else latency.problems(device, self.image_size)
+        return [(("budget", "latency"), problem) for problem in said] or self.budget.problems(self.least())
+
+
+def front(rows: Iterable[Row], cost: str) -> list[Row]:
+    """Those that score higher than whatever costs no more, the cheapest first."""
+    best, found = -math.inf, []
+    for row in sorted((row for row in rows if cost in row), key=lambda row: (row[cost], -row["score"])):
+        if row["score"] > best:
+            best = row["score"]
+            found.append(row)
+    return found
+
+
+class Evolution(Search):
+    """A subclass says where it starts, how a child is made, what it costs and what it scores."""
+
+    islands = True
+
+    def __init__(self, config: Any, inputs: Any) -> None:
+        super().__init__(config, inputs)
+        self._members: list[Row] = []
+        self._fastest_ms = math.inf
+        self._fronts: dict[str, list[Row]] = {"flops": [], "latency_ms": []}
+
+    @abstractmethod
+    def first_child(self, random: Generator) -> str:
+        """A candidate while the population is small."""
+
+    @abstractmethod
+    def child(self, parent: str, random: Generator) -> str:
+        """A mutation of a member."""
+
+    @abstractmethod
+    def rate(self, candidate: str, index: int) -> float:
+        """The score."""
+
+    @abstractmethod
+    def latency_ms(self, latency: Latency, candidate: str) -> float:
+        """What `latency` says of the candidate."""
+
+    @abstractmethod
+    def costs(self, candidate: str) -> dict[str, float]:
+        """Parameters, flops and layers, counted."""
+
+    @property
+    def few(self) -> int:
+        """Up to so many members children come from the start rather than from a member."""
+        return min(10, self.config.population // 2)
+
+    @property
+    def total(self) -> int:
+        iterations: int = self.config.iterations
+        return iterations
+
+    def ask(self, index: int) -> str | None:
+        random = self.random(index)
+        if len(self._members) <= self.few:
+            child = self.first_child(random)
+        else:
+            child = self.child(self._members[random.integers(len(self._members))]["candidate"], random)
+        known = any(row["candidate"] == child for row in self._members)
+        return None if known or not self.config.budget.met(self.costs(child)) else child
+
+    def score(self, candidate: str, index: int) -> Result:
+        found = {}
+        if self._latency is not None:
+            found["latency_ms"] = self.latency_ms(self._latency, candidate)
+            if found["latency_ms"] > self._latency.budget.ms:
+                return found
+        return found | {"score": self.rate(candidate, index)}
+
+    @cached_property
+    def _latency(self) -> Latency | None:
+        budget = self.config.budget.latency
+        return None if budget is None else Latency(budget, self.config.image_size)
+
+    def tell(self, index: int, candidate: str, result: Result) -> None:
+        self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))
+        if math.isfinite(result.get("score", math.nan)):
+            self._add({"candidate": candidate, "index": index, **self.costs(candidate), **result})
+
+    def immigrate(self, row: Row) -> None:
+        self._add(row)
+
+    def _add(self, row: Row) -> None:
+        if any(row["candidate"] == member["candidate"] for member in self._members):
+            return
+        self._members.append(row)
+        for cost, rows in self._fronts.items():
+            self._fronts[cost] = front([*rows, row], cost)
+        if len(self._members) > self.config.population:
+            self._members.remove(min(self._members, key=lambda member: cast(float, member["score"])))
+
+    def state(self) -> Any:
+        fastest = None if self._fastest_ms == math.inf else self._fastest_ms
+        return {"members": self._members, "fronts": self._fronts, "fastest_ms": fastest}
+
+    def restore(self, state: Any) -> None:
+        self._members, self._fronts = list(state["members"]), dict(state["fronts"])
+        self._fastest_ms = math.inf if state["fastest_ms"] is None else state["fastest_ms"]
+
+    def population(self) -> list[Row]:
+        return sorted(self._members, key=lambda row: -row["score"])
+
+    def fronts(self) -> dict[str, list[Row]]:
+        """Cost -> the front by it."""
+        return {cost: rows for cost, rows in self._fronts.items() if rows}
+
+    def best(self) -> Row:
+        """Raises ValueError where no candidate was within budget."""
+        if not self._members:
+            fastest = "" if self._fastest_ms == math.inf else f", of which the fastest took {self._fastest_ms:.4g} ms"
+            raise ValueError(
+                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self.total} candidates"
+                f"{fastest}, expected one; allow more, or more iterations"
+            )
+        return self.population()[0]
