@@ -15,6 +15,7 @@ from service.terminal import (
     CANCELLED,
     FAILED,
     OK,
+    USAGE,
     AsJson,
     Base,
     Spec,
@@ -36,8 +37,16 @@ def submit(
     base: Base = None,
     stay: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job ends.")] = False,
     as_json: AsJson = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="As a RayJob with a cluster of its own, by kubectl.")] = False,
+    release: Annotated[str | None, typer.Option(help="Of --k8s: the Helm release [the only one].")] = None,
+    group: Annotated[str | None, typer.Option(help="Of --k8s: the worker group [the first that fits].")] = None,
 ) -> None:
     """Submits a job."""
+    if k8s:
+        _submit_to_kubernetes(read_job(spec, base), stay, release, group, as_json)
+        return
+    if release is not None or group is not None:
+        fail("got --release or --group, expected --k8s with them; leave them out", USAGE)
     document = read_job(spec, base).model_dump(mode="json")
     with connected() as client:
         job = client.submit(document)
@@ -47,6 +56,21 @@ def submit(
             out.print(f"{job['id']} {job['state']}")
         if stay:
             _follow(client, job["id"], as_json)
+
+
+def _submit_to_kubernetes(spec: Any, stay: bool, release: str | None, group: str | None, as_json: bool) -> None:
+    from service import kubernetes
+
+    if stay:
+        fail("got --follow with --k8s: `kubectl get rayjob` tells of it, and `manta logs -f` once it runs", USAGE)
+    try:
+        job_id = kubernetes.submit(spec, release=release, group=group)
+    except kubernetes.KubernetesError as error:
+        fail(error)
+    if as_json:
+        show_json({"id": job_id})
+        return
+    out.print(f"{job_id} is created: `kubectl get rayjob {job_id}`; `manta job {job_id}` once it runs")
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> None:

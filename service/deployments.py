@@ -207,8 +207,8 @@ class Deployments:
         """Asks Serve and returns at once; the application of another version is replaced in place."""
         reference = f"{row.name}@{row.version}"
         settings, folder = self._settings, self._registry.folder(row.name, row.version)
-        reserve = {"cpus": settings.predictor_cpus, "max_pixels": settings.max_image_pixels}
-        app = application(folder, settings.home, reference, **reserve)
+        limit, cpus = settings.max_image_pixels, settings.predictor_cpus
+        app = application(folder, settings.home, reference, max_pixels=limit, cpus=cpus)
         target = RunTarget(app, name=PREFIX + row.name, route_prefix=None)
         try:
             self._serve.run_many(
