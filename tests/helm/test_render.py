@@ -311,7 +311,8 @@ def test_the_commands_of_the_notes_name_what_is_there(case: str, tmp_path: Path)
     assert f"helm --namespace {NAMESPACE} test {RELEASE}" in notes
     assert ("port-forward" in notes) == (case not in ("high-availability", "external-services"))
     host = values(case)["ingress"]["host"] or values(case)["gateway"]["host"]
-    assert f"https://{host}/v1/jobs" in notes if host else "http://127.0.0.1:8000/v1/jobs" in notes
+    assert f"MANTA_URL={f'https://{host}' if host else 'http://127.0.0.1:8000'}\n" in notes
+    assert "MANTA_TOKEN" in (CHART.parents[1] / "service" / "terminal.py").read_text()  # the command line takes it
     assert ("no data yet" in notes) == (not values(case)["frontend"]["allowedRoots"])
 
 

@@ -157,3 +157,49 @@ def test_wrong_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
     at[path[-1]] = value
     errors = list(VALIDATOR.iter_errors(wrong))
     assert errors and all(tuple(error.absolute_path)[:1] in ((), path[:1]) for error in errors)
+
+
+def test_the_readme_speaks_of_values_that_there_are() -> None:
+    readme = (CHART / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert [error.message for error in VALIDATOR.iter_errors(DEFAULTS | _over(DEFAULTS, yaml.safe_load(example)))] == []
+    sections = "|".join(DEFAULTS)
+    for path in re.findall(rf"`((?:{sections})\.[\w.]+)`", readme):
+        at: Any = DEFAULTS
+        for key in path.split("."):
+            assert key in at, f"{path} is no value"
+            at = at[key]
+
+
+def _over(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+def test_what_probes_ask_needs_no_token() -> None:
+    """Kubernetes has none; the agent of Ray answers these paths to everybody, at its default port."""
+    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+
+    from cluster.health import AGENT_PORT
+
+    paths = set(re.findall(r'"path" "(/api/[a-z_]+)"', TEMPLATES))
+    assert paths and paths <= set(PUBLIC_EXACT_PATHS)
+    assert {int(port) for port in re.findall(r"port: (52\d+)", TEMPLATES)} == {DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}
+    assert AGENT_PORT == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+
+
+def test_the_variables_of_ray_are_read_by_it(tmp_path: Path) -> None:
+    import ray
+
+    from cluster import embedded
+    from tests.cluster.test_embedded import head_of
+
+    root = Path(ray.__file__).parent
+    files = ["_private/ray_constants.py", "train/v2/_internal/constants.py", "dashboard/modules/job/common.py"]
+    files += ["dashboard/modules/job/job_manager.py", "dashboard/modules/job/job_supervisor.py", "dashboard/consts.py"]
+    sources = "\n".join((root / name).read_text() for name in files if (root / name).exists())
+    names = set(re.findall(r"name: (RAY_\w+)", TEMPLATES))
+    assert len(names) > 5
+    assert {name for name in names if name not in sources} <= set(embedded.environment(head_of(tmp_path)))
