@@ -327,3 +327,17 @@ def _check_text(docs: list[dict[str, Any]]) -> None:
     """YAML inside of YAML has no duplicate keys either."""
     for doc in of_kind(docs, "RayService"):
         load(doc["spec"]["serveConfigV2"])
+
+
+def test_the_names_in_the_readme_are_those_of_its_release() -> None:
+    readme = (CHART / "README.md").read_text()
+    docs = render("minimal", 'gcs.faultTolerance="bundled"', release="manta")
+    names = {doc["metadata"]["name"] for doc in docs}
+    claims = {f"data-{doc['metadata']['name']}-0" for doc in of_kind(docs, "StatefulSet")}
+    pods_ = {f"{doc['metadata']['name']}-0" for doc in of_kind(docs, "StatefulSet")}
+    backed_up = set(re.findall(r"\b(?:data-)?manta-(?:home|tokens|postgres|redis)(?:-0)?\b", readme))
+    assert {"manta-home", "manta-tokens", "manta-postgres", "data-manta-redis-0"} <= backed_up <= names | claims | pods_
+    assert (
+        "originated-from-cr-name=manta`" in readme.replace("\n", "")
+        and one(docs, "RayService")["metadata"]["name"] == "manta"
+    )
