@@ -29,7 +29,7 @@ import httpx
 import psutil
 from pydantic import BaseModel
 
-from cluster.secrets import OF_JOBS, without_foreign
+from cluster.job_environment import OF_JOBS, without_foreign
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 2.5  # a head goes in 2 s; what is left then is killed
@@ -102,6 +102,7 @@ def environment(head: Head) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads cost four times on a busy machine
         "RAY_worker_niceness": "0",  # default 15: whatever else runs takes the core from a training step, up to 5 %
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # by the replica's own port: an actor call makes a prediction 3 ms longer
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # default 4 MiB: reports, logs, images are larger
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # so that handles are awaited only; another thread costs 1.6 ms
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2: a run ends up to that much later
         "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.embedded import LOOPBACK, PROBE_TIMEOUT_S, ClusterError, Head, mode
-from cluster.secrets import without_foreign
+from cluster.embedded import environment as of_head
+from cluster.job_environment import without_foreign
 
 POLL_S = 0.5
 
@@ -73,6 +74,7 @@ def environment(head: Head, home: Path, given: Mapping[str, str], *, drain_s: fl
         | {
             "MANTA_HOME": str(home),
             "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+            **{name: value for name, value in of_head(head).items() if name.startswith("RAY_SERVE_")},
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{drain_s:g}",
             "OMP_WAIT_POLICY": "PASSIVE",
             "RAY_worker_niceness": "0",

@@ -17,10 +17,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from service.access import authorise, without_rule
-from service.errors import ServiceError
+from service.errors import ServiceError, Unavailable
 from service.gate import Gate
 from service.headers import SECURITY, SecurityHeaders
 from service.limits import BodyLimit, Rate
@@ -111,6 +112,11 @@ def _errors(app: FastAPI) -> None:
         hint = "see /docs for the paths" if error.status_code in (404, 405) else ""
         detail = f"{request.method} {request.url.path}: {error.detail}"
         return plain(error.status_code, str(error.detail), detail, hint, dict(error.headers or {}))
+
+    @app.exception_handler(OperationalError)
+    def away(request: Request, error: OperationalError) -> JSONResponse:
+        logger.error("request %s: the database does not answer: %s", request.state.request_id, error.orig)
+        return answer(Unavailable("the database does not answer", "try again; /readyz says what is missing"))
 
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:

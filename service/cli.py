@@ -234,8 +234,9 @@ def _more_commands() -> None:
     from service.cli_access import audit, project_app, token_app
     from service.cli_cluster import COMMANDS, cluster_app
     from workloads.data.commands import TOOLS, pack_app
+    from workloads.search.commands import latency_table
 
-    for command in (*COMMANDS, *TOOLS):
+    for command in (*COMMANDS, *TOOLS, latency_table):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
     app.add_typer(cluster_app, name="cluster")

@@ -90,7 +90,6 @@ def _follow(client: Any, job_id: str, as_json: bool) -> None:
 
 
 def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> None:
-    progress = job["progress"]
     rows = [
         ("id", job["id"]),
         ("name", job["name"]),
@@ -99,7 +98,7 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("hint", job["hint"]),
         ("method", job["method"]),
         ("search", job["search"]),
-        ("progress", f"step {progress['step']} of {progress['total_steps']}, epoch {progress['epoch']}"),
+        ("progress", _progress(job)),
         ("attempt", job["attempt"]),
         ("created", job["created_at"]),
         ("finished", job["finished_at"]),
@@ -113,6 +112,11 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
     newest = {result["entry"]: result for result in online}
     rows += [(r["label"], f"{r['mean']:.3f} at step {r['step']}") for _, r in sorted(newest.items())]
     show_table(["field", "value"], [row for row in rows if row[1] is not None])
+
+
+def _progress(job: dict[str, Any]) -> str:
+    step, total, epoch = (job["progress"][name] for name in ("step", "total_steps", "epoch"))
+    return f"{step} of {total} candidates" if job["search"] else f"step {step} of {total}, epoch {epoch}"
 
 
 def _found(found: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import ServiceError, TooLarge, TooMany, TooSlow
 from service.problems import answer
 
+HANG_UP = {"Connection": "close"}  # nobody waits for the rest of a body that is refused
 MAX_BUCKETS = 10_000  # the longest unused is forgotten: it is full again
 
 
@@ -55,7 +56,7 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdigit() or int(length) > self._limit:
             refusal = TooLarge(f"got a body of {length} bytes, expected at most {self._limit}", "send less at a time")
-            return await answer(refusal)(scope, receive, send)
+            return await answer(refusal, HANG_UP)(scope, receive, send)
         body = _Body(receive, send, self._limit, self._timeout_s)
         try:
             await self._app(scope, body.receive, body.send)
@@ -63,7 +64,7 @@ class BodyLimit:
             if error is not body.refusal:
                 raise
         if body.refusal is not None and not body.answered:
-            await answer(body.refusal)(scope, receive, send)
+            await answer(body.refusal, HANG_UP)(scope, receive, send)
 
 
 class _Body:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -11,9 +13,9 @@ from service.errors import ServiceError
 PROBLEM = "application/problem+json"
 
 
-def answer(error: ServiceError) -> JSONResponse:
-    """What the service refused."""
-    return JSONResponse(error.problem(), error.status, error.headers, PROBLEM)
+def answer(error: ServiceError, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
+    """What the service refused; with further headers."""
+    return JSONResponse(error.problem(), error.status, {**error.headers, **headers}, PROBLEM)
 
 
 def plain(

@@ -91,7 +91,8 @@ class JobProgress:
         progress = job["progress"]
         step, total, epoch = progress["step"], progress["total_steps"] or None, progress["epoch"]
         trained = total is not None and step >= total
-        phase = "evaluating" if job["state"] == "RUNNING" and trained else job["state"].lower()
+        after = "measuring" if "search" in job["spec"] else "evaluating"
+        phase = after if job["state"] == "RUNNING" and trained else job["state"].lower()
         if point is not None:
             self._point = point
         if phase != "running":

@@ -77,6 +77,10 @@ class Registry:
             self._owners[name] = row
         return self._owners[name]
 
+    def remembers(self, name: str) -> bool:
+        """Whether `owner` answers without asking the database."""
+        return name in self._owners
+
     def _copy(self, artifact: Path, target: Path) -> None:
         scratch = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)

@@ -25,7 +25,7 @@ def search_page(*, job: dict[str, Any], points: Sequence[dict[str, Any]], paper:
     found = read_found(artifact)
     charts: list[tuple[str, str]] = []
     if found is not None:
-        charts.append(("The winner", html_of(blocks(found.blocks))))
+        charts.append(("The winner: channels, side of maps and layers of its blocks", html_of(blocks(found.blocks))))
         rows = _rows(artifact)
         charts += [
             (f"Score against {what}", html_of(against(rows, cost, what, found)))

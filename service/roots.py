@@ -7,11 +7,12 @@ write into an allowed folder is trusted with what its links point to later.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from workloads.preflight import Problem
 from workloads.spec_any import AnySpec
@@ -24,7 +25,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*:(//|:)", re.IGNORECASE)  # also the `::` b
 _DOTS = re.compile(r"(?:^|[/{,}])\.+(?=$|[/{,}])")  # `.`, `..`, and braces that expand to them: `{.,x}{.,y}`
 _WILD = re.compile(r"[*?\[{]")
 _REFERENCE = re.compile(r"[\w.-]+(@\d+)?")
-_SECRET = re.compile(r"sig|token|secret|passw|credential|key|auth", re.IGNORECASE)  # parameters of signed URLs
+_SECRET = re.compile(r"://[^/?#]*@|[?&][^=&]*(sig|token|secret|passw|credential|key|auth)", re.IGNORECASE)  # in a URL
 _NAMES = ("name", "register")  # of the catalog, of the job, of its model: no weights are read by these
 _FIXED = ("data", "optimizer", "schedule", "precision", "engine", "guards", "resources", "checkpoint")  # nor in these
 
@@ -40,7 +41,9 @@ class Roots:
             home: of the installation: artifacts of jobs and models lie there.
         """
         self._allowed = [root if root in (ANY, "/") else root.rstrip("/") for root in allowed or ()]
-        self._home = home
+        self._homes = {home, home.resolve()}
+        folders = [Path(root) for root in self._allowed if root.startswith("/")]
+        self._folders = {*folders, *(folder.resolve() for folder in folders)}
 
     def problems(self, spec: AnySpec, readable: Readable) -> list[Problem]:
         """What the job names and may not.
@@ -59,39 +62,43 @@ class Roots:
         """What is refused whatever is allowed. The message does not repeat a secret."""
         if "pipe:" in text:
             return "got `pipe:`, a command, expected files", "write the samples to shards"
-        if "://" in text:
-            url = urlsplit(text)
-            if "@" in url.netloc or any(_SECRET.search(part.split("=")[0]) for part in url.query.split("&")):
-                message = "got a URL with a password, key or signature in it, which the job would show to its readers"
-                return message, "give the cluster the credentials, by the variables of its store"
-        return None
+        if "://" in text and _SECRET.search(text):
+            message = "got a URL with a password, key or signature in it, which the job would show to its readers"
+            return message, "give the cluster the credentials, by the variables of its store"
+        return None if text.isprintable() else ("got a text with control characters, expected none", "leave them out")
 
     def _beyond(self, text: str, readable: Readable) -> tuple[str, str] | None:
         """A path or URL outside of what is allowed."""
         if ANY in self._allowed or ("/" not in text and not _URL.match(text)):
             return None
-        if text.startswith("timm:") and text.count("/") <= 1 and not _DOTS.search(text):
-            return None
-        while (plain := unquote(text)) != text:
-            text = plain
-        inside = self._url if _URL.match(text) else self._path
-        if "\\" not in text and not _DOTS.search(text) and inside(text, readable):
+        inside = self._url(text) if _URL.match(text) else self._path(text, readable)
+        if inside and "\\" not in text and not _DOTS.search(text):
             return None
         roots = ", ".join(self._allowed) or "none is"
         return f"got {text}, expected a path or URL below what is allowed ({roots})", "ask an admin of the installation"
 
-    def _url(self, text: str, _: Readable) -> bool:
-        return any(_below(_held(text), root) for root in self._allowed if _URL.match(root))
+    def _url(self, text: str) -> bool:
+        """Also as a web server may read it: `%2e%2e` is `..` to some."""
+        inside = any(_below(_held(text), root) for root in self._allowed if _URL.match(root))
+        plain = unquote(text)
+        return inside and (plain == text or (not _DOTS.search(plain) and "\\" not in plain and self._url(plain)))
 
     def _path(self, text: str, readable: Readable) -> bool:
-        if not text.startswith("/"):
-            return False
-        path = Path(_held(text))
-        for folder, kind in ((self._home / "runs", "job"), (self._home / "registry", "model")):
-            if path.is_relative_to(folder) and len(path.parts) > len(folder.parts):
-                return path.resolve().is_relative_to(folder.resolve()) and readable(kind, path.parts[len(folder.parts)])  # type: ignore[arg-type]
-        roots = [Path(root) for root in self._allowed if root.startswith("/")]
-        return any(path.is_relative_to(root) and path.resolve().is_relative_to(root.resolve()) for root in roots)
+        """As it is written, and where its links lead."""
+        held = _held(text)
+        paths = {Path(held), Path(os.path.realpath(held))}  # not Path.resolve: a loop of links is no error
+        return text.startswith("/") and all(self._inside(path, held != text, readable) for path in paths)
+
+    def _inside(self, path: Path, wild: bool, readable: Readable) -> bool:
+        kinds: tuple[tuple[str, Kind], ...] = (("runs", "job"), ("registry", "model"))
+        for home in self._homes:
+            for folder, kind in kinds:
+                if path.is_relative_to(home / folder):
+                    named = path.relative_to(home / folder).parts
+                    return bool(named) and readable(kind, named[0])
+            if wild and home.is_relative_to(path):
+                return False  # it may expand into what is above
+        return any(path.is_relative_to(root) for root in self._folders)
 
     def _foreign(self, loc: list[str | int], text: str, readable: Readable) -> tuple[str, str] | None:
         """Weights that the submitter may not read, or a name that climbs out of their folder."""

@@ -11,7 +11,10 @@ import platformdirs
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from cluster.secrets import OF_JOBS, foreign
+from cluster.job_environment import OF_JOBS, foreign
+
+# Another node of the cluster may have these.
+OURS = ("MANTA_DATABASE_URL", "MANTA_FIRST_ADMIN_TOKEN_FILE", "MANTA_TOKEN")
 
 
 def _words(value: Any) -> Any:
@@ -90,8 +93,8 @@ class Settings(BaseSettings):
         return self.database_url.get_secret_value() or f"sqlite:///{self.home / 'manta.db'}"
 
     def kept_from_jobs(self) -> list[str]:
-        """Variables of this process that no job may see."""
-        return foreign(os.environ, self.job_credentials)
+        """Variables that no job may see: what looks like a secret in this process, and our own wherever they are."""
+        return [*OURS, *foreign(os.environ, self.job_credentials)]
 
     @property
     def local(self) -> bool:

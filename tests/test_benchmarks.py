@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.embedded import Head
-from tests.benchmarks import apart, contrast, engine, gpu, growth, loop, masked, synthetic, table, workers
+from tests.benchmarks import apart, contrast, engine, gpu, growth, loop, masked, search, synthetic, table, workers
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.methods.mae import MAE
 from workloads.spec import JobSpec
@@ -204,3 +204,16 @@ def test_the_large_model_is_judged_by_its_mfu() -> None:
     assert gpu.row(result)[2:] == ("MFU >= 45 %", True)
     assert gpu.row(result | {"mfu": 0.449})[3] is False
     assert gpu.row(result | {"compiled": False})[2:] == ("-", None)
+
+
+def test_scores_of_ours_and_of_the_plainest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "NETWORKS", {"S0": search.NETWORKS["S0"]})
+    assert all(search.scores_per_s(of, rounds=1)["S0"] > 0 for of in ("ours", "plainest"))
+    start = search.parse(search.NETWORKS["S0"])
+    assert search.plainest(start) == pytest.approx(search.ours(start), abs=0.3)  # the same but for the noise
+
+
+@pytest.mark.ray
+def test_searches_under_tune(cluster: Head, tmp_path: Path) -> None:
+    (found,) = search.searched(tmp_path, 40, [2])
+    assert 0 < found["loop_s"] < found["fit_s"] and 0 < found["scoring_s"] < 2 * found["loop_s"]

@@ -42,6 +42,7 @@ MODELS = {
     "genet_normal": "workloads.models.genet:GENetNormal",
     "genet_large": "workloads.models.genet:GENetLarge",
     "deeplab": "workloads.models.deeplab:DeepLabConfig",
+    "maedet": "workloads.models.maedet:MAEDetConfig",
     "resnet_cifar": "workloads.models.resnet_cifar:ResNetCifarConfig",
     "unet": "workloads.models.unet:UNetConfig",
     "swin_semantic": "workloads.models.swin_semantic:SwinSemanticConfig",
@@ -71,6 +72,7 @@ EVALUATIONS = {
     "volume_segmentation": "workloads.evaluation.volume_segmentation:VolumeSegmentation",
 }
 SEARCHES = {
+    "mae_det": "workloads.search.mae_det:MAEDET",
     "zen_nas": "workloads.search.zen_nas:ZenNAS",
 }
 KINDS = {"method": METHODS, "model": MODELS, "evaluation": EVALUATIONS, "search": SEARCHES}

@@ -15,7 +15,7 @@ from workloads import winner
 from workloads.explore import IslandFile, search_of
 from workloads.models.encoders import build_encoder, model_config
 from workloads.record import RunFolder
-from workloads.search.base import Search
+from workloads.search.base import Search, Winner
 from workloads.search.evolution import Evolution
 from workloads.search.latency import Precision, device_name, measure
 from workloads.spec import Named
@@ -24,6 +24,7 @@ from workloads.spec_search import SearchSpec
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64  # of the latency that every winner is measured by, as in Zen-NAS and GENet
+MOST_MACS = 2e10  # of a batch on a CPU, about a second: larger networks see fewer images at once
 Scan = Callable[..., Any]
 
 
@@ -52,7 +53,7 @@ def conclude(spec: SearchSpec, run: RunFolder, home: Path, job_id: str, scan: Sc
         model=best.model,
         score=best.score,
         costs=best.costs,
-        latency=_latency(best.model, scan),
+        latency=_latency(best, scan),
         blocks=best.blocks,
         fronts=fronts,
         **{name: sum(state[name] for state in states) for name in ("told", "scored", "spent")},
@@ -85,15 +86,17 @@ def _rows(search: Search, fronts: dict[str, list[dict[str, Any]]]) -> list[dict[
     return [dict.fromkeys(columns, False) | row for row in kept.values()]
 
 
-def _latency(model: dict[str, Any], scan: Scan) -> winner.Latency:
-    named = Named.model_validate(model)
+def _latency(best: Winner, scan: Scan) -> winner.Latency:
+    named = Named.model_validate(best.model)
     size: Any = model_config(named).image_size  # type: ignore[attr-defined]
-    return winner.Latency.model_validate(scan(measured, build_encoder(named), size))
+    return winner.Latency.model_validate(scan(measured, build_encoder(named), size, best.costs["flops"]))
 
 
-def measured(network: nn.Module, size: int) -> dict[str, Any]:
+def measured(network: nn.Module, size: int, flops: float) -> dict[str, Any]:
     """What `scan` calls, where the network is."""
     device = next(network.parameters()).device
-    precision: Precision = "fp16" if device.type == "cuda" else "fp32"
-    ms = measure(network, size=size, batch_size=BATCH_SIZE, precision=precision, device=device)
-    return {"ms": ms, "device": device_name(device), "batch_size": BATCH_SIZE, "precision": precision}
+    cuda = device.type == "cuda"
+    precision: Precision = "fp16" if cuda else "fp32"
+    batch_size = BATCH_SIZE if cuda else max(1, min(BATCH_SIZE, int(MOST_MACS / flops)))
+    ms = measure(network, size=size, batch_size=batch_size, precision=precision, device=device)
+    return {"ms": ms, "device": device_name(device), "batch_size": batch_size, "precision": precision}

@@ -17,6 +17,7 @@ import torch
 
 from workloads import catalog, weights
 from workloads.assemble import open_stream
+from workloads.data.allocator import keep_freed_memory
 from workloads.metrics import MetricsWriter, OnPoint
 from workloads.record import RunFolder, write_atomic
 from workloads.search.base import Result, Search, SearchInputs
@@ -63,7 +64,9 @@ def search_of(spec: SearchSpec, home: Path, device: torch.device, island: int = 
 
 def score(search: Search, chunk: Sequence[tuple[int, str]]) -> Scored:
     """Measures candidates; one that fails has no score, as one that is over budget."""
-    since, results, errors = time.perf_counter(), {}, []
+    since = time.perf_counter()
+    results: dict[int, Result] = {}
+    errors: list[str] = []
     for index, candidate in chunk:
         try:
             results[index] = search.score(candidate, index)
@@ -104,12 +107,17 @@ class Own:
 
 
 class Explorer:
-    """An island and the processes that score for it."""
+    """An island and the processes that score for it.
+
+    Attributes:
+        busy_s: that these processes have scored, all together.
+    """
 
     def __init__(self, island: Island, pool: Pool, on_error: Callable[[str], None] = logger.warning) -> None:
         self.island, self._pool, self._on_error = island, pool, on_error
         self._under_way = self._failed = self._scored = 0
         self._score_s: float | None = None  # of a candidate, of late
+        self.busy_s = 0.0
 
     def go(self, until: Callable[[], bool]) -> None:
         """Until all are told, or `until` says so; it is asked after each chunk. What is under way then stays so.
@@ -134,6 +142,7 @@ class Explorer:
     def _take(self, scored: Scored) -> None:
         self._under_way -= 1
         n = len(scored.results)
+        self.busy_s += scored.seconds
         seconds = scored.seconds / n
         self._score_s = seconds if self._score_s is None else 0.8 * self._score_s + 0.2 * seconds
         for said in scored.errors[: max(0, TOLD - self._failed)]:
@@ -181,13 +190,8 @@ def migrate(spec: SearchSpec, run: RunFolder, number: int, island: Island, told_
         island.search.immigrate(theirs["best"])
 
 
-def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
-    """A point of the curve.
-
-    Args:
-        islands: `told`, `spent`, and `best` (None: no member yet) of each.
-        rate: candidates told a second.
-    """
+def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A point of the curve, from the `standing` of each island."""
     told, spent = (sum(one[name] for one in islands) for name in ("told", "spent"))
     best = [one["best"] for one in islands if one["best"] is not None]
     point = {
@@ -196,13 +200,30 @@ def point_of(islands: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
         "best_score": max(best, default=None),
         "spent_share": round(spent / max(1, told), 4),
     }
-    return point | {"candidates_per_s": round(rate, 2)}
+    rate = sum(one["rate"] for one in islands)
+    share = sum(one["share"] for one in islands) / len(islands)
+    point |= {"candidates_per_s": round(rate, 2), "step_time_s": round(1 / rate, 6) if rate else None}
+    return point | {"scoring_share": round(share, 4)}
 
 
-def standing(island: Island) -> dict[str, Any]:
-    """What `point_of` needs of an island."""
-    best = island.best
-    return {"told": island.told, "spent": island.spent, "best": None if best is None else best.get("score")}
+class Turn:
+    """From now on: what an island does until `standing` is asked for."""
+
+    def __init__(self, explorer: Explorer, processes: int) -> None:
+        self._explorer, self._processes = explorer, processes
+        self.told, self._busy_s, self._since = explorer.island.told, explorer.busy_s, time.monotonic()
+
+    def standing(self) -> dict[str, Any]:
+        """What `point_of` needs: candidates told a second, the share of the time that the processes scored."""
+        island, seconds = self._explorer.island, max(1e-9, time.monotonic() - self._since)
+        busy_s = self._explorer.busy_s - self._busy_s
+        return {
+            "told": island.told,
+            "spent": island.spent,
+            "best": None if island.best is None else island.best.get("score"),
+            "rate": (island.told - self.told) / seconds,
+            "share": busy_s / seconds / self._processes,
+        }
 
 
 def explore(
@@ -225,6 +246,7 @@ def explore(
         on_point: gets each point of the curve.
     """
     torch.set_num_threads(spec.resources.cpus_per_worker)
+    keep_freed_memory()
     files = [IslandFile(run, number) for number in range(spec.islands)]
     explorers = []
     for number, file in enumerate(files):
@@ -237,14 +259,14 @@ def explore(
     saved = time.monotonic()
     try:
         while not all(one.island.done for one in explorers) and not should_stop():
-            since, told = time.monotonic(), sum(one.island.told for one in explorers)
-            for number, one in enumerate(explorers):
-                until, before = time.monotonic() + POINT_S, one.island.told
+            turns = [Turn(one, 1) for one in explorers]
+            before = sum(turn.told for turn in turns)
+            for number, (one, turn) in enumerate(zip(explorers, turns, strict=True)):
+                until = time.monotonic() + POINT_S
                 one.go(lambda until=until: time.monotonic() > until or should_stop())  # type: ignore[misc]
-                migrate(spec, run, number, one.island, before)
-            new = sum(one.island.told for one in explorers) - told
-            point = point_of([standing(one.island) for one in explorers], new / (time.monotonic() - since))
-            if new:
+                migrate(spec, run, number, one.island, turn.told)
+            if sum(one.island.told for one in explorers) > before:
+                point = point_of([turn.standing() for turn in turns])
                 writer.append(point)
                 on_point(point)
             if time.monotonic() - saved > SAVE_S:

@@ -22,6 +22,7 @@ import ray
 import torch
 from ray import tune
 
+from workloads.data.allocator import keep_freed_memory
 from workloads.data.shards import DataError
 from workloads.explore import (
     Explorer,
@@ -30,11 +31,11 @@ from workloads.explore import (
     Pool,
     Scored,
     ScoresFailed,
+    Turn,
     migrate,
     point_of,
     score,
     search_of,
-    standing,
 )
 from workloads.metrics import MetricsWriter
 from workloads.place import device
@@ -136,15 +137,11 @@ class Curve(tune.Callback):
     def __init__(self, run: str) -> None:
         self._run = run
         self._islands: dict[int, dict[str, Any]] = {}
-        self._last: tuple[float, int] | None = None
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._islands[result["config"]["island"]] = result
-        told, now = sum(one["told"] for one in self._islands.values()), time.monotonic()
-        since, before = self._last or (now, told)
-        self._last = now, told
         writer = MetricsWriter(RunFolder(Path(self._run)).metrics)
-        writer.append(point_of([*self._islands.values()], (told - before) / max(1e-9, now - since)))
+        writer.append(point_of([*self._islands.values()]))
         writer.close()
 
 
@@ -168,13 +165,13 @@ def _island(spec: SearchSpec, run: RunFolder, home: Path, number: int) -> None:
         this.restore(state)
     explorer = Explorer(this, _pool(spec, home, number, this), lambda said: run.event("score_failed", said))
     while not this.done and not run.stop.exists():
-        until, told = time.monotonic() + REPORT_S, this.told
+        until, turn = time.monotonic() + REPORT_S, Turn(explorer, _scorers(spec))
         explorer.go(lambda until=until: time.monotonic() > until or run.stop.exists())  # type: ignore[misc]
-        migrate(spec, run, number, this, told)
+        migrate(spec, run, number, this, turn.told)
         file.write(this)
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copy(file.path, Path(scratch) / STATE)
-            tune.report(standing(this), checkpoint=tune.Checkpoint.from_directory(scratch))
+            tune.report(turn.standing(), checkpoint=tune.Checkpoint.from_directory(scratch))
 
 
 def _newest(file: IslandFile) -> dict[str, Any] | None:
@@ -187,8 +184,9 @@ def _newest(file: IslandFile) -> dict[str, Any] | None:
 
 
 def _device(spec: SearchSpec) -> torch.device:
-    """Of this process, which may now use as many threads as it has cores."""
+    """Of a process that scores, which may now use as many threads as it has cores."""
     torch.set_num_threads(spec.resources.cpus_per_worker)
+    keep_freed_memory()
     of_one: torch.device = device(spec.resources)
     return of_one
 

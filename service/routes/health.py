@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import sqlalchemy as sa
@@ -9,6 +10,8 @@ from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.parts import PartsDep
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["health"])
 
@@ -32,5 +35,8 @@ def readyz(parts: PartsDep, response: Response) -> dict[str, Any]:
         missing["ray"] = parts.reconciler.ray_error
     if not parts.warm.is_set():
         missing["catalog"] = "is being imported"
+    if missing and not parts.settings.local:  # anybody may ask, and errors tell of addresses
+        logger.warning("not ready: %s", missing)
+        missing = dict.fromkeys(missing, "the log of the service says more")
     response.status_code = 503 if missing else 200
     return {"status": "missing" if missing else "ready", "missing": missing}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from service.client import Client
 from service.local_cluster import temporary
-from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, service
+from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, search, service
 from tests.benchmarks.table import Row, markdown
 from workloads.data.pack import pack_digits
 
@@ -80,6 +80,7 @@ def main() -> None:
             masked.rows,
             contrast.rows,
             partial(data.rows, folder),
+            partial(search.rows, folder),
             gpu.rows,
         ]
         measured: list[Row] = []

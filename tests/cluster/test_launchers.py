@@ -20,9 +20,13 @@ from click.testing import CliRunner
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
+from cluster import nodes
+from cluster.embedded import environment
 from service import cli
 from service.app import application
 from service.settings import Settings
+from tests.cluster.test_embedded import head_of
+from tests.helm.chart import pods, render
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -74,6 +78,20 @@ def test_what_starts_ray_has_options_that_exist_and_a_token() -> None:
         assert ours <= set(Settings.model_fields)
     files = {Path(word).expanduser() for _, words in starts for word in words if "/cluster/" in word}
     assert files and all((CLUSTER / file.name).is_file() for file in files)
+
+
+def test_serve_is_set_up_as_in_the_embedded_cluster(tmp_path: Path) -> None:
+    """Limits of messages and paths of requests; workers have them too, since models may run there."""
+    embedded_ = {n: v for n, v in environment(head_of(tmp_path)).items() if n.startswith("RAY_SERVE_")}
+    assert len(embedded_) > 2
+    starts = [*commands(RAY_UP["head_start_ray_commands"]), *commands(RAY_UP["worker_start_ray_commands"])]
+    assert all(embedded_.items() <= variables.items() for variables, words in starts if words[1] == "start")
+    node = nodes.environment(head_of(tmp_path, ip="10.0.0.5"), tmp_path, {}, drain_s=1)
+    assert embedded_.items() <= node.items()
+    for pod in pods(render("minimal")):
+        if pod.role in ("head", "worker"):
+            given = {e["name"]: e.get("value") for e in pod.spec["containers"][0]["env"]}
+            assert embedded_.items() <= given.items()
 
 
 def test_the_cluster_that_may_come_is_the_one_that_is_told_of() -> None:

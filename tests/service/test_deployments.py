@@ -259,3 +259,11 @@ def test_serve_is_left_alone_while_nothing_changes(home: SimpleNamespace, fake: 
     fake.away = True
     service_.reconcile()
     assert state(home) == (2, "RUNNING")
+
+
+def test_settings_reach_the_replica(home: SimpleNamespace, fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(deployments, "application", lambda *_, **options: told.append(options))
+    home.settings = Settings(home=home.settings.home, max_image_pixels=1234, predictor_cpus=2)
+    service(home, fake).deploy("digits")
+    assert told == [{"max_pixels": 1234, "cpus": 2}]

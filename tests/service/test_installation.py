@@ -25,6 +25,7 @@ from tests.faults.ray_faults import replica_killed
 from tests.faults.table import Row
 from tests.faults.trial import final_weights
 from tests.toy import TOY_MAE
+from tests.toy_search import toy_search
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
@@ -127,6 +128,35 @@ def test_a_student_learns_from_a_job_and_from_a_registered_model(home: Path, toy
         assert curves[0] == curves[1] != []
         with pytest.raises(ApiError, match="no-such-teacher"):
             student("no-such-teacher@1")
+
+
+def test_what_a_search_finds_is_trained_registered_and_served(
+    home: Path, toy_job: Callable[..., JobSpec], toy_shards: dict[str, str]
+) -> None:
+    search = toy_search({"iterations": 200}, resources={"workers": 2}, islands=2, migrate_every=50)
+    with Client(head_of(home).url) as client:
+        with pytest.raises(ApiError, match="expected at least 6, which the smallest network has"):
+            client.submit(toy_search({"budget": {"layers": 5}}).model_dump(mode="json"))
+        with pytest.raises(ApiError, match="names no finished job"):
+            client.submit(classifier(toy_job, model={"name": "job:none"}))
+        assert "zen_nas" in [one["name"] for one in client.searches()]
+        found = client.wait(client.submit(search.model_dump(mode="json"))["id"])
+        assert (found["state"], found["reason"], found["search"]) == ("SUCCEEDED", None, "zen_nas")
+        assert found["found"]["costs"]["parameters"] <= 200_000
+        page = client.report(found["id"])
+        assert len(page) > 4 * 2**20 and found["found"]["structure"] in page  # plotly's script is larger than that
+        trained = client.wait(
+            client.submit(classifier(toy_job, model={"name": f"job:{found['id']}"}, epochs=2, register="winner"))["id"]
+        )
+        assert (trained["state"], trained["models"]) == ("SUCCEEDED", ["winner@1"])
+        assert client.deploy("winner", wait_s=120)["state"] == "RUNNING"
+        with tarfile.open(toy_shards["test"]) as shard:
+            name = next(name for name in shard.getnames() if name.endswith(".png"))
+            image = shard.extractfile(name)
+            assert image is not None
+            (answer,) = client.predict("winner", [image.read()])
+        assert answer["label"] in answer["probabilities"]
+        client.undeploy("winner")
 
 
 def test_a_killed_replica_costs_a_job_nothing(

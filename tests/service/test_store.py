@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import alembic.command
 import alembic.config
 import pytest
+import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 import service.store
-from service.store import Base, Job, Store, migrate
+from service.store import Base, Job, ModelName, Project, Store, migrate
 
 
 @pytest.fixture
@@ -36,8 +39,7 @@ def test_opening_again_changes_nothing(store: Store) -> None:
 
 
 def test_a_database_of_the_first_version_keeps_its_jobs(store: Store) -> None:
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(service.store.__file__).parent / "migrations"))
+    config = alembic_config()
     with store.session() as session:
         session.add(Job(id="j", name="n", spec={}, origin="rest", state="RUNNING"))
     with store.engine.begin() as connection:
@@ -48,6 +50,96 @@ def test_a_database_of_the_first_version_keeps_its_jobs(store: Store) -> None:
         row = session.query(Job).one()
         assert (row.id, row.state, row.resumed_at) == ("j", "RUNNING", None)
         row.become("PAUSING", "pause")
+    store.close()
+
+
+OLD = {
+    "jobs": "INSERT INTO jobs (id, name, spec, origin, state, attempt, stalled, best_step, created_at, step, epoch,"
+    " total_steps, cpus, gpus, idempotency_key, body_hash, revision)"
+    " VALUES ('j{i}', 'n', '{{}}', 'rest', 'QUEUED', 0, 0, 0, 1.5, 0, 0, 0, 1, 0, {key}, 'h', 0)",
+    "job_events": "INSERT INTO job_events (job_number, time, kind, message) VALUES ({i}, 1.5, 'queued', 'accepted')",
+    "model_versions": "INSERT INTO model_versions (name, version, kind, job_id, source, card, created_at)"
+    " VALUES ('m', {i}, 'encoder', 'j{i}', 'artifact', '{{}}', 1.5)",
+}
+
+
+def alembic_config() -> alembic.config.Config:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(service.store.__file__).parent / "migrations"))
+    return config
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database of the version before projects, with two jobs, their events and a model of two versions."""
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    sa.event.listen(engine, "connect", service.store._sqlite_pragmas)
+    config = alembic_config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0002")
+        for i, key in ((1, "'k'"), (2, "NULL")):
+            for statement in OLD.values():
+                connection.exec_driver_sql(statement.format(i=i, key=key))
+    yield engine
+    engine.dispose()
+
+
+def test_a_database_from_before_projects_keeps_everything(old: sa.Engine) -> None:
+    migrate(old)
+    store = Store(str(old.url))
+    with store.session() as session:
+        jobs = session.query(Job).order_by(Job.number).all()
+        assert [(j.id, j.project, j.owner, j.idempotency_key) for j in jobs] == [
+            ("j1", "default", "local", "k"),
+            ("j2", "default", "local", None),
+        ]
+        events = [event.message for event in session.scalars(jobs[1].events.select())]
+        assert events == ["accepted"]
+        assert [(row.name, row.project) for row in session.query(ModelName)] == [("m", "default")]
+        assert [row.name for row in session.query(Project)] == ["default"]
+        session.add(Job(id="j3", name="n", spec={}, origin="rest", state="QUEUED", project="one", idempotency_key="k"))
+    with pytest.raises(IntegrityError), store.session() as session:
+        session.add(Job(id="j4", name="n", spec={}, origin="rest", state="QUEUED", idempotency_key="k"))
+    with (
+        pytest.raises(IntegrityError),
+        store.session() as session,
+    ):  # foreign keys hold again, and point to the new table
+        session.execute(sa.text("INSERT INTO job_events (job_number, time, kind, message) VALUES (99, 1, 'x', 'y')"))
+        session.commit()
+    store.close()
+
+
+def test_a_migration_that_breaks_off_leaves_the_database_as_it_was(
+    old: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def columns() -> dict[str, list[str]]:
+        inspector = sa.inspect(old)
+        return {table: [c["name"] for c in inspector.get_columns(table)] for table in inspector.get_table_names()}
+
+    def power_cut(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    before = columns()
+    monkeypatch.setattr("alembic.op.batch_alter_table", power_cut)  # the last step of 0003
+    with pytest.raises(RuntimeError, match="power cut"):
+        migrate(old)
+    assert columns() == before
+    monkeypatch.undo()
+    migrate(old)
+    assert "project" in columns()["jobs"]
+
+
+def test_back_to_the_version_before_and_forth(store: Store) -> None:
+    with store.session() as session:
+        session.add(Job(id="j", name="n", spec={}, origin="rest", state="QUEUED", project="one", idempotency_key="k"))
+    config = alembic_config()
+    with store.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "0002")
+    migrate(store.engine)
+    with store.session() as session:
+        assert session.query(Job).one().project == "default"  # what the old version could not hold
     store.close()
 
 

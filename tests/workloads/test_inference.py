@@ -120,3 +120,16 @@ def test_a_classifier_of_timm_embeds_before_its_head(tmp_path: Path) -> None:
     model = Model(write_artifact(tmp_path / "artifact", "classifier", model=resnet))
     assert model.card.spec.model == Named(**resnet)
     assert len(model.embed([image(0)])[0]) == model.card.num_features == 512
+
+
+def test_an_image_of_more_pixels_than_are_allowed(tmp_path: Path) -> None:
+    folder = write_artifact(tmp_path / "artifact", "encoder")
+    assert len(Model(folder, max_pixels=SIZE * SIZE).embed([image(0)])) == 1
+    with pytest.raises(ImageError, match=f"image 1: got {SIZE} x {SIZE} pixels, expected at most {SIZE * SIZE - 1}"):
+        Model(folder, max_pixels=SIZE * SIZE - 1).embed([png_of_one_pixel(), image(0)])
+
+
+def png_of_one_pixel() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, format="PNG")
+    return file.getvalue()

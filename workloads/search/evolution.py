@@ -19,6 +19,7 @@ from pydantic import Field
 from workloads.search.base import Result, Search, SearchConfig
 from workloads.search.budget import Budget
 from workloads.search.latency_budget import Latency
+from workloads.search.latency_ops import TableError
 
 Row = dict[str, Any]
 
@@ -45,7 +46,10 @@ class EvolutionConfig(SearchConfig):
     def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
         latency = self.budget.latency
         said = [] if latency is None else latency.problems(device, self.image_size)
-        return [(("budget", "latency"), problem) for problem in said] or self.budget.problems(self.least())
+        try:
+            return [(("budget", "latency"), problem) for problem in said] or self.budget.problems(self.least())
+        except TableError as error:
+            return [(("budget", "latency", "table"), str(error))]
 
 
 def front(rows: Iterable[Row], cost: str) -> list[Row]:

@@ -6,14 +6,14 @@ What `search.latency_table` adds up. BatchNorms are folded into their convolutio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workloads.models.structure import Structure
+from workloads.models.structure import Branch, Structure
 from workloads.search.latency import folded
 
 
@@ -100,19 +100,36 @@ def of_structure(structure: Structure, size: int, classes: int = 0) -> Iterator[
         size: side of the images.
         classes: of a classifier; 0: none.
     """
-    for part in structure:
-        for branch in part.branches():
-            side_in, first, last = size, branch.convs[0], branch.convs[-1]
-            for c in branch.convs:
-                yield conv(c.kernel, c.stride, c.width_in, c.width, size, c.groups)
-                size = -(-size // c.stride)
-                if c is not last:
-                    yield Op("relu", (c.width * size**2,))
-            if branch.projects:
-                yield conv(1, max(c.stride for c in branch.convs), first.width_in, last.width, side_in)
-            if branch.residual:
-                yield Op("add", (last.width * size**2,))
-            yield Op("relu", (last.width * size**2,))
-    yield Op("mean", (structure[-1].width * size**2,))
+    return of_branches((branch for part in structure for branch in part.branches()), size, classes)
+
+
+def of_branches(branches: Iterable[Branch], size: int, classes: int = 0, *, pools: bool = False) -> Iterator[Op]:
+    """The same of a chain of branches.
+
+    Args:
+        branches: one or more.
+        size: side of the images.
+        classes: of a classifier; 0: none.
+        pools: whether a shortcut takes means before its convolution, where there is a stride.
+    """
+    width = 0
+    for branch in branches:
+        side_in, first, last = size, branch.convs[0], branch.convs[-1]
+        for c in branch.convs:
+            yield conv(c.kernel, c.stride, c.width_in, c.width, size, c.groups)
+            size = -(-size // c.stride)
+            if c is not last:
+                yield Op("relu", (c.width * size**2,))
+        stride = max(c.stride for c in branch.convs)
+        if branch.residual and pools and stride > 1:
+            yield Op("mean", (first.width_in * side_in**2,))
+            side_in, stride = size, 1
+        if branch.projects:
+            yield conv(1, stride, first.width_in, last.width, side_in)
+        width = last.width
+        if branch.residual:
+            yield Op("add", (width * size**2,))
+        yield Op("relu", (width * size**2,))
+    yield Op("mean", (width * size**2,))
     if classes:
-        yield Op("linear", (structure[-1].width, classes))
+        yield Op("linear", (width, classes))

@@ -76,15 +76,17 @@ class ZenNAS(Evolution):
     config: ZenNASConfig
 
     @cached_property
-    def start(self) -> Structure:
-        """Where the search starts."""
+    def starts(self) -> list[Structure]:
+        """Where the search starts. Whether a network is fast enough comes out later: the smallest is one way in."""
         config, start = self.config, parse(self.config.initial)
-        if config.budget.met(config.costs(start)):
-            return start
-        return min(smallest(start, config.space), key=lambda structure: config.costs(structure)["flops"])
+        least = min(smallest(start, config.space), key=lambda structure: config.costs(structure)["flops"])
+        if not config.budget.met(config.costs(start)):
+            return [least]
+        return [start] if config.budget.latency is None else [start, least]
 
     def first_child(self, random: Generator) -> str:
-        return text(mutate(self.start, 1, self.config.space, random))
+        start = self.starts[int(random.integers(len(self.starts)))]
+        return text(mutate(start, 1, self.config.space, random))
 
     def child(self, parent: str, random: Generator) -> str:
         return text(mutate(parse(parent), 2, self.config.space, random))

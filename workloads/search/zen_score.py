@@ -9,6 +9,9 @@ with f the maps before pooling. The second term gives back the scale that BatchN
 not count. As in the released code the distance is the sum of absolute values (the paper writes a Frobenius norm), and
 the variances are the running ones of torch after both forwards, .81 + .09 v(x) + .1 v(x + g e), which dampens them;
 `exact` takes v(x + g e) itself.
+
+Networks are built on the meta device and filled in place, and images lie channels-last, for which BatchNorm takes a
+third of the time.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Plain(nn.Module):
         return x
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def zen_score(
     structure: Structure,
     *,
@@ -76,6 +79,7 @@ def zen_score(
     plain.to_empty(device=device)
     for conv in plain.convs:
         conv.weight.normal_(generator=generator)  # type: ignore[operator]
+    plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # drawn before: numbers go by memory
     for norm in plain.norms:
         assert isinstance(norm, nn.BatchNorm2d)
         norm.reset_running_stats()
@@ -85,7 +89,8 @@ def zen_score(
         torch.empty(classes, structure[-1].width, device=device).normal_(generator=generator)
     shape = (batch_size, structure[0].width_in, size, size)
     x, e = (torch.empty(shape, device=device).normal_(generator=generator) for _ in range(2))
-    delta = float((plain(x) - plain(x + g * e)).abs().sum(dim=(1, 2, 3)).mean())
+    near = [images.contiguous(memory_format=torch.channels_last) for images in (x, x + g * e)]
+    delta = float((plain(near[0]) - plain(near[1])).abs().sum(dim=(1, 2, 3)).mean())
     variances = torch.stack([norm.running_var.mean() for norm in plain.norms])  # type: ignore[operator]
     scale = float(variances.double().log().sum() / 2)
     return Zen(math.log(delta) + scale, delta, scale)

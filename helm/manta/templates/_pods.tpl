@@ -45,6 +45,7 @@ imagePullSecrets:
 - {name: RAY_JOB_START_TIMEOUT_SECONDS, value: {{ $v.jobs.startTimeoutSeconds | quote }}}
 - {name: RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S, value: {{ $v.jobs.startTimeoutSeconds | quote }}}
 - {name: RAY_SERVE_USE_GRPC_BY_DEFAULT, value: "1"}
+- {name: RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, value: "2147483647"}
 - {name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, value: "0"}
 - {name: RAY_worker_niceness, value: "0"}
 {{- with $v.storage.objectStore }}

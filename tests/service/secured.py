@@ -1,0 +1,87 @@
+"""A whole service in this process, with projects, tokens and a clock that stands still."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from service.app import build
+from service.audit import Audit
+from service.errors import NotDeployed
+from service.jobs import Jobs
+from service.parts import Parts
+from service.principal import ALL, LOCAL, Principal, Role
+from service.projects import Projects
+from service.reconciler import Reconciler
+from service.registry import Registry
+from service.settings import Settings
+from service.store import Deployment, ModelName, ModelVersion, Store
+from service.tokens import Tokens
+from tests.service.fakes import FakeRay, local_client
+from tests.toy import TOY_MAE, TOY_MODEL
+
+BODY: dict[str, Any] = {
+    "name": "toy",
+    "method": TOY_MAE,
+    "model": TOY_MODEL,
+    "data": {"train": {"shards": "/data/x.tar"}},
+    "epochs": 1,
+}
+DAY_S = 86400.0
+
+
+class NoServe:
+    """Knows every model and serves none."""
+
+    async def handle(self, name: str) -> None:
+        raise NotDeployed(f"{name} is not deployed", "deploy it")
+
+    def view(self, name: str) -> None:
+        return None
+
+    def deploy(self, name: str, version: int | None) -> Deployment:
+        return Deployment(name=name, version=version or 1, state="DEPLOYING")
+
+    def undeploy(self, name: str) -> None:
+        raise NotDeployed(f"{name} is not deployed", "deploy it")
+
+
+class Secured:
+    """The app, its parts and its tokens; jobs are not looked at beyond their form, so they are made in milliseconds."""
+
+    def __init__(self, home: Path, **more: Any) -> None:
+        self.now = 1_000_000.0
+        self.settings = Settings(
+            home=home, database_url="", reconcile_interval_s=3600, allowed_roots=("/data",), **more
+        )
+        self.store, self.ray = Store(self.settings.database), FakeRay()
+        registry = Registry(self.settings, self.store)
+        reconciler = Reconciler(self.settings, self.store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
+        jobs = Jobs(self.settings, self.store, self.ray, registry, lambda: None, lambda *_: [])  # type: ignore[arg-type]
+        tokens = Tokens(self.store, required=self.settings.tokens == "required", clock=lambda: self.now)
+        people = tokens, Projects(self.store), Audit(self.store, lambda: self.now)
+        self.parts = Parts(self.settings, self.store, self.ray, registry, reconciler, jobs, NoServe(), *people)  # type: ignore[arg-type]
+        self.app = build(self.settings, self.parts)
+
+    def close(self) -> None:
+        self.store.close()
+
+    def project(self, name: str) -> None:
+        self.parts.projects.create(LOCAL, name)
+
+    def token(self, name: str, role: Role, project: str = ALL, lifetime_s: float | None = DAY_S) -> str:
+        return self.parts.tokens.create(LOCAL, name, role, project, lifetime_s)[1]
+
+    def client(self, token: str | None = None) -> TestClient:
+        return local_client(self.app, **({} if token is None else {"Authorization": f"Bearer {token}"}))
+
+    def job(self, owner: str = "ann", project: str = "default") -> str:
+        by = Principal(owner, project, "submitter", "tok-0")
+        return self.parts.jobs.submit(BODY, None, by, project)[0].id
+
+    def model(self, name: str, project: str = "default") -> None:
+        with self.store.session() as session:
+            session.add(ModelName(name=name, project=project))
+            session.add(ModelVersion(name=name, version=1, kind="encoder", job_id="j", source="artifact", card={}))
