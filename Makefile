@@ -33,12 +33,14 @@ demo: venv      ## the main job end to end, in minutes
 serve: venv     ## the service in the foreground, on http://127.0.0.1:8000
 	$(BIN)/manta serve
 
-check: dev      ## lint, format, types, layers
+check: dev      ## lint, format, types, layers, the image and the chart
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.file_lengths
+	$(BIN)/hadolint cluster/Dockerfile
+	$(BIN)/helm lint --quiet --strict helm/manta --values helm/manta/ci/minimal-values.yaml
 
 test: dev       ## the whole suite, on two processes of one thread each; one of them has the Ray cluster
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --no-loadscope-reorder --durations 30

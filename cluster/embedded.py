@@ -1,4 +1,4 @@
-"""The embedded cluster: one Ray head on this machine, on loopback, with a token.
+"""The embedded cluster: one Ray head on this machine, on loopback unless other machines shall join it, with a token.
 
 `start` makes it, `stop` ends exactly what `start` made, `connect` joins it. Every
 variable that Ray, its workers, drivers and submitters need is set here and nowhere else:
@@ -41,6 +41,7 @@ MODE = {  # read when ray is imported; a process in another mode than its cluste
     # interfaces.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+LOOPBACK = "127.0.0.1"
 
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # heads of this process: Python warns when one is dropped alive
@@ -58,7 +59,8 @@ class Head(BaseModel):
     home: Path
     temp_dir: Path
     token_path: Path
-    address: str  # of the GCS, 127.0.0.1:port
+    ip: str = LOOPBACK  # of Ray on this machine; any other: machines may join, see `cluster.nodes`
+    address: str  # of the GCS, ip:port
     dashboard_url: str
     http_host: str = "127.0.0.1"  # of our front end
     http_port: int
@@ -77,10 +79,18 @@ class Head(BaseModel):
             return False
 
 
+def mode(ip: str) -> dict[str, str]:
+    """What must be set before ray is imported."""
+    return MODE | ({} if ip == LOOPBACK else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"})
+
+
 def environment(head: Head) -> dict[str, str]:
-    """What every process that talks to the cluster must have in its environment."""
+    """What every process on this machine that talks to the cluster must have in its environment."""
     gcs, dashboard = head.metric_ports
-    return MODE | {
+    alone = {"GLOO_SOCKET_IFNAME": "lo", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if head.ip == LOOPBACK else {}
+    return {
+        **mode(head.ip),
+        **alone,
         "MANTA_HOME": str(head.home),
         "RAY_AUTH_TOKEN_PATH": str(head.token_path),
         "RAY_ADDRESS": head.address,
@@ -90,13 +100,11 @@ def environment(head: Head) -> dict[str, str]:
         "AUTOSCALER_METRIC_PORT": str(gcs),
         "DASHBOARD_METRIC_PORT": str(dashboard),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads cost four times on a busy machine
-        "GLOO_SOCKET_IFNAME": "lo",
         "RAY_worker_niceness": "0",  # default 15: whatever else runs takes the core from a training step, up to 5 %
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # by the replica's own port: an actor call makes a prediction 3 ms longer
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # default 4 MiB: reports, logs, images are larger
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # so that handles are awaited only; another thread costs 1.6 ms
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2: a run ends up to that much later
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
@@ -121,6 +129,7 @@ def shell_exports(head: Head) -> str:
 def start(
     home: Path,
     *,
+    ip: str = LOOPBACK,
     num_cpus: int | None = None,
     http_host: str = "127.0.0.1",
     http_port: int | None = None,
@@ -130,6 +139,7 @@ def start(
 
     Args:
         home: the folder of the installation; made when missing.
+        ip: address of this machine at which others may join; Ray then listens on all of its addresses.
         num_cpus: how many the cluster may give out; default: those of the machine, at least 2.
         http_host: address on which the front end will listen.
         http_port: its port; default: a free one.
@@ -143,7 +153,7 @@ def start(
     if running := read(home):
         raise ClusterError(f"a cluster of {home} runs already (pid {running.pid}); use it, or end it by `manta down`")
     token_path = _token(home)
-    gcs, dashboard, client, agent, http, *metrics = _free_ports(7)
+    gcs, dashboard, client, agent, http, *metrics = _free_ports(7, ip)
     cpus = num_cpus or max(2, os.cpu_count() or 1)
     head = Head(
         pid=0,
@@ -151,7 +161,8 @@ def start(
         home=home,
         temp_dir=_temp_dir(home),
         token_path=token_path,
-        address=f"127.0.0.1:{gcs}",
+        ip=ip,
+        address=f"{ip}:{gcs}",
         dashboard_url=f"http://127.0.0.1:{dashboard}",
         http_host=http_host,
         http_port=http_port or http,
@@ -159,7 +170,7 @@ def start(
         num_cpus=cpus,
     )
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--port", str(gcs)]
+    command += ["--node-ip-address", ip, "--dashboard-host", "127.0.0.1", "--port", str(gcs)]
     command += ["--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
     command += ["--dashboard-agent-listen-port", str(agent), "--temp-dir", str(head.temp_dir)]
     command += ["--num-cpus", str(cpus), "--min-worker-port", "0", "--max-worker-port", "0"]
@@ -268,7 +279,7 @@ def connect(home: Path) -> Head:
         ClusterError: there is none, or mode, token or address do not fit.
     """
     head = running(home)
-    late = [name for name, value in MODE.items() if "ray" in sys.modules and os.environ.get(name) != value]
+    late = [name for name, value in mode(head.ip).items() if "ray" in sys.modules and os.environ.get(name) != value]
     if late:
         raise ClusterError(
             f"ray was imported before {', '.join(late)} was set, so this process would hang; "
@@ -278,7 +289,7 @@ def connect(home: Path) -> Head:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=head.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=head.address, _node_ip_address=head.ip, log_to_driver=False, logging_level=logging.WARNING)
     return head
 
 
@@ -299,8 +310,8 @@ def _temp_dir(home: Path) -> Path:
     return (folder if len(str(folder)) <= 25 else Path("/tmp")) / name
 
 
-def _free_ports(n: int) -> list[int]:
+def _free_ports(n: int, ip: str) -> list[int]:
     """Free now; held open together so that none is given twice."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        sockets = [stack.enter_context(socket.create_server((ip, 0))) for _ in range(n)]
         return [s.getsockname()[1] for s in sockets]

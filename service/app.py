@@ -130,18 +130,28 @@ class Ingress:
     """What Ray Serve replicates; everything is in the app."""
 
 
-def deployment(settings: Settings) -> Any:
-    """The Ray Serve application of the front end; the app is built in the replica, so only settings travel."""
+def application(_: dict[str, Any]) -> Any:
+    """What a Serve config names as `service.app:application`; settings are read where the replica runs, on the head."""
+    return deployment(None)
+
+
+def deployment(settings: Settings | None) -> Any:
+    """The Ray Serve application of the front end; the app is built in the replica, so only settings travel.
+
+    Args:
+        settings: None: those of the replica's environment.
+    """
     from ray import serve
 
     def builder() -> FastAPI:
         logging.basicConfig(level=logging.INFO)
-        return build(settings)
+        return build(settings or Settings())
 
     return serve.deployment(
         name="api",
         max_ongoing_requests=200,
         max_queued_requests=400,
-        ray_actor_options={"num_cpus": 0},
+        # On the head, which no autoscaler ends, and which alone is told where the database is.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         graceful_shutdown_timeout_s=5,
     )(serve.ingress(builder)(Ingress)).bind()

@@ -232,13 +232,14 @@ def demo(
 def _more_commands() -> None:
     """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
     from service.cli_access import audit, project_app, token_app
-    from service.cli_cluster import COMMANDS
+    from service.cli_cluster import COMMANDS, cluster_app
     from workloads.data.commands import TOOLS, pack_app
     from workloads.search.commands import latency_table
 
     for command in (*COMMANDS, *TOOLS, latency_table):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
+    app.add_typer(cluster_app, name="cluster")
     app.add_typer(token_app, name="token")
     app.add_typer(project_app, name="project")
     app.command()(audit)

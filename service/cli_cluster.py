@@ -15,6 +15,7 @@ from service.local_cluster import default_home
 from service.terminal import CANCELLED, FAILED, UNREACHABLE, fail, out, show_json, show_table
 
 Host = Annotated[str | None, typer.Option(help="Address it listens on [127.0.0.1]; others need a token first.")]
+NodesAt = Annotated[str, typer.Option(metavar="IP", help="Address of this machine at which others may join it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 
@@ -22,11 +23,12 @@ def up(
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
     port: Annotated[int | None, typer.Option(help="Of the REST API [a free one].")] = None,
     host: Host = None,
+    nodes_at: NodesAt = embedded.LOOPBACK,
 ) -> None:
     """Starts a Ray head and the service on this machine, in the background, on loopback."""
     try:
         with local_cluster.signals_raise():
-            head = local_cluster.up(default_home(), num_cpus=cpus, host=host, http_port=port)
+            head = local_cluster.up(default_home(), ip=nodes_at, num_cpus=cpus, host=host, http_port=port)
     except ClusterError as error:
         fail(error, UNREACHABLE)
     except KeyboardInterrupt:
@@ -48,10 +50,12 @@ def serve(
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that jobs may use [all].")] = None,
     port: Annotated[int, typer.Option(help="Of the REST API.")] = 8000,
     host: Host = None,
+    nodes_at: NodesAt = embedded.LOOPBACK,
 ) -> None:
     """`up` in the foreground: Ctrl-C ends it; jobs continue from their checkpoints at the next start."""
     try:
-        with local_cluster.temporary(default_home(), num_cpus=cpus, host=host, http_port=port) as head:
+        options = {"ip": nodes_at, "num_cpus": cpus, "host": host, "http_port": port}
+        with local_cluster.temporary(default_home(), **options) as head:
             out.print(f"ready: {head.url}  docs: {head.url}/docs  (Ctrl-C ends it)")
             signal.pause()
     except ClusterError as error:
@@ -78,6 +82,33 @@ def env() -> None:
     """Prints what a shell needs for `ray` commands: eval "$(manta env)"."""
     try:
         sys.stdout.write(embedded.shell_exports(embedded.running(default_home())) + "\n")
+    except ClusterError as error:
+        fail(error, UNREACHABLE)
+
+
+cluster_app = typer.Typer(help="Machines of a cluster.", no_args_is_help=True)
+
+
+@cluster_app.callback()
+def _group() -> None:
+    """Keeps `add-node` a command of its own, although it is the only one."""
+
+
+@cluster_app.command("add-node")
+def add_node(
+    cpus: Annotated[int | None, typer.Option(min=0, help="CPUs that jobs may use here [all].")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that jobs may use here [all].")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the head.")] = 60,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds for last checkpoints after SIGTERM or Ctrl-C.")] = 120,
+) -> None:
+    """Joins this machine, in the foreground, to the head that another one started by `manta up --nodes-at IP`.
+
+    Both must see the same home folder: it says where the head is and holds its token.
+    """
+    from cluster import nodes
+
+    try:
+        nodes.join(default_home(), cpus=cpus, gpus=gpus, wait_s=wait, drain_s=drain)
     except ClusterError as error:
         fail(error, UNREACHABLE)
 

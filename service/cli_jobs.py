@@ -44,15 +44,24 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost; submit nothing.")] = False,
     gpu: Annotated[str | None, typer.Option(help="Of a dry run: tell the time by the peak of this GPU.")] = None,
     as_json: AsJson = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="As a RayJob with a cluster of its own, by kubectl.")] = False,
+    release: Annotated[str | None, typer.Option(help="Of --k8s: the Helm release [the only one].")] = None,
+    group: Annotated[str | None, typer.Option(help="Of --k8s: the worker group [the first that fits].")] = None,
 ) -> None:
     """Submits a job, or a list of which each may come after earlier ones: all of them or none."""
-    documents = [read_job(spec, base).model_dump(mode="json") for spec in specs]
-    if len(specs) > 1 and (stay or dry_run):
-        fail("got several jobs with --follow or --dry-run, expected one; submit them, then follow one", USAGE)
-    if dry_run and stay:
-        fail("got --dry-run and --follow, expected one of them: nothing runs that could be followed", USAGE)
+    parsed = [read_job(spec, base) for spec in specs]
+    if len(specs) > 1 and (stay or dry_run or k8s):
+        fail("got several jobs with --follow, --dry-run or --k8s, expected one; submit them, then follow one", USAGE)
+    if dry_run and (stay or k8s):
+        fail("got --dry-run with --follow or --k8s, expected it alone: nothing runs", USAGE)
     if gpu is not None and not dry_run:
         fail("got --gpu without --dry-run; the job says what it runs on, in resources", USAGE)
+    if k8s:
+        _submit_to_kubernetes(parsed[0], stay, release, group, as_json)
+        return
+    if release is not None or group is not None:
+        fail("got --release or --group, expected --k8s with them; leave them out", USAGE)
+    documents = [spec.model_dump(mode="json") for spec in parsed]
     with connected() as client:
         if dry_run:
             cli_dry_run.show(client.dry_run(documents[0], gpu=gpu), as_json)
@@ -65,6 +74,21 @@ def submit(
         else:
             for job in made:
                 out.print(" ".join(job[key] for key in ("id", "state", "reason") if job[key] is not None))
+
+
+def _submit_to_kubernetes(spec: Any, stay: bool, release: str | None, group: str | None, as_json: bool) -> None:
+    from service import kubernetes
+
+    if stay:
+        fail("got --follow with --k8s: `kubectl get rayjob` tells of it, and `manta logs -f` once it runs", USAGE)
+    try:
+        job_id = kubernetes.submit(spec, release=release, group=group)
+    except kubernetes.KubernetesError as error:
+        fail(error)
+    if as_json:
+        show_json({"id": job_id})
+        return
+    out.print(f"{job_id} is created: `kubectl get rayjob {job_id}`; `manta job {job_id}` once it runs")
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> None:

@@ -206,8 +206,9 @@ class Deployments:
     def _start(self, row: Deployment) -> None:
         """Asks Serve and returns at once; the application of another version is replaced in place."""
         reference = f"{row.name}@{row.version}"
-        folder = self._registry.folder(row.name, row.version)
-        app = application(folder, self._settings.home, reference, max_pixels=self._settings.max_image_pixels)
+        settings, folder = self._settings, self._registry.folder(row.name, row.version)
+        limit, cpus = settings.max_image_pixels, settings.predictor_cpus
+        app = application(folder, settings.home, reference, max_pixels=limit, cpus=cpus)
         target = RunTarget(app, name=PREFIX + row.name, route_prefix=None)
         try:
             self._serve.run_many(

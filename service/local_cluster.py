@@ -23,8 +23,22 @@ if TYPE_CHECKING:
 READY_TIMEOUT_S = 120.0
 
 
-def up(home: Path, *, num_cpus: int | None = None, host: str | None = None, http_port: int | None = None) -> Head:
+def up(
+    home: Path,
+    *,
+    ip: str = embedded.LOOPBACK,
+    num_cpus: int | None = None,
+    host: str | None = None,
+    http_port: int | None = None,
+) -> Head:
     """Starts head and front end, and returns when the service takes requests.
+
+    Args:
+        home: of the installation.
+        ip: at which other machines may join.
+        num_cpus: that jobs may use; default: all.
+        host: on which the front end listens; default: that of the settings.
+        http_port: its port; default: a free one.
 
     Raises:
         ClusterError: it runs already, something did not start, or it would listen beyond loopback without a token; then
@@ -36,7 +50,12 @@ def up(home: Path, *, num_cpus: int | None = None, host: str | None = None, http
     settings = settings if host is None else settings.model_copy(update={"host": host})
     _expect_tokens(settings)
     head = embedded.start(
-        home, num_cpus=num_cpus, http_host=settings.host, http_port=http_port, credentials=settings.job_credentials
+        home,
+        ip=ip,
+        num_cpus=num_cpus,
+        http_host=settings.host,
+        http_port=http_port,
+        credentials=settings.job_credentials,
     )
     try:
         embedded.connect(head.home)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from service.errors import Unavailable
 from service.settings import Settings
+from workloads.spec_any import read_spec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class RayJobs:
         if name in self.statuses():
             return
         spec = self._settings.runs / job_id / "job.json"
+        # The head of a cluster that grows gives out no CPU: a driver that trains by itself reserves its own elsewhere.
+        resources = read_spec(spec).resources
+        alone = self._settings.cluster_cpus > 0 and resources.max_workers == 1 and not resources.gpus
         # A job inherits the environment of its node, where the service may have its own secrets: "" hides them.
         environment = dict.fromkeys(self._settings.kept_from_jobs(), "") | {
             "MANTA_HOME": str(self._settings.home),
@@ -81,6 +85,7 @@ class RayJobs:
                 submission_id=name,
                 entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
                 runtime_env={"env_vars": environment},
+                entrypoint_num_cpus=resources.cpus if alone else None,
             )
         except Unavailable:
             if name not in self.statuses():
@@ -100,7 +105,7 @@ class RayJobs:
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
     def capacity(self) -> dict[str, float]:
-        """CPUs and GPUs of the whole cluster, asked at most every few seconds."""
+        """CPUs and GPUs of the whole cluster, or what it may grow to; asked at most every few seconds."""
         if self._capacity is None or time.monotonic() - self._capacity[0] > CAPACITY_TTL_S:
             import ray
 
@@ -108,5 +113,6 @@ class RayJobs:
                 resources = ray.cluster_resources()
             except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
                 raise Unavailable(f"Ray's resources are not known: {error}") from error
-            self._capacity = time.monotonic(), {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
+            most = {"CPU": self._settings.cluster_cpus, "GPU": self._settings.cluster_gpus}
+            self._capacity = time.monotonic(), {name: max(resources.get(name, 0.0), most[name]) for name in most}
         return self._capacity[1]

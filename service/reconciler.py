@@ -121,6 +121,14 @@ def decide(
     return Decision("submit", "STARTING")
 
 
+def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
+    """Whether the row says already what is true."""
+    seen = record is None or record.attempt != job.attempt
+    progress = None if record is None else (record.step, record.epoch, record.total_steps)
+    known = seen or (progress == (job.step, job.epoch, job.total_steps) and job.started_at is not None)
+    return known and (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
+
+
 class Reconciler:
     """One thread that decides and acts for every job that is not finished."""
 
@@ -268,7 +276,9 @@ class Reconciler:
                 self._registry.register(result["register"], run.path / result["artifact"], job.id, result["artifact"])
 
     def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
-        """Puts what is true into the row, if it changed."""
+        """Puts what is true into the row, if it changed: for most of a long queue that costs nothing."""
+        if _stands(job, decision, record):
+            return
         with self._store.session() as session:
             row = session.get(Job, job.number)
             assert row is not None

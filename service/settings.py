@@ -35,6 +35,9 @@ class Settings(BaseSettings):
         reconcile_interval_s: between two looks at all jobs.
         max_attempts: of a job, in a row without progress.
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
+        cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
+        cluster_gpus: the same of GPUs.
+        predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
         host: address the front end listens on. Beyond loopback it does not start without a token.
         tokens: auto: asked for as soon as there is one; required: always, so that an empty database opens nothing.
         first_admin_token_file: holds a token (32 characters or more, of a secret store) that becomes an admin of all
@@ -60,6 +63,9 @@ class Settings(BaseSettings):
     reconcile_interval_s: float = Field(default=1.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)
     stop_grace_s: int = Field(default=60, ge=1)
+    cluster_cpus: float = Field(default=0, ge=0)
+    cluster_gpus: float = Field(default=0, ge=0)
+    predictor_cpus: float = Field(default=0, ge=0)
 
     host: str = "127.0.0.1"
     tokens: Literal["auto", "required"] = "auto"

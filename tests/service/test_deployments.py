@@ -261,11 +261,9 @@ def test_serve_is_left_alone_while_nothing_changes(home: SimpleNamespace, fake: 
     assert state(home) == (2, "RUNNING")
 
 
-def test_the_limit_of_pixels_reaches_the_replica(
-    home: SimpleNamespace, fake: FakeServe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(deployments, "application", lambda *_, max_pixels: told.append(max_pixels))
-    home.settings = Settings(home=home.settings.home, max_image_pixels=1234)
+def test_settings_reach_the_replica(home: SimpleNamespace, fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(deployments, "application", lambda *_, **options: told.append(options))
+    home.settings = Settings(home=home.settings.home, max_image_pixels=1234, predictor_cpus=2)
     service(home, fake).deploy("digits")
-    assert told == [1234]
+    assert told == [{"max_pixels": 1234, "cpus": 2}]

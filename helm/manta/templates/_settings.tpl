@@ -1,0 +1,22 @@
+{{- /* The settings of the service: fields of service/settings.py. */}}
+{{- define "manta.settings" -}}
+{{- $v := .Values -}}
+{{- $cpus := 0 -}}{{- $gpus := 0 -}}
+{{- range $v.workers -}}
+{{- $pods := $v.autoscaling.enabled | ternary (int .maxReplicas) (int .minReplicas) -}}
+{{- $cpus = add $cpus (mul $pods .cpus) -}}
+{{- $gpus = add $gpus (mul $pods (default 0 .gpus)) -}}
+{{- end -}}
+MANTA_HOST: 0.0.0.0
+MANTA_TOKENS: required
+MANTA_FIRST_ADMIN_TOKEN_FILE: /etc/manta/admin_token
+MANTA_ALLOWED_ROOTS: {{ join " " $v.frontend.allowedRoots | quote }}
+# What the groups may grow to: jobs for more are refused, others wait.
+MANTA_CLUSTER_CPUS: {{ $cpus | quote }}
+MANTA_CLUSTER_GPUS: {{ $gpus | quote }}
+MANTA_PREDICTOR_CPUS: {{ $v.serving.cpusPerModel | quote }}
+MANTA_STOP_GRACE_S: {{ $v.jobs.checkpointSeconds | quote }}
+{{- range $name, $value := $v.frontend.settings }}
+MANTA_{{ upper $name }}: {{ $value | toString | quote }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,162 @@
+"""Machines that join a head: what they need, what is said when it is missing, and one that comes and goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.scripts.scripts import start as ray_start
+
+from cluster import embedded, nodes
+from cluster.doctor import examine
+from cluster.embedded import ClusterError, Head
+from tests.cluster.test_embedded import head_of, store
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def shared(home: Path, port: int = 1, ip: str = "10.0.0.5") -> Head:
+    """A home with a head of another machine, which here is reached on loopback."""
+    head = head_of(home, ip=ip, address=f"127.0.0.1:{port}")
+    store(head)
+    (home / "token").write_text("x" * 64)
+    return head
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="manta up --nodes-at IP"):
+        nodes.head_of(tmp_path)
+    (tmp_path / "head.json").write_text("{")
+    with pytest.raises(ClusterError, match="cannot be read"):
+        nodes.head_of(tmp_path)
+    shared(tmp_path, ip=embedded.LOOPBACK)
+    with pytest.raises(ClusterError, match="on loopback"):
+        nodes.head_of(tmp_path)
+    (tmp_path / "token").unlink()
+    store(head_of(tmp_path, ip="10.0.0.5"))
+    with pytest.raises(ClusterError, match="as the user who started the head"):
+        nodes.head_of(tmp_path)
+
+
+def test_a_head_that_does_not_answer_is_waited_for(tmp_path: Path) -> None:
+    shared(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="firewall"):
+        nodes.join(tmp_path, cpus=None, gpus=None, wait_s=0.6, drain_s=1)
+    assert time.monotonic() - began > 0.6
+
+
+def test_a_node_becomes_rays_own_process(tmp_path: Path, listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared(tmp_path, listener)
+    monkeypatch.setenv("GITHUB_TOKEN", "mine")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the bucket")
+    became: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execvpe", lambda _, words, environment: became.append((words, environment)))
+    nodes.join(tmp_path, cpus=4, gpus=0, wait_s=0, drain_s=90)
+    ((words, environment),) = became
+    assert words[words.index("--address") + 1] == f"127.0.0.1:{listener}"
+    assert words[words.index("--node-ip-address") + 1] == "127.0.0.1"  # this end of the way there
+    assert words[words.index("--num-cpus") + 1] == "4" and words[words.index("--num-gpus") + 1] == "0"
+    assert environment["MANTA_HOME"] == str(tmp_path)
+    assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
+    assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "90"
+    assert "GITHUB_TOKEN" not in environment and environment["AWS_ACCESS_KEY_ID"] == "of the bucket"
+
+
+def test_the_options_exist_in_ray(tmp_path: Path) -> None:
+    known = {option for parameter in ray_start.params for option in parameter.opts}
+    words = nodes.command(head_of(tmp_path), "10.0.0.6", cpus=1, gpus=1)
+    assert {word for word in words if word.startswith("--")} <= known
+    assert "--num-cpus" not in nodes.command(head_of(tmp_path), "10.0.0.6", cpus=None, gpus=None)
+
+
+def test_a_head_for_others_is_in_another_mode(tmp_path: Path) -> None:
+    """Alone: confined to loopback, and no watcher of notices that cannot come."""
+    alone, several = (embedded.environment(head_of(tmp_path, ip=ip)) for ip in (embedded.LOOPBACK, "10.0.0.5"))
+    assert alone["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0" and alone["GLOO_SOCKET_IFNAME"] == "lo"
+    assert several["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1" and "GLOO_SOCKET_IFNAME" not in several
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in several
+
+
+def test_the_doctor_asks_for_a_firewall(tmp_path: Path) -> None:
+    shared(tmp_path)
+    sockets = next(finding for finding in examine(tmp_path) if finding.name == "sockets")
+    assert sockets.ok and "firewall" in sockets.detail
+
+
+def own_ip() -> str:
+    """An address of this machine that is not loopback; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        return str(probe.getsockname()[0])
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+JOINS = """
+import json, os, sys, time
+from pathlib import Path
+from cluster import embedded
+embedded.connect(Path(sys.argv[1]))
+import ray
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline and ray.cluster_resources().get("CPU", 0) < 5:
+    time.sleep(0.2)
+print(json.dumps([ray.cluster_resources().get("CPU"), len([n for n in ray.nodes() if n["Alive"]])]))
+"""
+
+
+@pytest.mark.ray
+def test_a_node_joins_and_leaves(tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = tmp_path_factory.mktemp("cluster")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MANTA_"))}
+    up = "import sys; from pathlib import Path; from cluster import embedded\n"
+    up += "embedded.start(Path(sys.argv[1]), ip=sys.argv[2], num_cpus=2)"
+    subprocess.run([sys.executable, "-c", up, home, own_ip()], env=clean, check=True, timeout=120)
+    head = embedded.read(home)
+    assert head is not None
+    manta = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "--home",
+        str(home),
+        "cluster",
+        "add-node",
+        "--cpus",
+        "3",
+        "--gpus",
+        "0",
+    ]
+    node = subprocess.Popen([*manta, "--drain", "5"], env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        seen = subprocess.run(
+            [sys.executable, "-c", JOINS, str(home)], env=clean, capture_output=True, text=True, timeout=120
+        )
+        assert seen.stdout.strip() == "[5.0, 2]", seen.stdout + seen.stderr
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(timeout=40) in (0, 1)  # 1 is what `ray start --block` makes of a SIGTERM
+        until(lambda: head.alive(), "the head stays", timeout_s=1)
+    finally:
+        node.kill()
+        node.communicate()
+        embedded.stop(head)
