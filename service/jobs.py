@@ -374,14 +374,14 @@ class Jobs:
     def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
         """Where the specs of two jobs differ, and what their runs were made of, so far as both have begun."""
         ids = job_id, other_id
-        specs = [self.get(name).spec for name in ids]
+        ours, theirs = (self.get(name).spec for name in ids)
         folders = [self.run_folder(name).provenance for name in ids]
         made_of = [json.loads(path.read_text()) for path in folders if path.exists()]
         return {
             "a": job_id,
             "b": other_id,
-            "spec": differences(*specs),
-            "provenance": differences(*made_of) if len(made_of) == len(ids) else [],
+            "spec": differences(ours, theirs),
+            "provenance": differences(made_of[0], made_of[1]) if len(made_of) == len(ids) else [],
         }
 
     def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
