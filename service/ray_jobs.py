@@ -11,6 +11,7 @@ import logging
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from service.errors import Unavailable
@@ -68,9 +69,6 @@ class RayJobs:
         if name in self.statuses():
             return
         spec = self._settings.runs / job_id / "job.json"
-        # The head of a cluster that grows gives out no CPU: a driver that trains by itself reserves its own elsewhere.
-        resources = read_spec(spec).resources
-        alone = self._settings.cluster_cpus > 0 and resources.max_workers == 1 and not resources.gpus
         # A job inherits the environment of its node, where the service may have its own secrets: "" hides them.
         environment = dict.fromkeys(self._settings.kept_from_jobs(), "") | {
             "MANTA_HOME": str(self._settings.home),
@@ -85,11 +83,18 @@ class RayJobs:
                 submission_id=name,
                 entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
                 runtime_env={"env_vars": environment},
-                entrypoint_num_cpus=resources.cpus if alone else None,
+                entrypoint_num_cpus=self._reserved(spec),
             )
         except Unavailable:
             if name not in self.statuses():
                 raise  # else the answer was lost, not the job
+
+    def _reserved(self, spec: Path) -> int | None:
+        """Cores of the driver: where the cluster grows its head gives out none, so one that trains needs its own."""
+        if not self._settings.cluster_cpus:
+            return None
+        resources = read_spec(spec).resources
+        return resources.cpus if resources.max_workers == 1 and not resources.gpus else None
 
     def stop(self, job_id: str, attempt: int) -> None:
         """SIGTERM, and SIGKILL after the grace; an attempt that Ray does not know is stopped already."""

@@ -277,7 +277,7 @@ class Reconciler:
 
     def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
         """Puts what is true into the row, if it changed: for most of a long queue that costs nothing."""
-        if _stands(job, decision, record):
+        if decision.act != "check" and _stands(job, decision, record):
             return
         with self._store.session() as session:
             row = session.get(Job, job.number)
