@@ -380,8 +380,8 @@ class Jobs:
         return {
             "a": job_id,
             "b": other_id,
-            "spec": differences(*specs),
-            "provenance": differences(*made_of) if len(made_of) == len(ids) else [],
+            "spec": differences(specs[0], specs[1]),
+            "provenance": differences(made_of[0], made_of[1]) if len(made_of) == len(ids) else [],
         }
 
     def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
