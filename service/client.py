@@ -187,16 +187,32 @@ class Client:
 
     def follow_logs(self, job_id: str, **wanted: Any) -> Iterator[str]:
         """Lines as they come, until the job ends; `wanted`: `level`, `rank`, `offset`."""
+        seen: dict[str, str] = {}
+        for attempt in range(TRIES):
+            try:
+                yield from self._followed(job_id, wanted, seen)
+                return
+            except httpx.TransportError as error:  # it broke off: on behind the last line that came
+                if attempt == TRIES - 1:
+                    raise ApiError(0, "Not reachable", f"{self.url} broke off: {error}", "follow it again") from error
+                time.sleep(0.5 * 2**attempt)
+
+    def _followed(self, job_id: str, wanted: Answer, seen: dict[str, str]) -> Iterator[str]:
+        """Lines of one connection; `seen` takes the header by which the next one goes on."""
         parameters = {"follow": True} | wanted
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params=parameters) as response:
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params=parameters, headers=seen) as response:
             if response.is_error:
                 response.read()
             _raise(response)
+            number = ""
             for line in response.iter_lines():
                 if line == "event: end":
                     return
+                if line.startswith("id: "):
+                    number = line.removeprefix("id: ")
                 if line.startswith("data: "):
                     yield line.removeprefix("data: ")
+                    seen["Last-Event-ID"] = number
 
     def wait(self, job_id: str, on_update: Callable[[Answer], None] = lambda _: None, *, poll_s: float = 0.5) -> Answer:
         """Polls until the job is finished; `on_update` gets every answer."""
