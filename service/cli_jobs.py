@@ -192,11 +192,17 @@ def job(job_id: JobId, as_json: AsJson = False) -> None:
         _print_events(happened[-LAST_EVENTS:])
 
 
-def logs(job_id: JobId, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> None:
-    """Prints the log of a job."""
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="From its start on, until the job ends.")] = False,
+    level: Annotated[str | None, typer.Option(help="At least: DEBUG, INFO, WARNING, ERROR.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of the worker that wrote the line.")] = None,
+) -> None:
+    """Prints the end of the log of a job."""
+    wanted = {name: value for name, value in (("level", level), ("rank", rank)) if value is not None}
     with connected() as client:
         try:
-            for line in client.follow_logs(job_id) if follow else client.logs(job_id).splitlines():
+            for line in client.follow_logs(job_id, **wanted) if follow else client.logs(job_id, **wanted).splitlines():
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
         except KeyboardInterrupt:

@@ -167,10 +167,10 @@ class Client:
         found: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/events", params={"after": after})["events"]
         return found
 
-    def metrics(self, job_id: str, *, after_step: int = -1) -> list[Answer]:
-        points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params={"after_step": after_step})[
-            "points"
-        ]
+    def metrics(self, job_id: str, *, after_step: int = -1, max_points: int | None = None) -> list[Answer]:
+        """The curve; with `max_points` the points that show its ends, lows and highs."""
+        wanted = {"after_step": after_step} | ({} if max_points is None else {"max_points": max_points})
+        points: list[Answer] = self._call("GET", f"/v1/jobs/{job_id}/metrics", params=wanted)["points"]
         return points
 
     def evaluations(self, job_id: str) -> Answer:
@@ -181,20 +181,38 @@ class Client:
         """A page for people, as HTML."""
         return self._send("GET", f"/v1/jobs/{job_id}/report").text
 
-    def logs(self, job_id: str) -> str:
-        return self._send("GET", f"/v1/jobs/{job_id}/logs").text
+    def logs(self, job_id: str, **wanted: Any) -> str:
+        """The end of the log; `offset` and `limit` (bytes) choose another part, `level` and `rank` its lines."""
+        return self._send("GET", f"/v1/jobs/{job_id}/logs", params=wanted).text
 
-    def follow_logs(self, job_id: str) -> Iterator[str]:
-        """Lines as they come, until the job ends."""
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params={"follow": True}) as response:
+    def follow_logs(self, job_id: str, **wanted: Any) -> Iterator[str]:
+        """Lines as they come, until the job ends; `wanted`: `level`, `rank`, `offset`."""
+        seen: dict[str, str] = {}
+        for attempt in range(TRIES):
+            try:
+                yield from self._followed(job_id, wanted, seen)
+                return
+            except httpx.TransportError as error:  # it broke off: on behind the last line that came
+                if attempt == TRIES - 1:
+                    raise ApiError(0, "Not reachable", f"{self.url} broke off: {error}", "follow it again") from error
+                time.sleep(0.5 * 2**attempt)
+
+    def _followed(self, job_id: str, wanted: Answer, seen: dict[str, str]) -> Iterator[str]:
+        """Lines of one connection; `seen` takes the header by which the next one goes on."""
+        parameters = {"follow": True} | wanted
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params=parameters, headers=seen) as response:
             if response.is_error:
                 response.read()
             _raise(response)
+            number = ""
             for line in response.iter_lines():
                 if line == "event: end":
                     return
+                if line.startswith("id: "):
+                    number = line.removeprefix("id: ")
                 if line.startswith("data: "):
                     yield line.removeprefix("data: ")
+                    seen["Last-Event-ID"] = number
 
     def wait(self, job_id: str, on_update: Callable[[Answer], None] = lambda _: None, *, poll_s: float = 0.5) -> Answer:
         """Polls until the job is finished; `on_update` gets every answer."""

@@ -11,8 +11,10 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
+from service.curves import thinned
 from service.events import CURSOR, START
 from service.jobs import no_such_job
+from service.logs import TAIL, Level, Wanted, lines, part
 from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
@@ -154,9 +156,16 @@ def events(job_id: str, jobs: JobsDep, after: Annotated[str, Query(pattern=CURSO
 
 
 @router.get("/{job_id}/metrics")
-def metrics(job_id: str, jobs: JobsDep, after_step: int = -1) -> dict[str, Any]:
-    """The curve: points with a step above `after_step`."""
-    return {"points": list(jobs.run_folder(job_id).read_metrics(after_step=after_step))}
+def metrics(
+    job_id: str,
+    jobs: JobsDep,
+    after_step: int = -1,
+    max_points: Annotated[int | None, Query(ge=4)] = None,
+    by: Annotated[str, Query(max_length=80)] = "loss",
+) -> dict[str, Any]:
+    """The curve: points with a step above `after_step`; with `max_points` those that show lows and highs of `by`."""
+    points = list(jobs.run_folder(job_id).read_metrics(after_step=after_step))
+    return {"points": points if max_points is None else thinned(points, max_points, by)}
 
 
 @router.get("/{job_id}/evaluations")
@@ -188,30 +197,40 @@ def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)
-def logs(job_id: str, parts: PartsDep, follow: bool = False) -> Response:
-    """The log as text; `follow=true` as server-sent events that end with the job."""
-    run = parts.jobs.run_folder(job_id)
+def logs(
+    job_id: str,
+    parts: PartsDep,
+    follow: bool = False,
+    offset: Annotated[int | None, Query(ge=0, description="Byte; default: the last `limit` bytes.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1 << 22, description="Bytes that are looked at.")] = TAIL,
+    level: Annotated[Level | None, Query(description="At least.")] = None,
+    rank: Annotated[int | None, Query(ge=0, description="Of the worker that wrote the line.")] = None,
+    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+) -> Response:
+    """A part of the log as text, `X-Next-Offset` being the byte behind it; `follow=true`: all of it, as it grows.
+
+    Followed, it comes as server-sent events until the job ends; their ids are offsets, so `Last-Event-ID` goes on.
+    """
+    run, wanted = parts.jobs.run_folder(job_id), Wanted(level, rank)
     if follow:
-        return StreamingResponse(_follow(job_id, parts), media_type="text/event-stream")
+        start = offset or 0 if last_event_id is None else last_event_id
+        return StreamingResponse(_follow(job_id, parts, start, wanted), media_type="text/event-stream")
     if run.log.exists():
-        return PlainTextResponse(run.log.read_text(errors="replace"))
+        text, end = part(run.log, offset, limit, wanted)
+        return PlainTextResponse(text, headers={"X-Next-Offset": str(end)})
     attempt = parts.jobs.get(job_id).attempt
     return PlainTextResponse(parts.ray.log_tail(job_id, attempt))  # the run never spoke: what its process printed
 
 
-def _follow(job_id: str, parts: PartsDep) -> Iterator[str]:
+def _follow(job_id: str, parts: PartsDep, offset: int, wanted: Wanted) -> Iterator[str]:
     """Whole lines as they come; an event's id is the offset behind it."""
     log = parts.jobs.run_folder(job_id).log
-    offset, silent_since = 0, time.monotonic()
+    silent_since = time.monotonic()
     while True:
         ended = parts.jobs.get(job_id).state in TERMINAL  # asked first: lines written before the end are still read
-        if log.exists():
-            with open(log, "rb") as file:
-                file.seek(offset)
-                chunk = file.read()
-            whole = chunk[: chunk.rfind(b"\n") + 1]
-            for line in whole.splitlines(keepends=True):
-                offset += len(line)
+        for line, end in lines(log, offset):
+            offset = end
+            if wanted.takes(line):
                 yield f"id: {offset}\ndata: {line.decode(errors='replace').rstrip()}\n\n"
                 silent_since = time.monotonic()
         if ended:

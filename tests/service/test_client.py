@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -120,6 +120,25 @@ def test_wait_reports_each_state_and_ends_with_the_job() -> None:
 def test_followed_logs_end_with_the_event() -> None:
     text = "id: 3\ndata: one\n\n: still here\n\nid: 7\ndata: two\n\nevent: end\ndata: \n\n"
     assert list(client(lambda _: httpx.Response(200, text=text)).follow_logs("j")) == ["one", "two"]
+
+
+def test_followed_logs_go_on_behind_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.client.time, "sleep", lambda _: None)
+    asked: list[str | None] = []
+
+    class Broken(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"id: 3\ndata: one\n\n"
+            raise httpx.ReadError("connection reset")
+
+    def flaky(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("last-event-id"))
+        if len(asked) == 1:
+            return httpx.Response(200, stream=Broken())
+        return httpx.Response(200, text="id: 7\ndata: two\n\nevent: end\ndata: \n\n")
+
+    assert list(client(flaky).follow_logs("j")) == ["one", "two"]
+    assert asked == [None, "3"]
 
 
 def test_images_travel_as_base64_in_order() -> None:
