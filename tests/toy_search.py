@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+from workloads.search.base import Search
+from workloads.search.island import Island
 from workloads.spec_search import SearchSpec
 
 TOY_SEARCH: dict[str, Any] = {
@@ -21,3 +24,15 @@ TOY_SEARCH: dict[str, Any] = {
 def toy_search(search: dict[str, Any] | None = None, **fields: Any) -> SearchSpec:
     """A spec with some fields, or some of its search, replaced."""
     return SearchSpec.model_validate({"name": "toy", "search": TOY_SEARCH | (search or {}), **fields})
+
+
+def in_any_order(island: Island, seed: int = 0) -> Search:
+    """Scores in any order, a few at a time."""
+    order = random.Random(seed)
+    held: list[tuple[int, str]] = []
+    while not island.done:
+        held += island.take(order.randint(1, 9))
+        order.shuffle(held)
+        island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})
+        held = held[3:]
+    return island.search

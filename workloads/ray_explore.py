@@ -47,7 +47,7 @@ from workloads.spec_search import SearchSpec
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 20  # of an island's process: Tune counts over its whole life, and spot nodes come and go
-REPORT_S = 5.0  # between two checkpoints of an island
+REPORT_S = 2.0  # between two checkpoints of an island
 LOOK_S = 1.0  # whether the job was stopped, while no score comes
 STATE = "island.json"
 FINAL = (ScoresFailed, DataError, ValueError)

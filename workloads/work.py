@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from workloads.conclude import conclude
 from workloads.evaluate import evaluate
-from workloads.explore import explore
 from workloads.export import export
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
@@ -56,6 +54,8 @@ class Work:
         spec, run, place = self.spec, self.run, self._place()
         if isinstance(spec, SearchSpec):
             if not run.artifact.exists():
+                from workloads.conclude import conclude  # knows networks of timm, which cost each start seconds
+
                 conclude(spec, run, self.home, self.job_id, place.scan)
             return True
         if not run.artifact.exists():
@@ -67,6 +67,8 @@ class Work:
             from workloads.ray_explore import explore_on_ray
 
             return explore_on_ray(spec, self.run, self.home, connected=self.connected)
+        from workloads.explore import explore
+
         of_one = device(spec.resources)
         return explore(spec, self.run, self.home, of_one, should_stop=self.should_stop, on_point=on_point)
 

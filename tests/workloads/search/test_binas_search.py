@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from tests.learning import RealImages, pretrained
 from workloads import assemble, weights
+from workloads.data.pack import pack_digits
 from workloads.data.reader import Reader
 from workloads.data.transforms.image import normalise
 from workloads.data.views import View
@@ -272,10 +273,16 @@ def test_weights_and_data_that_do_not_fit_are_refused(inputs: SearchInputs, toy_
 
 
 @pytest.mark.slow
-def test_the_estimate_ranks_networks_as_the_supernet_does(real_images: RealImages, tmp_path: Path) -> None:
-    """Card, check 6: 50 random networks of a supernet of two stages."""
+def test_the_estimate_ranks_networks_as_the_supernet_does(tmp_path: Path) -> None:
+    """Card, check 6: 50 random networks of a supernet of two stages.
+
+    On the digits: of 1,500 photographs of CIFAR-10 it learns too little (accuracies of .27 to .33, correlation .62).
+    """
+    pack_digits(tmp_path / "digits")
+    train, test = (str(tmp_path / "digits" / f"{split}.tar") for split in ("train-{000000..000001}", "test-000000"))
+    images = RealImages("digits", train, test)
     space = SPACE | {"max_depth": 3, "expansions": [2, 4], "last": 32, "features": 32}
-    job = real_images.job(
+    job = images.job(
         {"name": "binas", "largest": 0.3, "dropout": 0, "drop_path": 0, "view": {"crop_scale": [0.8, 1], "flip": 0}},
         model={"name": "binas_supernet", "image_size": 16, **space},
         epochs=8,
@@ -286,7 +293,7 @@ def test_the_estimate_ranks_networks_as_the_supernet_does(real_images: RealImage
     def trained(network: torch.nn.Module) -> None:
         weights.load_initial(network, "job:supernet", tmp_path)
 
-    manifest = assemble.open_stream(Stream(shards=real_images.test))
+    manifest = assemble.open_stream(Stream(shards=images.test))
     config = BinasConfig(**TOY | {"space": space, "classes": 10, "passes": 1, "batch_size": 256})
     search = run(Island(Binas(config, SearchInputs(open=lambda _: manifest, start=trained))))
     networks = np.random.default_rng(5).integers(search.shape.choices, size=(50, len(search.shape.choices)))

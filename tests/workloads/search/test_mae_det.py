@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from tests.toy_search import in_any_order
 from workloads import catalog
 from workloads.models.encoders import build_encoder
 from workloads.models.maedet import MAEDet, published
@@ -112,15 +112,7 @@ def test_it_is_the_logarithm_of_the_deviation_of_the_maps() -> None:
 
 
 def run(island: Island, seed: int = 0) -> list[dict[str, Any]]:
-    """Scores in any order, a few at a time."""
-    order = random.Random(seed)
-    held: list[tuple[int, str]] = []
-    while not island.done:
-        held += island.take(order.randint(1, 9))
-        order.shuffle(held)
-        island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})
-        held = held[3:]
-    return island.search.population()
+    return in_any_order(island, seed).population()
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.toy_search import in_any_order
 from workloads.models.structure import layers, parse, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
@@ -66,15 +66,7 @@ def test_all_types_are_equally_likely() -> None:
 
 
 def run(island: Island, seed: int = 0) -> list[dict[str, Any]]:
-    """Scores in any order, a few at a time."""
-    order = random.Random(seed)
-    held: list[tuple[int, str]] = []
-    while not island.done:
-        held += island.take(order.randint(1, 9))
-        order.shuffle(held)
-        island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})
-        held = held[3:]
-    return island.search.population()
+    return in_any_order(island, seed).population()
 
 
 def test_one_seed_gives_one_population_whatever_the_order() -> None:
