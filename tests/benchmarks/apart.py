@@ -76,8 +76,6 @@ def run(function: Callable[..., Any], *, ranks: int | None = None, **arguments: 
 @contextlib.contextmanager
 def own_cluster(home: Path) -> Iterator[None]:
     """A cluster of two CPUs that is there for nothing else, to which this process is connected."""
-    import ray
-
     from cluster import embedded
     from service.local_cluster import signals_raise
 
@@ -87,6 +85,8 @@ def own_cluster(home: Path) -> Iterator[None]:
             embedded.connect(head.home)
             yield
         finally:
+            import ray  # not before `connect`, which says how
+
             ray.shutdown()
             embedded.stop(head)
 
