@@ -122,11 +122,12 @@ def decide(
 
 
 def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
-    """Whether the row says already what is true."""
+    """Whether the row says already what is true: a check that passed lets go of a job that was held."""
     seen = record is None or record.attempt != job.attempt
     progress = None if record is None else (record.step, record.epoch, record.total_steps)
     known = seen or (progress == (job.step, job.epoch, job.total_steps) and job.started_at is not None)
-    return known and (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
+    same = (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
+    return known and same and decision.act != "check"
 
 
 class Reconciler:
@@ -268,7 +269,7 @@ class Reconciler:
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""
-        name = getattr(parse_spec(job.spec), "register_as", None)
+        name = job.spec.get("register")
         if name is not None:
             self._registry.register(name, run.artifact, job.id, "artifact")
         for result in run.read_evaluations():
@@ -277,7 +278,7 @@ class Reconciler:
 
     def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
         """Puts what is true into the row, if it changed: for most of a long queue that costs nothing."""
-        if decision.act != "check" and _stands(job, decision, record):
+        if _stands(job, decision, record):
             return
         with self._store.session() as session:
             row = session.get(Job, job.number)

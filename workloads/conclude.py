@@ -55,7 +55,6 @@ def conclude(spec: SearchSpec, run: RunFolder, home: Path, job_id: str, scan: Sc
         costs=best.costs,
         latency=_latency(best, scan),
         blocks=best.blocks,
-        fronts=fronts,
         **{name: sum(state[name] for state in states) for name in ("told", "scored", "spent")},
     )
     winner.write(run.artifact, found, _rows(search, fronts), best.weights)

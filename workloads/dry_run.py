@@ -160,9 +160,8 @@ def _read(spec: JobSpec, manifests: Mapping[str, Manifest]) -> tuple[int, float 
 def _searching(spec: SearchSpec, samples: dict[str, int | None]) -> Searching:
     cls = catalog.load("search", spec.search.name)
     config = cls.Config.model_validate(spec.search.config)
-    islands = [cls(config, SearchInputs(spec.seed, island, spec.islands)) for island in range(spec.islands)]
     return Searching(
-        candidates=sum(search.total for search in islands),
+        candidates=cls(config, SearchInputs(spec.seed)).total * spec.islands,
         budget=config.model_dump(mode="json", exclude_none=True).get("budget", {}),
         least={name: float(value) for name, value in config.least().items()},
         samples=samples,

@@ -58,7 +58,7 @@ def search_of(spec: SearchSpec, home: Path, device: torch.device, island: int = 
         for note in weights.load_initial(model, spec.init, home):
             logger.info("init: %s", note)
 
-    inputs = SearchInputs(spec.seed, island, spec.islands, device, lambda name: open_stream(spec.data[name]), start)
+    inputs = SearchInputs(spec.seed, island, device, lambda name: open_stream(spec.data[name]), start)
     return cls(cls.Config.model_validate(spec.search.config), inputs)
 
 
@@ -216,11 +216,12 @@ class Turn:
     def standing(self) -> dict[str, Any]:
         """What `point_of` needs: candidates told a second, the share of the time that the processes scored."""
         island, seconds = self._explorer.island, max(1e-9, time.monotonic() - self._since)
+        best = island.best or {}
         busy_s = self._explorer.busy_s - self._busy_s
         return {
             "told": island.told,
             "spent": island.spent,
-            "best": None if island.best is None else island.best.get("score"),
+            "best": best.get("score"),
             "rate": (island.told - self.told) / seconds,
             "share": busy_s / seconds / self._processes,
         }

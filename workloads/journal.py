@@ -25,6 +25,14 @@ _TAIL_BYTES = 4096
 _MAX_SKIPPED = 1000  # listed in the record; `skipped.txt` has all
 
 
+class FailedForGoodError(RuntimeError):
+    """Would come again, so it ends the job; its hint goes into the record."""
+
+    def __init__(self, reason: str, hint: str | None) -> None:
+        self.hint = hint
+        super().__init__(reason)
+
+
 class Journal:
     """Context manager: STARTING on entry, a heartbeat until exit; the owner sets the final state."""
 

@@ -37,6 +37,7 @@ from workloads.explore import (
     score,
     search_of,
 )
+from workloads.journal import FailedForGoodError
 from workloads.metrics import MetricsWriter
 from workloads.place import device
 from workloads.ray_group import fatal, give_up
@@ -54,12 +55,8 @@ FINAL = (ScoresFailed, DataError, ValueError)
 """Would happen again."""
 
 
-class SearchFailedError(RuntimeError):
-    """An island failed for good; keeps the hint."""
-
-    def __init__(self, reason: str, hint: str | None) -> None:
-        self.hint = hint
-        super().__init__(reason)
+class SearchFailedError(FailedForGoodError):
+    """An island failed for good."""
 
 
 def explore_on_ray(spec: SearchSpec, run: RunFolder, home: Path, *, connected: Callable[[], None]) -> bool:

@@ -25,6 +25,7 @@ from workloads import assemble, checkpoint
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
 from workloads.guards import CollapseError, DivergenceError
+from workloads.journal import FailedForGoodError
 from workloads.metrics import NonFiniteLossError
 from workloads.ranks import Ranks
 from workloads.ray_scan import on_cluster
@@ -40,12 +41,8 @@ FINAL = (DataError, NonFiniteLossError, DivergenceError, CollapseError, checkpoi
 """Would happen again."""
 
 
-class TrainingFailedError(RuntimeError):
-    """A failure that a worker reported as final; keeps its hint."""
-
-    def __init__(self, reason: str, hint: str | None) -> None:
-        self.hint = hint
-        super().__init__(reason)
+class TrainingFailedError(FailedForGoodError):
+    """A failure that a worker reported as final."""
 
 
 def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callable[[], None]) -> bool:

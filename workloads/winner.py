@@ -56,7 +56,6 @@ class Found(BaseModel):
     told: int
     scored: int
     spent: int
-    fronts: dict[str, list[dict[str, Any]]] = {}
 
     def summary(self) -> dict[str, Any]:
         """What an answer about the job says of it; the rest is in the report and the files."""

@@ -94,7 +94,17 @@ class SqueezeExcite(nn.Module):
         return x * F.hardsigmoid(self.conv_expand(inner if kept is None else inner * kept))
 
 
-class Separable(nn.Sequential):
+class Residual(nn.Sequential):
+    """Its input is added where the shape stays."""
+
+    residual: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return x + y if self.residual else y
+
+
+class Separable(Residual):
     """ds: a convolution by channel, then one of 1 x 1."""
 
     def __init__(self, block: Block, width_in: int) -> None:
@@ -107,12 +117,8 @@ class Separable(nn.Sequential):
         self.bn2 = nn.BatchNorm2d(block.width)
         self.residual = block.stride == 1 and width_in == block.width
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-        return x + y if self.residual else y
 
-
-class Inverted(nn.Sequential):
+class Inverted(Residual):
     """ir: wider by a convolution of 1 x 1, one by channel, and narrow again."""
 
     def __init__(self, block: Block, width_in: int) -> None:
@@ -128,10 +134,6 @@ class Inverted(nn.Sequential):
         self.conv_pwl = conv(mid, block.width)
         self.bn3 = nn.BatchNorm2d(block.width)
         self.residual = block.stride == 1 and width_in == block.width
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
-        return x + y if self.residual else y
 
 
 class Convolution(nn.Sequential):

@@ -19,6 +19,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 KERNELS, EXPANSIONS = (3, 5, 7), (1, 2, 4, 6)
 BODY = [
@@ -128,6 +129,7 @@ def text(structure: Sequence[Part]) -> str:
     return "".join(map(str, structure))
 
 
+@lru_cache(maxsize=1024)
 def parse(string: str) -> Structure:
     """The parts of a structure string; `text` is the inverse.
 

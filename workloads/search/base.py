@@ -63,7 +63,6 @@ class SearchInputs:
     Attributes:
         seed: of the job.
         island: its number; each draws other candidates.
-        islands: how many there are.
         device: where `score` computes.
         open: name of a stream -> its `Manifest`.
         start: loads the weights that `init:` of the job names into a network.
@@ -71,7 +70,6 @@ class SearchInputs:
 
     seed: int = 0
     island: int = 0
-    islands: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     open: Callable[[str], Any] = _no_data
     start: Callable[[nn.Module], None] = _no_weights

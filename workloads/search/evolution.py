@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from numpy.random import Generator
@@ -69,6 +69,7 @@ class Evolution(Search):
     def __init__(self, config: Any, inputs: Any) -> None:
         super().__init__(config, inputs)
         self._members: list[Row] = []
+        self._costs = lru_cache(maxsize=1024)(self.costs)  # asked for when a candidate is made, and when it is told
         self._fastest_ms = math.inf
         self._fronts: dict[str, list[Row]] = {"flops": [], "latency_ms": []}
 
@@ -109,7 +110,7 @@ class Evolution(Search):
         else:
             child = self.child(self._members[random.integers(len(self._members))]["candidate"], random)
         known = any(row["candidate"] == child for row in self._members)
-        return None if known or not self.config.budget.met(self.costs(child)) else child
+        return None if known or not self.config.budget.met(self._costs(child)) else child
 
     def score(self, candidate: str, index: int) -> Result:
         found = {}
@@ -127,7 +128,7 @@ class Evolution(Search):
     def tell(self, index: int, candidate: str, result: Result) -> None:
         self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))
         if math.isfinite(result.get("score", math.nan)):
-            self._add({"candidate": candidate, "index": index, **self.costs(candidate), **result})
+            self._add({"candidate": candidate, "index": index, **self._costs(candidate), **result})
 
     def immigrate(self, row: Row) -> None:
         self._add(row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from scipy.stats import spearmanr
 
 from tests.learning import RealImages, pretrained
+from tests.toy_search import in_any_order
 from workloads import assemble, weights
 from workloads.data.pack import pack_digits
 from workloads.data.reader import Reader
@@ -61,18 +61,6 @@ def inputs(toy_shards: dict[str, str]) -> SearchInputs:
     return SearchInputs(seed=3, open={"validation": manifest}.__getitem__, start=start)  # type: ignore[arg-type]
 
 
-def run(island: Island, seed: int = 0) -> Any:
-    """Scores in any order, a few at a time."""
-    order = random.Random(seed)
-    held: list[tuple[int, str]] = []
-    while not island.done:
-        held += island.take(order.randint(1, 9))
-        order.shuffle(held)
-        island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})
-        held = held[3:]
-    return island.search
-
-
 def test_decisions_are_those_of_the_card() -> None:
     space = Space()
     found = decisions(space)
@@ -103,7 +91,7 @@ def test_accuracy_is_that_of_the_images_whose_label_is_named(inputs: SearchInput
 
 
 def test_one_seed_gives_one_result_whatever_the_order(inputs: SearchInputs) -> None:
-    first, second = (run(Island(Binas(BinasConfig(**TOY), inputs)), seed) for seed in (1, 2))
+    first, second = (in_any_order(Island(Binas(BinasConfig(**TOY), inputs)), seed) for seed in (1, 2))
     assert first.population() == second.population()
     assert len(first.population()) == first.total == 1 + 2 * 2 + 2 * 2 * 4
     assert first.winner().structure == second.winner().structure
@@ -127,14 +115,14 @@ def test_goes_on_from_its_state_as_if_it_had_not_been_away(
     again.restore(json.loads(json.dumps(cut.state())))
     table: Any = cut.search.state()["table"]
     assert len(table) > 10
-    assert run(again).population() == run(whole).population()
+    assert in_any_order(again).population() == in_any_order(whole).population()
     assert again.search.state()["table"] == table  # measured once
     assert again.search.winner().costs["latency_ms"] < 50
 
 
 @pytest.mark.parametrize("solver", ["ilp", "bcfw", "evolution"])
 def test_the_winner_is_within_budget_and_has_the_weights_of_the_supernet(inputs: SearchInputs, solver: str) -> None:
-    search = run(Island(Binas(BinasConfig(**TOY | {"solver": solver}), inputs)))
+    search = in_any_order(Island(Binas(BinasConfig(**TOY | {"solver": solver}), inputs)))
     winner = search.winner()
     network: Any = classifier_of(build_encoder(Named.model_validate(winner.model)), 4)
     network.load_state_dict(winner.weights)
@@ -168,7 +156,7 @@ def test_the_estimate_of_independent_decisions(inputs: SearchInputs, monkeypatch
     monkeypatch.setattr(Binas, "score", scored)
     network = np.array([3, 3, 3, 3, 1, 1])
     for subtract, extra in (("depth", 0.0), ("base", 3.0)):
-        search = run(Island(Binas(BinasConfig(**TOY | {"subtract": subtract}), inputs)))
+        search = in_any_order(Island(Binas(BinasConfig(**TOY | {"subtract": subtract}), inputs)))
         value = float(search.estimator()(*search.shape.one_hot(network)))
         assert value == pytest.approx(70 + 4 * 1.5 + 2 * 1.5 + extra)
 
@@ -183,7 +171,7 @@ def test_regression_measures_whole_networks(inputs: SearchInputs, monkeypatch: p
     real = Binas(config, inputs)
     assert real.score("network 3", 3) == real.score("network 3", 3)
     monkeypatch.setattr(Binas, "score", scored)
-    search = run(Island(Binas(config, inputs)))
+    search = in_any_order(Island(Binas(config, inputs)))
     assert search.total == 60 and all(len(fixed.configuration) == 4 for fixed in search.fixed.values())
     network = np.array([3, 0, 2, 1, 1, 0])
     assert float(search.estimator()(*search.shape.one_hot(network))) == pytest.approx(50 + 6 + 2, abs=1.0)
@@ -295,7 +283,7 @@ def test_the_estimate_ranks_networks_as_the_supernet_does(tmp_path: Path) -> Non
 
     manifest = assemble.open_stream(Stream(shards=images.test))
     config = BinasConfig(**TOY | {"space": space, "classes": 10, "passes": 1, "batch_size": 256})
-    search = run(Island(Binas(config, SearchInputs(open=lambda _: manifest, start=trained))))
+    search = in_any_order(Island(Binas(config, SearchInputs(open=lambda _: manifest, start=trained))))
     networks = np.random.default_rng(5).integers(search.shape.choices, size=(50, len(search.shape.choices)))
     predicted = search.estimator()(*search.shape.one_hot(networks))
     measured = []

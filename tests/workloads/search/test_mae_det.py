@@ -162,7 +162,7 @@ def test_starts_with_the_start_or_with_the_smallest() -> None:
 
 
 def test_members_of_other_islands_are_taken_in() -> None:
-    here, there = search(), MAEDET(MAEDETConfig(**TINY), SearchInputs(seed=3, island=1, islands=2))
+    here, there = search(), MAEDET(MAEDETConfig(**TINY), SearchInputs(seed=3, island=1))
     run(Island(here))
     others = run(Island(there))
     best = max(here.population()[0], others[0], key=lambda row: row["score"])
