@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -18,7 +20,9 @@ from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Store
+from service.submissions import Submissions
 from service.tokens import Tokens
+from service.validation import Validation
 from workloads import preflight
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ class Parts:
     registry: Registry
     reconciler: Reconciler
     jobs: Jobs
+    submissions: Submissions
     deployments: Deployments
     tokens: Tokens
     projects: Projects
@@ -57,15 +62,46 @@ class Parts:
         self.store.close()
 
 
-def build_parts(settings: Settings) -> Parts:
+def build_parts(
+    settings: Settings,
+    *,
+    ray: RayJobs | None = None,
+    deployments: Deployments | None = None,
+    check: preflight.Check = preflight.check,
+    clock: Callable[[], float] = time.time,
+    wake: Callable[[], None] | None = None,
+) -> Parts:
+    """The parts, wired; what is given stands in for the real one.
+
+    Args:
+        settings: of the service.
+        ray: the engine.
+        deployments: served models.
+        check: what is wrong with a spec.
+        clock: seconds since the epoch.
+        wake: tells the reconciler that there is something to do.
+    """
     store = Store(settings.database)
-    ray = RayJobs(settings)
+    ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
-    deployments = Deployments(settings, store, registry)
-    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile)
-    jobs = Jobs(settings, store, ray, registry, reconciler.wake)
-    tokens = Tokens(store, required=settings.tokens == "required")
-    return Parts(settings, store, ray, registry, reconciler, jobs, deployments, tokens, Projects(store), Audit(store))
+    deployments = deployments or Deployments(settings, store, registry)
+    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check)
+    wake = wake or reconciler.wake
+    jobs = Jobs(settings, store, registry, wake)
+    validation = Validation(settings, jobs, ray, registry, check)
+    return Parts(
+        settings=settings,
+        store=store,
+        ray=ray,
+        registry=registry,
+        reconciler=reconciler,
+        jobs=jobs,
+        submissions=Submissions(settings, store, jobs, validation, wake),
+        deployments=deployments,
+        tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
+        projects=Projects(store),
+        audit=Audit(store, clock),
+    )
 
 
 # Async although nothing is awaited: a `def` dependency runs in a thread, and each request would pay for the way there.

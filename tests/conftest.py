@@ -19,11 +19,7 @@ from cluster.embedded import Head
 os.environ.setdefault("FAULTS_SEED", str(time.time_ns() % 100_000))  # all processes of a run inherit it
 settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test by the clock
 settings.load_profile("manta")
-
-
-def pytest_configure() -> None:
-    """Some tests import ray long before the cluster starts: its mode must be set by then."""
-    os.environ.update(embedded.MODE)
+os.environ.update(embedded.MODE)  # before any conftest below imports ray, which reads it once
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]

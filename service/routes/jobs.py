@@ -56,8 +56,8 @@ def submit(
     request.state.project = chosen = parts.projects.chosen(caller, project)
     if dry_run:
         response.status_code = 200
-        return parts.jobs.dry_run(body, caller, chosen, gpu)
-    job, created = parts.jobs.submit(body, idempotency_key, caller, chosen)
+        return parts.submissions.dry_run(body, caller, chosen, gpu)
+    job, created = parts.submissions.submit(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return parts.jobs.view(job)
@@ -75,7 +75,7 @@ def submit_all(
 ) -> dict[str, Any]:
     """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
-    jobs, created = parts.jobs.submit_all(body, idempotency_key, caller, chosen)
+    jobs, created = parts.submissions.submit_all(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     return {"jobs": [parts.jobs.view(job) for job in jobs]}
 
@@ -128,16 +128,16 @@ def retry(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def clone(
     job_id: str,
     patch: Annotated[dict[str, Any], Body(description="A JSON merge patch (RFC 7396) of the job's spec.")],
-    jobs: JobsDep,
+    parts: PartsDep,
     caller: CallerDep,
     response: Response,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
 ) -> dict[str, Any]:
     """Accepts a new job: this one with changes; the rest is as of a submission. `{}` runs it once more."""
-    job, created = jobs.clone(job_id, patch, idempotency_key, caller)
+    job, created = parts.submissions.clone(job_id, patch, idempotency_key, caller)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return jobs.view(job)
+    return parts.jobs.view(job)
 
 
 @router.get("/{job_id}/diff/{other_id}")

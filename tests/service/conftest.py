@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.service.fakes import local_client
 from tests.service.rest import Service
+from tests.service.world import World
 from tests.toy import TOY_MAE, TOY_MODEL
 
 
@@ -29,3 +30,10 @@ def client(service: Service) -> Iterator[TestClient]:
 def body(toy_shards: dict[str, str]) -> dict[str, Any]:
     data = {"train": {"shards": toy_shards["train"]}}
     return {"name": "toy", "method": TOY_MAE, "model": TOY_MODEL, "data": data, "epochs": 1, "batch_size": 8}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.store.close()

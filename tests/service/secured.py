@@ -8,17 +8,11 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from service.app import build
-from service.audit import Audit
 from service.errors import NotDeployed
-from service.jobs import Jobs
-from service.parts import Parts
+from service.parts import build_parts
 from service.principal import ALL, LOCAL, Principal, Role
-from service.projects import Projects
-from service.reconciler import Reconciler
-from service.registry import Registry
 from service.settings import Settings
-from service.store import Deployment, ModelName, ModelVersion, Store
-from service.tokens import Tokens
+from service.store import Deployment, ModelName, ModelVersion
 from tests.service.fakes import FakeRay, local_client
 from tests.toy import TOY_MAE, TOY_MODEL
 
@@ -44,6 +38,9 @@ class NoServe:
     def deploy(self, name: str, version: int | None) -> Deployment:
         return Deployment(name=name, version=version or 1, state="DEPLOYING")
 
+    def reconcile(self) -> None:
+        pass
+
     def undeploy(self, name: str) -> None:
         raise NotDeployed(f"{name} is not deployed", "deploy it")
 
@@ -56,13 +53,16 @@ class Secured:
         self.settings = Settings(
             home=home, database_url="", reconcile_interval_s=3600, allowed_roots=("/data",), **more
         )
-        self.store, self.ray = Store(self.settings.database), FakeRay()
-        registry = Registry(self.settings, self.store)
-        reconciler = Reconciler(self.settings, self.store, self.ray, registry, lambda: None)  # type: ignore[arg-type]
-        jobs = Jobs(self.settings, self.store, self.ray, registry, lambda: None, lambda *_: [])  # type: ignore[arg-type]
-        tokens = Tokens(self.store, required=self.settings.tokens == "required", clock=lambda: self.now)
-        people = tokens, Projects(self.store), Audit(self.store, lambda: self.now)
-        self.parts = Parts(self.settings, self.store, self.ray, registry, reconciler, jobs, NoServe(), *people)  # type: ignore[arg-type]
+        self.ray = FakeRay()
+        self.parts = build_parts(
+            self.settings,
+            ray=self.ray,  # type: ignore[arg-type]
+            deployments=NoServe(),  # type: ignore[arg-type]
+            check=lambda *_: [],
+            clock=lambda: self.now,
+            wake=lambda: None,
+        )
+        self.store = self.parts.store
         self.app = build(self.settings, self.parts)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Secured:
 
     def job(self, owner: str = "ann", project: str = "default") -> str:
         by = Principal(owner, project, "submitter", "tok-0")
-        return self.parts.jobs.submit(BODY, None, by, project)[0].id
+        return self.parts.submissions.submit(BODY, None, by, project)[0].id
 
     def model(self, name: str, project: str = "default") -> None:
         with self.store.session() as session:

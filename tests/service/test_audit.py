@@ -82,13 +82,13 @@ def test_the_number_of_a_request_leads_from_the_answer_to_the_entry(service: Sec
 def test_the_entry_is_written_before_the_change(service: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a service which dies in between leaves an entry without a result."""
     seen = []
-    submit = service.parts.jobs.submit
+    submit = service.parts.submissions.submit
 
     def watched(*arguments: Any) -> Any:
         seen.extend(log(service))
         return submit(*arguments)
 
-    monkeypatch.setattr(service.parts.jobs, "submit", watched)
+    monkeypatch.setattr(service.parts.submissions, "submit", watched)
     service.client().post("/v1/jobs", json=BODY)
     assert seen == [("local", "default", "POST /v1/jobs", "", None)]
 
@@ -118,7 +118,7 @@ def test_a_bug_is_a_result_as_well(service: Secured, monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(service.parts.jobs, "submit", broken)
+    monkeypatch.setattr(service.parts.submissions, "submit", broken)
     assert service.client().post("/v1/jobs", json=BODY).status_code == 500
     assert log(service)[0][-1] == 500
 

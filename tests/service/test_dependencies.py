@@ -99,11 +99,11 @@ def finish(service: Service | Secured, job_id: str, state: Any) -> None:
 
 
 def test_a_child_waits_and_does_not_keep_others_waiting(secured: Secured) -> None:
-    jobs, rounds = secured.parts.jobs, secured.parts.reconciler.round
-    parent, _ = jobs.submit(BODY)
-    child, _ = jobs.submit(BODY | {"after": [parent.id]})
+    jobs, submissions, rounds = secured.parts.jobs, secured.parts.submissions, secured.parts.reconciler.round
+    parent, _ = submissions.submit(BODY)
+    child, _ = submissions.submit(BODY | {"after": [parent.id]})
     assert (child.state, child.reason, child.after) == ("QUEUED", f"waits for {parent.id}", [parent.id])
-    other, _ = jobs.submit(BODY)
+    other, _ = submissions.submit(BODY)
     rounds()
     assert secured.ray.submitted == [(parent.id, 1), (other.id, 1)]
     assert jobs.get(child.id).reason == f"waits for {parent.id}"
@@ -116,11 +116,11 @@ def test_a_child_waits_and_does_not_keep_others_waiting(secured: Secured) -> Non
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
 def test_a_parent_that_is_lost_fails_its_children_until_both_are_retried(secured: Secured, end: str) -> None:
-    jobs, rounds = secured.parts.jobs, secured.parts.reconciler.round
+    jobs, submissions, rounds = secured.parts.jobs, secured.parts.submissions, secured.parts.reconciler.round
     secured.parts.reconciler._check = lambda *_: []
-    parent, _ = jobs.submit(BODY)
-    child, _ = jobs.submit(BODY | {"after": [parent.id]})
-    grandchild, _ = jobs.submit(BODY | {"after": [child.id]})
+    parent, _ = submissions.submit(BODY)
+    child, _ = submissions.submit(BODY | {"after": [parent.id]})
+    grandchild, _ = submissions.submit(BODY | {"after": [child.id]})
     if end == "CANCELLED":
         jobs.cancel(parent.id)
         rounds()
@@ -132,7 +132,7 @@ def test_a_parent_that_is_lost_fails_its_children_until_both_are_retried(secured
         row = jobs.get(one.id)
         assert row.state == "FAILED" and row.reason is not None and row.reason.startswith(of) and row.attempt == 0
     with pytest.raises(InvalidSpec, match=f"is {end}"):
-        jobs.submit(BODY | {"after": [parent.id]})
+        submissions.submit(BODY | {"after": [parent.id]})
     for one in (parent, child):
         jobs.retry(one.id)
     rounds()
@@ -151,10 +151,10 @@ def test_parents_that_are_unknown_or_anothers_do_not_exist(secured: Secured) -> 
     by = Principal("eve", "two", "admin", "tok-1")
     for job_id in (theirs, "job-none"):
         with pytest.raises(NotFound, match=f"got job '{job_id}', which does not exist"):
-            secured.parts.jobs.submit(BODY | {"after": [job_id]}, None, by, "two")
+            secured.parts.submissions.submit(BODY | {"after": [job_id]}, None, by, "two")
         for change in ({"init": f"job:{job_id}"}, {"model": {"name": f"job:{job_id}"}}):
             with pytest.raises(InvalidSpec, match="no weights that you may read"):
-                secured.parts.jobs.submit(BODY | change, None, by, "two")
+                secured.parts.submissions.submit(BODY | change, None, by, "two")
     assert [job.project for job in secured.parts.jobs.list(limit=9)] == ["one"]
 
 

@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,72 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import Conflict
-from service.jobs import Jobs
 from service.ray_jobs import RayStatus, submission_id
-from service.reconciler import Reconciler
-from service.registry import Registry
-from service.settings import Settings
-from service.store import TERMINAL, Job, Store
-from tests.service.fakes import FakeRay, write_record
-from tests.toy import TOY_MAE, TOY_MODEL
+from service.store import TERMINAL, Job
+from tests.service.fakes import write_record
+from tests.service.world import BODY, World
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
-BODY: dict[str, Any] = {
-    "name": "toy",
-    "method": TOY_MAE,
-    "model": TOY_MODEL,
-    "data": {"train": {"shards": "/x.tar"}},
-    "epochs": 1,
-}
-
-
-class World:
-    """A service on a folder, with a fake Ray; `restart` is a crash of the service."""
-
-    def __init__(self, home: Path) -> None:
-        self.settings = Settings(home=home)
-        self.ray = FakeRay()
-        self.now = time.time()
-        self.restart()
-
-    def restart(self) -> None:
-        self.store = Store(self.settings.database)
-        self.registry = Registry(self.settings, self.store)
-        self.reconciler = Reconciler(self.settings, self.store, self.ray, self.registry, lambda: None, self.clock)  # type: ignore[arg-type]
-        self.jobs = Jobs(self.settings, self.store, self.ray, self.registry, lambda: None, lambda *_: [])  # type: ignore[arg-type]
-
-    def clock(self) -> float:
-        return self.now
-
-    def status(self, job: Job, status: RayStatus) -> None:
-        """What Ray says of the newest attempt."""
-        self.ray.known[submission_id(job.id, self.jobs.get(job.id).attempt)] = status
-
-    def folder(self, job: Job) -> Path:
-        return self.settings.runs / job.id
-
-    def state(self, job: Job) -> str:
-        return self.jobs.get(job.id).state
-
-    def kinds(self, job: Job) -> list[str]:
-        return [event["kind"] for event in self.jobs.events(job.id)]
-
-    def stopped(self, job: Job, step: int = 0) -> None:
-        """The run wrote its checkpoint and ended."""
-        write_record(self.folder(job), "STOPPED", self.jobs.get(job.id).attempt, step=step)
-        self.status(job, "STOPPED")
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    world.store.close()
-
 
 def test_the_plain_life(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     assert world.state(job) == "QUEUED"
     world.reconciler.round()
     assert world.state(job) == "STARTING"
@@ -100,7 +42,7 @@ def test_the_plain_life(world: World) -> None:
 
 def test_while_ray_is_away_jobs_are_accepted_and_wait(world: World) -> None:
     world.ray.away = True
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     assert world.state(job) == "QUEUED" and world.reconciler.ray_error == "Ray does not answer"
     world.ray.away = False
@@ -109,7 +51,7 @@ def test_while_ray_is_away_jobs_are_accepted_and_wait(world: World) -> None:
 
 
 def test_a_submission_that_fails_is_tried_again_as_the_same_attempt(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.ray.refuse_submit = True
     for _ in range(10):
         world.reconciler.round()
@@ -120,7 +62,7 @@ def test_a_submission_that_fails_is_tried_again_as_the_same_attempt(world: World
 
 
 def test_lost_with_its_head_it_runs_again_from_its_checkpoint(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     write_record(world.folder(job), "RUNNING", step=5)
     world.reconciler.round()
@@ -133,7 +75,7 @@ def test_lost_with_its_head_it_runs_again_from_its_checkpoint(world: World) -> N
 
 
 def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     for attempt in range(1, 9):  # progress each time
         write_record(world.folder(job), "RUNNING", attempt, step=attempt, age_s=60)
@@ -153,7 +95,7 @@ def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: Worl
 def test_first_come_first_served_within_what_the_cluster_has(world: World) -> None:
     world.ray.cpus = 2
     large = BODY | {"resources": {"cpus_per_worker": 2}}
-    jobs = [world.jobs.submit(body)[0] for body in (BODY, large, BODY)]
+    jobs = [world.submissions.submit(body)[0] for body in (BODY, large, BODY)]
     world.reconciler.round()
     assert [world.state(job) for job in jobs] == ["STARTING", "QUEUED", "QUEUED"]  # the third may not overtake
     write_record(world.folder(jobs[0]), "SUCCEEDED")
@@ -163,10 +105,10 @@ def test_first_come_first_served_within_what_the_cluster_has(world: World) -> No
 
 
 def test_cancel_in_every_state(world: World) -> None:
-    queued, _ = world.jobs.submit(BODY)
+    queued, _ = world.submissions.submit(BODY)
     assert world.jobs.cancel(queued.id).state == "CANCELLED"
     assert world.jobs.cancel(queued.id).state == "CANCELLED"
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     assert [world.jobs.cancel(job.id).state for _ in range(2)] == ["CANCELLING", "CANCELLING"]
     world.reconciler.round()
@@ -181,7 +123,7 @@ def test_cancel_in_every_state(world: World) -> None:
 
 def test_a_pause_frees_the_resources_and_a_resume_goes_on(world: World) -> None:
     world.ray.cpus = 1
-    first, second = (world.jobs.submit(BODY)[0] for _ in range(2))
+    first, second = (world.submissions.submit(BODY)[0] for _ in range(2))
     world.reconciler.round()
     write_record(world.folder(first), "RUNNING", step=5)
     world.reconciler.round()
@@ -195,7 +137,7 @@ def test_a_pause_frees_the_resources_and_a_resume_goes_on(world: World) -> None:
     paused = world.jobs.get(first.id)
     assert (paused.state, paused.step, paused.finished_at) == ("PAUSED", 7, None)
     assert world.state(second) == "STARTING"
-    third, _ = world.jobs.submit(BODY)
+    third, _ = world.submissions.submit(BODY)
     assert [world.jobs.resume(first.id).state for _ in range(2)] == ["QUEUED", "QUEUED"]
     write_record(world.folder(second), "SUCCEEDED")
     world.status(second, "SUCCEEDED")
@@ -212,7 +154,7 @@ def test_a_pause_frees_the_resources_and_a_resume_goes_on(world: World) -> None:
 
 
 def test_pauses_are_no_attempts_without_progress(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     for attempt in range(1, 12):
         world.reconciler.round()
         assert (world.state(job), world.jobs.get(job.id).attempt) == ("STARTING", attempt)
@@ -225,12 +167,12 @@ def test_pauses_are_no_attempts_without_progress(world: World) -> None:
 
 
 def test_a_job_is_paused_and_cancelled_wherever_it_is(world: World) -> None:
-    queued, _ = world.jobs.submit(BODY)
+    queued, _ = world.submissions.submit(BODY)
     assert world.jobs.pause(queued.id).state == "PAUSED"
     world.reconciler.round()
     assert world.state(queued) == "PAUSED" and world.ray.submitted == []
     assert world.jobs.cancel(queued.id).state == "CANCELLED"
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     world.jobs.pause(job.id)
     with pytest.raises(Conflict, match="PAUSING"):
@@ -247,7 +189,7 @@ def test_a_job_is_paused_and_cancelled_wherever_it_is(world: World) -> None:
 
 
 def test_a_job_that_reached_max_duration_goes_on_with_a_longer_one_only(world: World) -> None:
-    job, _ = world.jobs.submit(BODY | {"max_duration": "1m"})
+    job, _ = world.submissions.submit(BODY | {"max_duration": "1m"})
     world.reconciler.round()
     write_record(world.folder(job), "FAILED", step=5, ran_s=61.0, reason="got max_duration of 60 s")
     world.status(job, "FAILED")
@@ -267,7 +209,7 @@ def test_a_job_that_reached_max_duration_goes_on_with_a_longer_one_only(world: W
 
 
 def test_another_failure_is_not_resumed(world: World) -> None:
-    job, _ = world.jobs.submit(BODY | {"max_duration": 60})
+    job, _ = world.submissions.submit(BODY | {"max_duration": 60})
     world.reconciler.round()
     write_record(world.folder(job), "FAILED", ran_s=5.0, reason="the loss became nan")
     world.reconciler.round()
@@ -276,7 +218,7 @@ def test_another_failure_is_not_resumed(world: World) -> None:
 
 
 def test_events_of_the_service_and_of_the_run_are_one_list_read_once(world: World) -> None:
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     run = RunFolder(world.folder(job))
     run.event("worker_joined", "rank 1 on node-2")
@@ -325,7 +267,7 @@ def test_a_folder_that_is_no_run_does_not_stop_the_others(world: World) -> None:
             write_record(folder, "RUNNING")
         else:
             (folder / "record.json").write_text(record)
-    job, _ = world.jobs.submit(BODY)
+    job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     assert world.state(job) == "STARTING"
     assert [found.id for found in world.jobs.list(limit=10)] == [job.id]
@@ -343,7 +285,7 @@ def test_whatever_happens_each_job_ends_in_a_true_state_and_never_runs_twice(
     """Random crashes of the service between any two actions, of Ray, and of runs; then peace, and all is settled."""
     rng = random.Random(seed)
     world = World(tmp_path_factory.mktemp("world"))
-    jobs = [world.jobs.submit(BODY)[0] for _ in range(3)]
+    jobs = [world.submissions.submit(BODY)[0] for _ in range(3)]
     ended: dict[str, str] = {}  # what the runs really did
     attempts: dict[str, int] = {}
     cancelled = set()
@@ -430,7 +372,7 @@ def test_a_queue_that_waits_costs_no_statements(world: World) -> None:
     """One read of all rows, however many wait: a round of 10,000 would take as long as 10,000 transactions."""
     world.ray.cpus = 1
     for _ in range(3):
-        world.jobs.submit(BODY)
+        world.submissions.submit(BODY)
     world.reconciler.round()  # one starts, two wait
 
     def statements() -> int:
@@ -446,5 +388,5 @@ def test_a_queue_that_waits_costs_no_statements(world: World) -> None:
 
     few = statements()
     for _ in range(20):
-        world.jobs.submit(BODY)
+        world.submissions.submit(BODY)
     assert statements() == few

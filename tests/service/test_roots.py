@@ -196,7 +196,7 @@ def test_every_field_of_a_job_is_looked_at_before_it_is_opened(tmp_path: Path, c
     service = Secured(tmp_path)
     service.parts.jobs._check = lambda *_: pytest.fail("it was opened")  # type: ignore[assignment]
     with pytest.raises(InvalidSpec, match=r"below what is allowed|expected absolute"):
-        service.parts.jobs.submit(BODY | change)
+        service.parts.submissions.submit(BODY | change)
     service.close()
 
 
@@ -210,17 +210,17 @@ def test_weights_of_another_project(tmp_path: Path) -> None:
     for reference in weights:
         for change in ({"init": reference}, {"method": {"name": "dmae", "teacher": reference}}):
             with pytest.raises(InvalidSpec, match="names no weights that you may read"):
-                service.parts.jobs.submit(BODY | change, None, ours)
-            service.parts.jobs.submit(BODY | change, None, Principal("eve", ALL, "submitter", "tok-2"))
+                service.parts.submissions.submit(BODY | change, None, ours)
+            service.parts.submissions.submit(BODY | change, None, Principal("eve", ALL, "submitter", "tok-2"))
     for reference in (f"job:{job_id}", "job:job-none"):  # of which a network would be built
         with pytest.raises(InvalidSpec, match="names no weights that you may read"):
-            service.parts.jobs.submit(BODY | {"model": {"name": reference}}, None, ours)
-    service.parts.jobs.submit(BODY | {"init": "resnet18", "name": "theirs"}, None, ours)
+            service.parts.submissions.submit(BODY | {"model": {"name": reference}}, None, ours)
+    service.parts.submissions.submit(BODY | {"init": "resnet18", "name": "theirs"}, None, ours)
     with pytest.raises(InvalidSpec, match="got theirs, which another project has"):
-        service.parts.jobs.submit(BODY | {"register": "theirs"}, None, LOCAL)
-    service.parts.jobs.submit(BODY | {"register": "mine"}, None, ours)
+        service.parts.submissions.submit(BODY | {"register": "theirs"}, None, LOCAL)
+    service.parts.submissions.submit(BODY | {"register": "mine"}, None, ours)
     with pytest.raises(InvalidSpec, match="got mine"):
-        service.parts.jobs.submit(BODY | {"register": "mine"}, None, LOCAL, "one")
+        service.parts.submissions.submit(BODY | {"register": "mine"}, None, LOCAL, "one")
     service.close()
 
 

@@ -1,0 +1,146 @@
+"""What is wrong with a job before it is one: its form, what it may name, what it needs, and what it comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.dependencies import lost, references, waits_for
+from service.errors import InvalidSpec, Unavailable
+from service.jobs import Jobs, no_such_job
+from service.principal import ALL, LOCAL, Principal
+from service.ray_jobs import RayJobs
+from service.registry import Registry
+from service.roots import ANY, Kind, Roots
+from service.settings import Settings
+from service.store import TERMINAL, Job, JobState
+from workloads import preflight
+from workloads.catalog import problems_of
+from workloads.spec_any import AnySpec, kind_of
+
+
+class Validation:
+    """Says everything that can be found without running a job."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        jobs: Jobs,
+        ray: RayJobs,
+        registry: Registry,
+        check: preflight.Check = preflight.check,
+    ) -> None:
+        """Keeps its parts.
+
+        Args:
+            settings: of the service.
+            jobs: that a job may name.
+            ray: asked for the size of the cluster.
+            registry: asked for whose a name is.
+            check: what is wrong with a spec.
+        """
+        self._settings, self._jobs, self._ray, self._registry = settings, jobs, ray, registry
+        self._check = check
+
+    def valid(
+        self, body: dict[str, Any], by: Principal, project: str, siblings: Mapping[str, Job]
+    ) -> tuple[AnySpec, dict[str, JobState | None]]:
+        """The spec, and what it comes after; `siblings`: jobs of the same list that are not in the table yet."""
+        kind = kind_of(body)
+        try:
+            spec = kind.model_validate(body)
+        except ValidationError as error:
+            found = problems_of(error, kind)
+            raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
+        parents: dict[str, JobState | None] = {}
+        problems = _unfit_for_a_service(spec) or self._not_allowed(spec, by, siblings)  # before what it names is opened
+        if not problems:
+            parents = self._parents(spec, project, siblings)
+            checked = preflight.form(spec) if waits_for(parents) else self._check(spec, self._settings.home)
+            problems = checked or self._too_large(spec) or self._taken(spec, project, self._registry.taken)
+        if problems:
+            raise InvalidSpec([problem.model_dump() for problem in problems])
+        return spec, parents
+
+    def _parents(self, spec: AnySpec, project: str, siblings: Mapping[str, Job]) -> dict[str, JobState | None]:
+        """States of the jobs that it comes after; what it names as `job:<id>` and has ended is for `preflight`.
+
+        Raises:
+            NotFound: the project has no such job.
+            InvalidSpec: one of them will not succeed.
+        """
+        parents: dict[str, JobState | None] = {}
+        for job_id in (*spec.after, *references(spec)):
+            job = siblings.get(job_id) or self._jobs.find(job_id)
+            if job_id in spec.after:
+                if job is None or job.project != project:
+                    raise no_such_job(job_id)
+            elif job is None or job.state in TERMINAL:
+                continue
+            parents[job_id] = job.state
+        if ended := lost(parents):
+            raise InvalidSpec([preflight.Problem(loc=["after"], message=f"got {ended[0]}", hint=ended[1]).model_dump()])
+        return parents
+
+    def _not_allowed(self, spec: AnySpec, by: Principal, siblings: Mapping[str, Job]) -> list[preflight.Problem]:
+        """Paths outside of the roots, and weights of projects that `by` does not see."""
+        roots = self._settings.allowed_roots
+        if roots is None and by == LOCAL:
+            roots = (ANY,)
+
+        def readable(kind: Kind, name: str) -> bool:
+            if by.project == ALL or name in siblings:
+                return True
+            row = self._jobs.find(name) if kind == "job" else self._registry.owner(name)
+            return kind == "model" if row is None else by.sees(row.project)  # else a name of public weights
+
+        return Roots(roots, self._settings.home).problems(spec, readable)
+
+    def claimed(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
+        """Names in the registry that another project has; the others are the project's own from now on."""
+        return self._taken(spec, project, self._registry.claim)
+
+    def _taken(
+        self, spec: AnySpec, project: str, look: Callable[[list[str], str], list[str]]
+    ) -> list[preflight.Problem]:
+        document = spec.model_dump()
+        names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
+        taken = look([name for name in names if name is not None], project)
+        message = f"got {', '.join(taken)}, which another project has in the registry"
+        return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
+
+    def _too_large(self, spec: AnySpec) -> list[preflight.Problem]:
+        """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
+        try:
+            capacity = self._ray.capacity()
+        except Unavailable:
+            return []
+        resources = spec.resources
+        needs = (("CPU", resources.cpus, resources.cpus_per_worker), ("GPU", resources.gpus, resources.gpus_per_worker))
+        for name, needed, each in needs:
+            if needed > capacity[name]:
+                workers = int(capacity[name] // each)
+                hint = (
+                    f"resources.workers: {workers} fits" if workers else f"ask for at most {capacity[name]:g} a worker"
+                )
+                message = f"got {needed:g} {name}s in all, expected at most the {capacity[name]:g} of this cluster"
+                return [preflight.Problem(loc=["resources"], message=message, hint=hint)]
+        return []
+
+
+def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
+    """Sources that only a person at a shell may name: relative paths, whose start nobody knows here, and commands."""
+    piped = [name for name, stream in spec.data.items() if stream.piped]
+    if piped:
+        message = "got `pipe:`, whose command would run on the cluster for anybody who may submit, expected files"
+        hint = "write the samples to shards, or run the job by `ray job submit` or `manta run --local`"
+        return [preflight.Problem(loc=["data", name, "shards"], message=message, hint=hint) for name in piped]
+    absolute = spec.absolute(Path("/"))
+    message = "got a relative path, expected absolute ones, as the workers see them"
+    hint = "`manta submit` makes those of a file absolute"
+    fields = ("model", "init", "data", "evaluate", "search")
+    found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
+    return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]
