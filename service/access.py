@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "POST /v1/models/{name}:reconstruct": Rule("viewer"),
     "GET /v1/projects": Rule("viewer"),
     "POST /v1/projects": Rule("admin", changes=True),
+    "PATCH /v1/projects/{name}": Rule("admin", changes=True),
     "GET /v1/tokens": Rule("admin"),
     "POST /v1/tokens": Rule("admin", changes=True),
     "DELETE /v1/tokens/{token_id}": Rule("admin", changes=True),

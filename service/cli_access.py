@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from service.principal import ALL, DEFAULT_PROJECT
-from service.terminal import AsJson, connected, err, fail, out, show_json, show_table
+from service.terminal import USAGE, AsJson, connected, err, fail, out, show_json, show_table
 
 token_app = typer.Typer(help="Tokens of people and programs.", no_args_is_help=True)
 project_app = typer.Typer(help="Projects, to which jobs, models and tokens belong.", no_args_is_help=True)
@@ -83,23 +83,68 @@ def revoke(token_id: Annotated[str, typer.Argument(help="As `manta token list` s
     out.print(f"{token_id} is revoked")
 
 
+MaxGpus = Annotated[str | None, typer.Option(help="That its running jobs may have together, or `none`.")]
+MaxRunning = Annotated[str | None, typer.Option(help="Jobs at a time, or `none`.")]
+MaxUnfinished = Annotated[str | None, typer.Option(help="Jobs in the queue, running and paused, or `none`.")]
+Share = Annotated[str | None, typer.Option(help="Of the cluster, beside those of others that wait.")]
+
+
+def _quotas(**given: str | None) -> dict[str, Any]:
+    """Those that were given, as the service takes them."""
+    return {name: None if text == "none" else text for name, text in given.items() if text is not None}
+
+
 @project_app.command("create")
-def create_project(name: str) -> None:
+def create_project(
+    name: str,
+    max_gpus: MaxGpus = None,
+    max_running: MaxRunning = None,
+    max_unfinished: MaxUnfinished = None,
+    share: Share = None,
+) -> None:
     """Makes a project."""
+    quotas = _quotas(max_gpus=max_gpus, max_running=max_running, max_unfinished=max_unfinished, share=share)
     with _office() as office:
-        office.create_project(name)
+        office.create_project(name, **quotas)
     out.print(name, markup=False)
+
+
+@project_app.command("set")
+def set_project(
+    name: str,
+    max_gpus: MaxGpus = None,
+    max_running: MaxRunning = None,
+    max_unfinished: MaxUnfinished = None,
+    share: Share = None,
+) -> None:
+    """Sets quotas of a project; what runs already goes on."""
+    quotas = _quotas(max_gpus=max_gpus, max_running=max_running, max_unfinished=max_unfinished, share=share)
+    if not quotas:
+        fail("got no quota, expected at least one; see --help", USAGE)
+    with _office() as office:
+        _show_projects([office.change_project(name, **quotas)])
 
 
 @project_app.command("list")
 def list_projects(as_json: AsJson = False) -> None:
-    """Lists the projects."""
+    """Lists the projects, what they use, and what they may."""
     with _office() as office:
         found = office.projects()
     if as_json:
         show_json(found)
     else:
-        show_table(["project", "created"], [(p["name"], p["created_at"][:19]) for p in found])
+        _show_projects(found)
+
+
+def _show_projects(found: list[dict[str, Any]]) -> None:
+    """Each with what it uses of its quotas."""
+
+    def of(project: dict[str, Any], name: str) -> str:
+        most = project[f"max_{name}"]
+        return f"{project['used'][name]:g} of {'any' if most is None else format(most, 'g')}"
+
+    rows = [(p["name"], *(of(p, name) for name in ("gpus", "running", "unfinished")), f"{p['share']:g}") for p in found]
+    show_table(["project", "GPUs", "running", "unfinished", "share"], rows)
 
 
 def audit(limit: Annotated[int, typer.Option(min=1, max=500)] = 50, as_json: AsJson = False) -> None:

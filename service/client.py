@@ -269,8 +269,12 @@ class Client:
         found: list[Answer] = self._call("GET", "/v1/projects")["projects"]
         return found
 
-    def create_project(self, name: str) -> Answer:
-        return self._call("POST", "/v1/projects", json={"name": name})
+    def create_project(self, name: str, **quotas: Any) -> Answer:
+        return self._call("POST", "/v1/projects", json={"name": name, **quotas})
+
+    def change_project(self, name: str, **quotas: Any) -> Answer:
+        """Sets quotas (`max_gpus`, `max_running`, `max_unfinished`: None takes one away; `share`)."""
+        return self._call("PATCH", f"/v1/projects/{name}", json=quotas)
 
     def tokens(self) -> list[Answer]:
         found: list[Answer] = self._call("GET", "/v1/tokens")["tokens"]

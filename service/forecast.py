@@ -5,6 +5,8 @@ Two jobs have one shape where what a step computes, and on what, is the same; th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from workloads.spec import JobSpec
 from workloads.spec_any import AnySpec
 
 SHAPE = ("method", "model", "batch_size", "micro_batch_size", "precision", "engine", "search", "islands", "resources")
+LENGTH = ("epochs", "steps", "data", "evaluate", "max_duration")
 LOOK_BACK = 1000  # jobs
 ENOUGH = 5  # runs
 UTILISATION = 0.4  # of a GPU's peak, where nothing was measured; `manta estimate` takes the same
@@ -54,6 +57,12 @@ def _alike(store: Store, shape: dict[str, Any], project: str) -> Iterator[str]:
     with store.session() as session:
         rows = session.execute(query).all()
     return (job_id for job_id, spec in rows if _shape(spec) == shape)
+
+
+def workload(spec: AnySpec) -> str:
+    """The same of jobs that should take equally long: of one shape, and as much of it."""
+    document = spec.model_dump(mode="json")
+    return hashlib.sha256(json.dumps([document.get(name) for name in (*SHAPE, *LENGTH)]).encode()).hexdigest()
 
 
 def _shape(spec: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from service.audit import Audit
 from service.client import Answer, ApiError
 from service.errors import ServiceError
-from service.people import NewProject, NewToken, entry_view, project_view, token_view
+from service.people import NewProject, NewToken, Quotas, entry_view, project_views, token_view
 from service.principal import ALL, Principal
 from service.projects import Projects
 from service.settings import Settings
@@ -41,11 +41,23 @@ class Installation:
         self._store.close()
 
     def projects(self) -> list[Answer]:
-        return [project_view(row) for row in self._projects.list(self._me)]
+        return project_views(self._projects, self._projects.list(self._me))
 
-    def create_project(self, name: str) -> Answer:
-        name = _valid(NewProject, {"name": name}).name
-        return self._noted("POST /v1/projects", name, ALL, lambda: project_view(self._projects.create(self._me, name)))
+    def create_project(self, name: str, **quotas: Any) -> Answer:
+        new = _valid(NewProject, {"name": name, **quotas})
+
+        def create() -> Answer:
+            return project_views(self._projects, [self._projects.create(self._me, new.name, new.quotas)])[0]
+
+        return self._noted("POST /v1/projects", new.name, ALL, create)
+
+    def change_project(self, name: str, **quotas: Any) -> Answer:
+        wanted = _valid(Quotas, quotas).quotas
+
+        def change() -> Answer:
+            return project_views(self._projects, [self._projects.change(self._me, name, wanted)])[0]
+
+        return self._noted("PATCH /v1/projects/{name}", name, name, change)
 
     def tokens(self) -> list[Answer]:
         return [token_view(row) for row in self._tokens.list(self._me)]

@@ -26,6 +26,7 @@ from service.patches import differences
 from service.principal import ALL
 from service.registry import Registry
 from service.settings import Settings
+from service.standing import Standing
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
 from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import RunFolder
@@ -35,16 +36,20 @@ from workloads.winner import read_found
 class Jobs:
     """The table of jobs as users see it."""
 
-    def __init__(self, settings: Settings, store: Store, registry: Registry, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, registry: Registry, standing: Standing, wake: Callable[[], None]
+    ) -> None:
         """Keeps its parts.
 
         Args:
             settings: of the service.
             store: the database.
             registry: asked for what a job registered.
+            standing: where a job stands in the queue.
             wake: tells the reconciler that there is something to do.
         """
-        self._settings, self._store, self._registry, self._wake = settings, store, registry, wake
+        self._settings, self._store, self._registry = settings, store, registry
+        self._standing, self._wake = standing, wake
 
     def find(self, job_id: str) -> Job | None:
         with self._store.session() as session:
@@ -95,7 +100,7 @@ class Jobs:
         while True:
             job = self.get(job_id)
             state = request.next_state(job_id, job.state)
-            if state == job.state:
+            if state == job.state and not job.gives_way:
                 return job
             try:
                 with self._store.session() as session:
@@ -103,6 +108,7 @@ class Jobs:
                     assert row is not None
                     if row.revision != job.revision:
                         continue
+                    row.gives_way = False  # what a user asks for stands above what the queue wanted
                     row.become(state, request.reason)
                     row.reason, row.hint = (request.reason if state in SETTLED else None), None
                     row.finished_at = _now() if state in TERMINAL else None
@@ -173,6 +179,8 @@ class Jobs:
             "after": job.after,
             "reason": job.reason,
             "hint": job.hint,
+            "priority": job.spec.get("priority", "normal"),
+            "queue": _place(self._standing.of(job)),
             **dict.fromkeys(("method", "search")),
             kind: job.spec[kind]["name"],
             "origin": job.origin,
@@ -192,6 +200,10 @@ class Jobs:
 
 def no_such_job(job_id: str) -> NotFound:
     return NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
+
+
+def _place(place: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if place is None else place | {"expected_start": _iso(place["expected_start"])}
 
 
 def _now() -> float:

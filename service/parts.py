@@ -19,6 +19,7 @@ from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
+from service.standing import Standing
 from service.store import Store
 from service.submissions import Submissions
 from service.tokens import Tokens
@@ -87,8 +88,9 @@ def build_parts(
     deployments = deployments or Deployments(settings, store, registry)
     reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check)
     wake = wake or reconciler.wake
-    jobs = Jobs(settings, store, registry, wake)
-    validation = Validation(settings, jobs, ray, registry, check)
+    projects = Projects(store)
+    jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)
+    validation = Validation(settings, jobs, ray, registry, projects, check)
     return Parts(
         settings=settings,
         store=store,
@@ -99,7 +101,7 @@ def build_parts(
         submissions=Submissions(settings, store, jobs, validation, wake),
         deployments=deployments,
         tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
-        projects=Projects(store),
+        projects=projects,
         audit=Audit(store, clock),
     )
 

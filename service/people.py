@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.principal import DEFAULT_PROJECT, ProjectName, Role
+from service.projects import Projects
 from service.store import AuditEntry, Project, Token
 from workloads.spec_training import Seconds
 
 LIFETIME_S = 90 * 86400.0
 
 
-class NewProject(BaseModel):
+class Quotas(BaseModel):
+    """How much a project may have; null: no limit. What is left out stays as it is."""
+
     model_config = ConfigDict(extra="forbid")
 
+    max_gpus: float | None = Field(default=None, ge=0, description="Of its running jobs together.")
+    max_running: int | None = Field(default=None, ge=0, description="Jobs at a time; 0 holds its queue.")
+    max_unfinished: int | None = Field(default=None, ge=0, description="Jobs in the queue, running and paused.")
+    share: float = Field(default=1.0, gt=0, description="Of the cluster, beside those of other projects that wait.")
+
+    @property
+    def quotas(self) -> dict[str, Any]:
+        """Those that were given."""
+        return self.model_dump(include=self.model_fields_set & set(Quotas.model_fields))
+
+
+class NewProject(Quotas):
     name: ProjectName
 
 
@@ -31,8 +47,16 @@ class NewToken(BaseModel):
     )
 
 
-def project_view(row: Project) -> dict[str, Any]:
-    return {"name": row.name, "created_at": _iso(row.created_at)}
+def project_views(projects: Projects, rows: Sequence[Project]) -> list[dict[str, Any]]:
+    """Their quotas, and what of them is used."""
+    used = projects.used([row.name for row in rows])
+    names = list(Quotas.model_fields)
+    return [
+        {"name": row.name, "created_at": _iso(row.created_at)}
+        | {name: getattr(row, name) for name in names}
+        | {"used": used[row.name]}
+        for row in rows
+    ]
 
 
 def token_view(row: Token) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class RayJobs:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._client: Any = None
-        self._capacity: tuple[float, dict[str, float]] | None = None
+        self._nodes: tuple[float, list[dict[str, float]]] | None = None
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -109,15 +109,26 @@ class RayJobs:
             return ""
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
-    def capacity(self) -> dict[str, float]:
-        """CPUs and GPUs of the whole cluster, or what it may grow to; asked at most every few seconds."""
-        if self._capacity is None or time.monotonic() - self._capacity[0] > CAPACITY_TTL_S:
+    def nodes(self) -> list[dict[str, float]]:
+        """CPUs and GPUs of each node; of a cluster that grows, whose next nodes nobody knows, all in one.
+
+        Asked at most every few seconds.
+        """
+        if self._nodes is None or time.monotonic() - self._nodes[0] > CAPACITY_TTL_S:
             import ray
 
             try:
-                resources = ray.cluster_resources()
+                found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
                 raise Unavailable(f"Ray's resources are not known: {error}") from error
+            nodes = [{name: node.get(name, 0.0) for name in ("CPU", "GPU")} for node in found]
             most = {"CPU": self._settings.cluster_cpus, "GPU": self._settings.cluster_gpus}
-            self._capacity = time.monotonic(), {name: max(resources.get(name, 0.0), most[name]) for name in most}
-        return self._capacity[1]
+            if any(most.values()):
+                nodes = [{name: max(sum(node[name] for node in nodes), most[name]) for name in most}]
+            self._nodes = time.monotonic(), nodes
+        return self._nodes[1]
+
+    def capacity(self) -> dict[str, float]:
+        """CPUs and GPUs of the whole cluster, or what it may grow to."""
+        nodes = self.nodes()
+        return {name: sum(node[name] for node in nodes) for name in ("CPU", "GPU")}

@@ -13,7 +13,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +24,12 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.dependencies import lost, waiting, waits_for
 from service.errors import ServiceError, Unavailable
+from service.projects import quota_of
+from service.queue import Cluster, Entry, admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
-from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
+from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
 from workloads import preflight
 from workloads.preflight import Check
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
@@ -105,7 +108,9 @@ def decide(
             return Decision("finish", "CANCELLED", "cancelled on request")
         return Decision("stop", "CANCELLING")
     if row.state == "PAUSING":
-        return Decision("stop", "PAUSING") if at_work else Decision("none", "PAUSED", "paused on request")
+        if at_work:
+            return Decision("stop", "PAUSING")
+        return Decision("none", "QUEUED") if row.gives_way else Decision("none", "PAUSED", "paused on request")
     if at_work:
         running = record is not None and record.state == "RUNNING" and record.attempt == row.attempt
         return Decision("none", "RUNNING" if running else row.state)
@@ -128,6 +133,11 @@ def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
     known = seen or (progress == (job.step, job.epoch, job.total_steps) and job.started_at is not None)
     same = (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
     return known and same and decision.act != "check"
+
+
+def _said(row: Job, decision: Decision) -> str:
+    """What the event tells where no reason stands in the row."""
+    return "gave way, and goes on from its checkpoint" if decision.state == "QUEUED" else f"attempt {row.attempt}"
 
 
 class Reconciler:
@@ -205,28 +215,43 @@ class Reconciler:
             named = {parent for job in jobs if job.held for parent in job.after}
             of_parents = sa.select(Job.id, Job.state).where(Job.id.in_(named))
             states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
-        free = {
-            "CPU": capacity["CPU"] - sum(job.cpus for job in jobs if job.state in ACTIVE),
-            "GPU": capacity["GPU"] - sum(job.gpus for job in jobs if job.state in ACTIVE),
-        }
-        behind = False  # first come, first served: nobody overtakes a job that waits for room
+            quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
+        active = [job for job in jobs if job.state in ACTIVE]
+        cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
+        queue = ordered((Entry.of(job) for job in jobs if job.state == "QUEUED" and not job.held), cluster)
+        verdicts = list(admitted(queue, cluster))
+        starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
-            fits = not behind and job.cpus <= free["CPU"] and job.gpus <= free["GPU"]
-            if job.state == "QUEUED" and not job.held:
-                behind = behind or not fits
             try:
                 parents = {parent: states.get(parent) for parent in job.after}
                 ray = statuses.get(submission_id(job.id, job.attempt))
-                if self._settle(job, ray, fits, parents) and job.state == "QUEUED":
-                    free = {"CPU": free["CPU"] - job.cpus, "GPU": free["GPU"] - job.gpus}
+                self._settle(job, ray, job.id in starting, parents)
             except StaleDataError:
                 logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
             except (ServiceError, ValueError, OSError) as error:
                 logger.warning("job %s: %s; tried again in the next round", job.id, error)
+        blocked = next((entry for entry, wait in verdicts if wait is not None and not wait.by_quota), None)
+        if self._settings.preemption and blocked is not None:
+            self._make_room(blocked, active, cluster)
         self._deployments()
 
-    def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> bool:
-        """Decides and acts for one job; True when it was submitted."""
+    def _make_room(self, blocked: Entry, active: Sequence[Job], cluster: Cluster) -> None:
+        """Pauses jobs of lower priority for `blocked`, unless those that are about to stop are enough."""
+        stopping = [job for job in active if job.state in ("PAUSING", "CANCELLING")]
+        for job in stopping:
+            cluster.used[job.project].add(Entry.of(job), -1)
+        others = {job.id: job for job in active if job not in stopping}
+        for entry in giving_way(blocked, map(Entry.of, others.values()), cluster):
+            with suppress(StaleDataError), self._store.session() as session:
+                row = session.get(Job, others[entry.id].number)
+                assert row is not None
+                if row.state in ("STARTING", "RUNNING"):
+                    row.become("PAUSING", f"gives way to {blocked.id}, whose priority is higher")
+                    row.gives_way = True
+                    self._wake.set()
+
+    def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
+        """Decides and acts for one job."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
@@ -243,7 +268,6 @@ class Reconciler:
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
         self._write(job, decision, record)
-        return decision.act in ("submit", "resubmit")
 
     def _submit(self, job: Job, run: RunFolder, *, again: bool) -> None:
         """Writes the attempt into the row, then asks Ray: a crash in between is a `resubmit` of the same attempt."""
@@ -257,6 +281,7 @@ class Reconciler:
                 row.stalled = row.stalled + 1 if row.state != "QUEUED" and row.step <= row.best_step else 0
                 row.best_step = max(row.best_step, row.step)
                 row.attempt += 1
+                row.gives_way = False
                 row.become("STARTING", f"attempt {row.attempt}")
                 row.submitted_at = self._clock()
                 session.flush()
@@ -286,7 +311,7 @@ class Reconciler:
             if row.revision != job.revision:
                 raise StaleDataError(job.id)  # a cancel came in between
             if row.state != decision.state:
-                row.become(decision.state, decision.reason or f"attempt {row.attempt}")
+                row.become(decision.state, decision.reason or _said(row, decision))
             row.reason, row.hint = decision.reason, decision.hint
             if decision.act == "check":
                 row.held = False
@@ -326,6 +351,7 @@ class Reconciler:
                 created_at=record.started_at,
                 cpus=spec.resources.cpus,
                 gpus=spec.resources.gpus,
+                most_gpus=spec.resources.most_gpus,
             )
             job.become("STARTING", "came by `ray job submit`")
             with self._store.session() as session:

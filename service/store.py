@@ -65,6 +65,10 @@ class Job(Base):
     total_steps: Mapped[int] = mapped_column(default=0)
     cpus: Mapped[float] = mapped_column(default=0)
     gpus: Mapped[float] = mapped_column(default=0)
+    most_gpus: Mapped[float] = mapped_column(default=0)  # that it may grow to
+    rank: Mapped[int] = mapped_column(default=0)  # of its priority
+    gives_way: Mapped[bool] = mapped_column(default=False)  # it is paused for another, and goes on by itself
+    workload: Mapped[str | None] = mapped_column(sa.String(64), index=True)  # alike in jobs that take equally long
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(200))
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))
     revision: Mapped[int] = mapped_column(default=0)
@@ -133,12 +137,16 @@ class Deployment(Base):
 
 
 class Project(Base):
-    """What jobs and models belong to."""
+    """What jobs and models belong to, and how much it may have; None: no limit."""
 
     __tablename__ = "projects"
 
     name: Mapped[str] = mapped_column(sa.String(63), primary_key=True)
     created_at: Mapped[float] = mapped_column(default=time.time)
+    max_gpus: Mapped[float | None]  # of its running jobs together
+    max_running: Mapped[int | None]  # jobs at a time
+    max_unfinished: Mapped[int | None]  # jobs that it may have in the queue, running and paused
+    share: Mapped[float] = mapped_column(default=1.0)  # of the cluster, beside those of others
 
 
 class Token(Base):

@@ -16,10 +16,12 @@ from sqlalchemy.exc import IntegrityError
 
 from service.dependencies import named, waiting, waits_for
 from service.errors import Conflict, InvalidSpec
-from service.forecast import forecast, step_time
+from service.forecast import forecast, step_time, workload
 from service.jobs import Jobs
 from service.patches import merged
 from service.principal import DEFAULT_PROJECT, LOCAL, Principal
+from service.projects import expect_room
+from service.queue import RANKS
 from service.settings import Settings
 from service.store import Job, Store
 from service.validation import Validation
@@ -100,6 +102,7 @@ class Submissions:
                 for job in jobs:
                     session.add(job)
                     session.flush()  # numbers in this order
+                expect_room(session, project)
         except IntegrityError:  # the same key at the same moment
             if known := self._by_keys(project, keys, digest):
                 return known, False
@@ -132,6 +135,9 @@ class Submissions:
                 origin="rest",
                 cpus=spec.resources.cpus,
                 gpus=spec.resources.gpus,
+                most_gpus=spec.resources.most_gpus,
+                rank=RANKS[spec.priority],
+                workload=workload(spec),
             )
             jobs[job_id].become("QUEUED", waiting(held) if held else "accepted")
         for spec in () if problems else specs:  # a list that is refused claims no name

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from service.dependencies import lost, references, waits_for
 from service.errors import InvalidSpec, Unavailable
+from service.fitting import misfit
 from service.jobs import Jobs, no_such_job
 from service.principal import ALL, LOCAL, Principal
+from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.registry import Registry
 from service.roots import ANY, Kind, Roots
@@ -31,6 +33,7 @@ class Validation:
         jobs: Jobs,
         ray: RayJobs,
         registry: Registry,
+        projects: Projects,
         check: preflight.Check = preflight.check,
     ) -> None:
         """Keeps its parts.
@@ -38,12 +41,13 @@ class Validation:
         Args:
             settings: of the service.
             jobs: that a job may name.
-            ray: asked for the size of the cluster.
+            ray: asked for the nodes of the cluster.
             registry: asked for whose a name is.
+            projects: asked for quotas.
             check: what is wrong with a spec.
         """
         self._settings, self._jobs, self._ray, self._registry = settings, jobs, ray, registry
-        self._check = check
+        self._projects, self._check = projects, check
 
     def valid(
         self, body: dict[str, Any], by: Principal, project: str, siblings: Mapping[str, Job]
@@ -56,11 +60,13 @@ class Validation:
             found = problems_of(error, kind)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
         parents: dict[str, JobState | None] = {}
-        problems = _unfit_for_a_service(spec) or self._not_allowed(spec, by, siblings)  # before what it names is opened
+        problems = (
+            _unfit_for_a_service(spec) or _too_urgent(spec, by) or self._not_allowed(spec, by, siblings)
+        )  # before what it names is opened
         if not problems:
             parents = self._parents(spec, project, siblings)
             checked = preflight.form(spec) if waits_for(parents) else self._check(spec, self._settings.home)
-            problems = checked or self._too_large(spec) or self._taken(spec, project, self._registry.taken)
+            problems = checked or self._too_large(spec, project) or self._taken(spec, project, self._registry.taken)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec, parents
@@ -112,23 +118,22 @@ class Validation:
         message = f"got {', '.join(taken)}, which another project has in the registry"
         return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
 
-    def _too_large(self, spec: AnySpec) -> list[preflight.Problem]:
-        """A job that the cluster could not hold even when empty; nothing is said while Ray is away."""
+    def _too_large(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
+        """A job that could never start; nothing is said of the cluster while Ray is away."""
         try:
-            capacity = self._ray.capacity()
+            nodes = self._ray.nodes()
         except Unavailable:
-            return []
-        resources = spec.resources
-        needs = (("CPU", resources.cpus, resources.cpus_per_worker), ("GPU", resources.gpus, resources.gpus_per_worker))
-        for name, needed, each in needs:
-            if needed > capacity[name]:
-                workers = int(capacity[name] // each)
-                hint = (
-                    f"resources.workers: {workers} fits" if workers else f"ask for at most {capacity[name]:g} a worker"
-                )
-                message = f"got {needed:g} {name}s in all, expected at most the {capacity[name]:g} of this cluster"
-                return [preflight.Problem(loc=["resources"], message=message, hint=hint)]
+            nodes = []
+        found = misfit(spec.resources, nodes, project, self._projects.quota(project))
+        return [] if found is None else [found]
+
+
+def _too_urgent(spec: AnySpec, by: Principal) -> list[preflight.Problem]:
+    """A priority above that of others is not everybody's to take."""
+    if spec.priority != "high" or by.is_at_least("operator"):
         return []
+    message = f"got high of {by.role} {by.name}, expected normal or low, or an operator of the project"
+    return [preflight.Problem(loc=["priority"], message=message, hint="ask one to submit it")]
 
 
 def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:

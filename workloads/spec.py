@@ -102,6 +102,7 @@ class BaseSpec(Strict):
     )
     max_duration: Seconds | None = Field(default=None, gt=0)  # of the work itself, over all attempts; "12h"
     after: list[JobReference] = []  # of the service: ids of jobs that must have succeeded before this one starts
+    priority: Literal["low", "normal", "high"] = "normal"  # of the service: its place in the queue
     seed: int = Field(default=0, ge=0, lt=2**31)
     resources: Resources = Resources()
 

@@ -126,6 +126,11 @@ class Resources(Strict):
     def gpus(self) -> float:
         return self.min_workers * self.gpus_per_worker
 
+    @property
+    def most_gpus(self) -> float:
+        """What it may grow to."""
+        return self.max_workers * self.gpus_per_worker
+
 
 class Engine(Strict):
     """How the work is done; nothing here changes what is learned, but for rounding.

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.access import CallerDep
 from service.parts import PartsDep
-from service.people import NewProject, NewToken, entry_view, project_view, token_view
+from service.people import NewProject, NewToken, Quotas, entry_view, project_views, token_view
+from service.principal import ProjectName
 
 router = APIRouter(prefix="/v1", tags=["access"])
 
@@ -16,15 +17,21 @@ router = APIRouter(prefix="/v1", tags=["access"])
 @router.get("/projects")
 def projects(parts: PartsDep, caller: CallerDep) -> dict[str, Any]:
     """Those that the token sees."""
-    return {"projects": [project_view(row) for row in parts.projects.list(caller)]}
+    return {"projects": project_views(parts.projects, parts.projects.list(caller))}
 
 
 @router.post("/projects", status_code=201)
 def create_project(body: NewProject, parts: PartsDep, caller: CallerDep, response: Response) -> dict[str, Any]:
     """Makes a project; an admin of all projects may."""
-    row = parts.projects.create(caller, body.name)
+    row = parts.projects.create(caller, body.name, body.quotas)
     response.headers["Location"] = f"/v1/projects/{row.name}"
-    return project_view(row)
+    return project_views(parts.projects, [row])[0]
+
+
+@router.patch("/projects/{name}")
+def change_project(name: ProjectName, body: Quotas, parts: PartsDep, caller: CallerDep) -> dict[str, Any]:
+    """Sets quotas of a project, those that the body names; null takes one away. What runs already goes on."""
+    return project_views(parts.projects, [parts.projects.change(caller, name, body.quotas)])[0]
 
 
 @router.get("/tokens")

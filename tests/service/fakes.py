@@ -17,11 +17,11 @@ from workloads.record import Record, RunFolder, RunState
 class FakeRay:
     """Stands in for RayJobs: keeps statuses and counts submissions of each job."""
 
-    def __init__(self, cpus: float = 4) -> None:
+    def __init__(self, cpus: float = 4, gpus: float = 0) -> None:
         self.known: dict[str, RayStatus] = {}
         self.submitted: list[tuple[str, int]] = []
         self.stopped: list[str] = []
-        self.cpus = cpus
+        self.cpus, self.gpus = cpus, gpus
         self.away = False
         self.refuse_submit = False
 
@@ -50,9 +50,12 @@ class FakeRay:
     def log_tail(self, job_id: str, attempt: int) -> str:
         return f"last words of {job_id}"
 
-    def capacity(self) -> dict[str, float]:
+    def nodes(self) -> list[dict[str, float]]:
         self._reach()
-        return {"CPU": self.cpus, "GPU": 0.0}
+        return [{"CPU": self.cpus, "GPU": self.gpus}]
+
+    def capacity(self) -> dict[str, float]:
+        return self.nodes()[0]
 
 
 def write_record(folder: Path, state: RunState, attempt: int = 1, *, age_s: float = 0.0, **more: Any) -> None:

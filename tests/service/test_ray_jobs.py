@@ -72,7 +72,9 @@ def test_elsewhere_drivers_run_on_the_head(tmp_path: Path) -> None:
 
 
 def test_capacity_is_what_the_cluster_may_grow_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "memory": 1.0})
+    nodes = [{"Alive": alive, "Resources": {"CPU": 4.0, "memory": 1.0}} for alive in (True, False, True)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
     assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "GPU": 0.0}
+    assert RayJobs(Settings(home=tmp_path)).nodes() == [{"CPU": 4.0, "GPU": 0.0}] * 2
     grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16)
-    assert RayJobs(grows).capacity() == {"CPU": 8.0, "GPU": 16.0}  # never less than there is
+    assert RayJobs(grows).nodes() == [{"CPU": 8.0, "GPU": 16.0}]  # never less than there is

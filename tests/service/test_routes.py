@@ -55,7 +55,7 @@ def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) 
             "got `pipe:`, whose command would run on the cluster",
         ),
         ({"batch_size": "many"}, ["batch_size"], "valid integer"),
-        ({"resources": {"workers": 8}, "batch_size": 8}, ["resources"], "expected at most the 4"),
+        ({"resources": {"workers": 8}, "batch_size": 8}, ["resources"], "expected at most 4"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused(
@@ -88,7 +88,7 @@ def test_a_search_is_a_job(client: TestClient) -> None:
         ({"search": TOY_SEARCH | {"budget": {"parameters": 9}}}, ["search", "budget", "parameters"], "at least 5,337"),
         ({"search": TOY_SEARCH | {"initial": "Super(3)"}}, ["search", "initial"], "at character 0"),
         ({"islands": 2}, [], "got 1 workers for 2 islands"),
-        ({"resources": {"workers": 8}}, ["resources"], "expected at most the 4"),
+        ({"resources": {"workers": 8}}, ["resources"], "expected at most 4"),
         (
             {"search": TOY_SEARCH | {"budget": {"latency": {"ms": 1, "table": "t.json"}}}},
             ["search"],

@@ -1,0 +1,95 @@
+"""Where each job that waits stands in the queue, why it waits, and when it may start: for people, not for decisions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.errors import Unavailable
+from service.projects import quota_of
+from service.queue import Cluster, Entry, admitted, ordered, starts
+from service.ray_jobs import RayJobs
+from service.store import ACTIVE, Job, Project, Store
+
+FRESH_S = 2.0  # an answer may be so old: a long list of jobs reads the queue once
+FORESEEN = 200  # jobs at the front, whose start is worked out
+COLUMNS = (
+    *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload),
+    *(Job.created_at, Job.resumed_at, Job.submitted_at, Job.started_at),
+    *(Job.cpus, Job.gpus, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
+)
+
+Place = dict[str, Any]
+
+
+class Standing:
+    """Answers from one reading of the table for a while."""
+
+    def __init__(self, store: Store, ray: RayJobs, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._ray, self._clock = store, ray, clock
+        self._read_at, self._places = -math.inf, dict[str, Place]()
+
+    def of(self, job: Job) -> Place | None:
+        """`position` from 1 among `length`, `expected_start` in seconds since the epoch or None, and the `reason`.
+
+        None for a job that is not in the queue. One that waits for other jobs has no position yet.
+        """
+        if job.state != "QUEUED":
+            return None
+        if job.id not in self._places or not 0 <= self._clock() - self._read_at < FRESH_S:
+            self._read_at = self._clock()
+            self._places = self._read()
+        return self._places.get(job.id)
+
+    def _read(self) -> dict[str, Place]:
+        with self._store.session() as session:
+            rows = session.execute(sa.select(*COLUMNS).where(Job.state.in_(("QUEUED", *ACTIVE)))).all()
+            known = {row.workload for row in rows if row.workload is not None}
+            took = sa.func.avg(Job.finished_at - Job.started_at)
+            earlier = sa.select(Job.workload, took).where(Job.state == "SUCCEEDED", Job.workload.in_(known))
+            seconds = {name: found for name, found in session.execute(earlier.group_by(Job.workload))} if known else {}
+            quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
+        held = [row for row in rows if row.held and row.state == "QUEUED"]
+        waiting = [Entry.of(row, _seconds(row, seconds)) for row in rows if row.state == "QUEUED" and not row.held]
+        running = [Entry.of(row, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE]
+        capacity, away = {"CPU": 0.0, "GPU": 0.0}, None
+        try:
+            capacity = self._ray.capacity()
+        except Unavailable as error:
+            away = error.detail
+        queue = ordered(waiting, Cluster.running(capacity, quotas, running))
+        reasons = {
+            entry.id: away or (wait.reason if wait else None)
+            for entry, wait in admitted(queue, Cluster.running(capacity, quotas, running))
+        }
+        front = [] if away else queue[:FORESEEN]
+        after = starts(front, running, Cluster.running(capacity, quotas, running))
+        found = {
+            entry.id: {
+                "position": i,
+                "length": len(queue),
+                "expected_start": self._read_at + after[entry.id] if entry.id in after else None,
+                "reason": reasons[entry.id],
+            }
+            for i, entry in enumerate(queue, 1)
+        }
+        nowhere = {"position": None, "length": len(queue), "expected_start": None}
+        return found | {row.id: {**nowhere, "reason": row.reason} for row in held}
+
+    def _remaining(self, row: Any, earlier: dict[str, float]) -> float:
+        """Seconds that a running job goes on: by the steps of this attempt, else by earlier jobs that were alike."""
+        if row.state in ("PAUSING", "CANCELLING"):
+            return 0.0
+        now, begun = self._clock(), row.submitted_at or row.started_at or self._clock()
+        if row.total_steps and (done := row.step - row.best_step) > 0:
+            return float((row.total_steps - row.step) * (now - begun) / done)
+        return max(0.0, _seconds(row, earlier) - (now - begun))
+
+
+def _seconds(row: Any, earlier: dict[str, float]) -> float:
+    """That a job takes which starts anew."""
+    return float(earlier.get(row.workload, math.inf))
