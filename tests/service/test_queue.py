@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,7 +108,7 @@ def test_whoever_waits(waiting: list[Entry], quotas: dict[str, Quota], cpus: int
     on = Cluster.running({"CPU": cpus, "GPU": some}, quotas, waiting[:2])
     queue = ordered(waiting[2:], on)
     assert Counter(queue) == Counter(waiting[2:])
-    assert all(one.rank >= other.rank for one, other in zip(queue, queue[1:], strict=False))
+    assert all(one.rank >= other.rank for one, other in itertools.pairwise(queue))
     for project in PROJECTS:
         for rank in (-1, 0, 1):
             places = [one.place for one in queue if (one.project, one.rank) == (project, rank)]
@@ -153,9 +153,6 @@ def test_the_fewest_and_the_latest_give_way() -> None:
     assert giving_way(gpus("c9", 2, "c", rank=-1), running, on) == []
 
 
-@pytest.mark.parametrize("n", [10_000])
-def test_a_long_queue_is_put_in_order_once_a_round(n: int) -> None:
-    """As many comparisons as a heap needs, so 10,000 jobs of 100 projects are no matter; the figure is in the benchmarks."""
-    waiting = [entry(f"j{i}", f"p{i % 100}") for i in range(n)]
-    order = ordered(waiting, cluster(cpus=1000))
-    assert [one.place[1] for one in order] == list(range(n))
+def test_projects_take_turns_in_a_long_queue() -> None:
+    waiting = [entry(f"j{i}", f"p{i % 100}") for i in range(10_000)]
+    assert [one.place[1] for one in ordered(waiting, cluster(cpus=1000))] == list(range(10_000))
