@@ -48,7 +48,7 @@ from workloads.spec_search import SearchSpec
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 20  # of an island's process: Tune counts over its whole life, and spot nodes come and go
-REPORT_S = 2.0  # between two checkpoints of an island
+FIRST_S, REPORT_S = 0.5, 5.0  # to an island's first checkpoint, and between later ones, each of which takes it 15 ms
 LOOK_S = 1.0  # whether the job was stopped, while no score comes
 STATE = "island.json"
 FINAL = (ScoresFailed, DataError, ValueError)
@@ -72,6 +72,7 @@ def explore_on_ray(spec: SearchSpec, run: RunFolder, home: Path, *, connected: C
         SearchFailedError: an island failed for good.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C asks the islands for their state
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # CSV, JSON and TensorBoard: the run folder has the curve
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     connected()
@@ -161,14 +162,16 @@ def _island(spec: SearchSpec, run: RunFolder, home: Path, number: int) -> None:
     if (state := _newest(file)) is not None:
         this.restore(state)
     explorer = Explorer(this, _pool(spec, home, number, this), lambda said: run.event("score_failed", said))
+    pause = FIRST_S
     while not this.done and not run.stop.exists():
-        until, turn = time.monotonic() + REPORT_S, Turn(explorer, _scorers(spec))
+        until, turn = time.monotonic() + pause, Turn(explorer, _scorers(spec))
         explorer.go(lambda until=until: time.monotonic() > until or run.stop.exists())  # type: ignore[misc]
         migrate(spec, run, number, this, turn.told)
         file.write(this)
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copy(file.path, Path(scratch) / STATE)
             tune.report(turn.standing(), checkpoint=tune.Checkpoint.from_directory(scratch))
+        pause = min(2 * pause, REPORT_S)
 
 
 def _newest(file: IslandFile) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 KERNELS, EXPANSIONS = (3, 5, 7), (1, 2, 4, 6)
 BODY = [
@@ -28,6 +28,7 @@ BODY = [
     *(f"SuperResIDWE{e}K{k}" for k in KERNELS for e in EXPANSIONS),
 ]
 CONV = [f"SuperConvK{k}BNRELU" for k in (1, *KERNELS)]
+EPS = 1e-3  # of every BatchNorm
 
 
 class StructureError(ValueError):
@@ -85,7 +86,7 @@ class Part:
 
     @property
     def kernel(self) -> int:
-        return max(int(k) for k in re.findall(r"K(\d)", self.type))
+        return _kernel(self.type)
 
     def branches(self) -> Iterator[Branch]:
         """What it computes, in order."""
@@ -118,6 +119,11 @@ class Part:
 
 
 Structure = tuple[Part, ...]
+
+
+@cache
+def _kernel(kind: str) -> int:
+    return max(int(k) for k in re.findall(r"K(\d)", kind))
 
 
 def round8(channels: float) -> int:
@@ -156,7 +162,7 @@ def _part(string: str, at: int, width_before: int | None) -> Part:
         raise StructureError(f"got type {name!r} at character {at}, expected one such as {', '.join(near)}")
     fields = ["in", "out", "stride", *(["bottleneck"] if name in BODY else []), "layers"]
     numbers = inside.split(",")
-    if len(numbers) != len(fields) or not all(re.fullmatch(r"[1-9]\d*", number) for number in numbers):
+    if len(numbers) != len(fields) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", inside):
         raise StructureError(
             f"got {name}({inside}) at character {at}, expected {name}({','.join(fields)}), 1 or more each"
         )
@@ -179,7 +185,7 @@ def layers(structure: Sequence[Part]) -> int:
 
 def parameters(structure: Sequence[Part], classes: int, *, residual: bool = True) -> int:
     """As the released code counts: a BatchNorm as its channels, of a shortcut as none, a classifier's biases as one."""
-    return sum(_of_branches(structure, None, residual)) + structure[-1].width * classes + 1
+    return sum(_count(part, None, residual)[0] for part in structure) + structure[-1].width * classes + 1
 
 
 def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool = True) -> int:
@@ -193,20 +199,26 @@ def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool 
         size: side of the images.
         residual: whether shortcuts count.
     """
-    return sum(_of_branches(structure, size, residual)) + structure[-1].width * classes
-
-
-def _of_branches(structure: Sequence[Part], size: int | None, residual: bool) -> Iterator[int]:
-    """Parameters of each convolution (`size` None), else its multiply-adds."""
+    total = structure[-1].width * classes
     for part in structure:
-        for branch in part.branches():
-            stride = 1
-            for conv in branch.convs:
-                stride *= conv.stride
-                if size is not None:
-                    size = -(-size // conv.stride)
-                places = 1 if size is None else size**2
-                yield (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
-            if residual and branch.projects:
-                weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
-                yield weights if size is None else weights * size**2 // stride**2
+        count, size = _count(part, size, residual)
+        total += count
+    return total
+
+
+@lru_cache(maxsize=8192)  # a mutation leaves most parts as they were
+def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
+    """Multiply-adds of a part and the side of its maps; its parameters where `size` is None."""
+    total = 0
+    for branch in part.branches():
+        stride = 1
+        for conv in branch.convs:
+            stride *= conv.stride
+            if size is not None:
+                size = -(-size // conv.stride)
+            places = 1 if size is None else size**2
+            total += (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
+        if residual and branch.projects:
+            weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
+            total += weights if size is None else weights * size**2 // stride**2
+    return total, size or 1

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from workloads.data.views import Size
 from workloads.models.pooled_cnn import PooledCNN
-from workloads.models.structure import Branch, Conv, Structure, parse, text
+from workloads.models.structure import EPS, Branch, Conv, Structure, parse, text
 from workloads.models.timm_import import timm
 
-EPS = 1e-3  # of every BatchNorm
 GAIN = 3.26
 
 

@@ -103,7 +103,7 @@ class Search(ABC):
     paper: ClassVar[str]  # "Zen-NAS, Lin et al. 2021, arXiv 2102.01063"
     streams: ClassVar[tuple[str, ...]] = ()  # of the job's data
     starts_from_weights: ClassVar[bool] = False  # `init:` must name some
-    ahead: ClassVar[int] = 32  # candidates that may be under way: later ones do not know their scores
+    ahead: ClassVar[int] = 32  # candidates that are under way: later ones do not know their scores
     islands: ClassVar[bool] = False  # whether several of it may run beside each other and exchange members
 
     def __init__(self, config: Any, inputs: SearchInputs) -> None:

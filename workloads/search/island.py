@@ -1,8 +1,10 @@
 """Keeps a search's order: candidates are asked ahead, scored in any order, told in order.
 
-Candidate i + `ahead` is asked for when i was told, neither earlier nor later, so that what a search proposes is a
-function of its seed alone: not of how many processes score, of which is faster, or of when it was interrupted. The
-price is that a child does not know the last `ahead` scores, against thousands of candidates nothing.
+As many as `ahead` wait for their scores; the next is asked for when the first of them was told, neither earlier nor
+later, so that what a search proposes is a function of its seed alone: not of how many processes score, of which is
+faster, or of when it was interrupted. The price is that a child does not know the last `ahead` scores, against
+thousands of candidates nothing. Turns that are spent wait for nothing and do not count: of a tight budget they are
+two in three, and scorers would run dry.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class Island:
         self._waiting: dict[int, str | None] = {}  # asked for and not told
         self._results: dict[int, Result] = {}
         self._handed: set[int] = set()
-        self._asked = 0
+        self._asked = self._to_score = 0  # of what waits, those that are no spent turn
         self._advance()
 
     @property
@@ -46,8 +48,9 @@ class Island:
 
     def _advance(self) -> None:
         while True:
-            while self._asked < min(self.told + self.search.ahead, self.search.total):
-                self._waiting[self._asked] = self.search.ask(self._asked)
+            while self._asked < self.search.total and self._to_score < self.search.ahead:
+                candidate = self._waiting[self._asked] = self.search.ask(self._asked)
+                self._to_score += candidate is not None
                 self._asked += 1
             if self.told not in self._waiting:
                 return
@@ -58,6 +61,7 @@ class Island:
                 self.search.tell(self.told, candidate, self._results.pop(self.told))
                 self._handed.discard(self.told)
                 self.scored += 1
+                self._to_score -= 1
             else:
                 return
             del self._waiting[self.told]
@@ -73,5 +77,6 @@ class Island:
         self.told, self.scored, self.spent = state["told"], state["scored"], state["spent"]
         self._waiting = {index: candidate for index, candidate in state["waiting"]}
         self._asked = self.told + len(self._waiting)
+        self._to_score = sum(candidate is not None for candidate in self._waiting.values())
         self._results, self._handed = {}, set()
         self.search.restore(state["search"])

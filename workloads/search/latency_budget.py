@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from workloads.models.structure import Structure
-from workloads.models.zennet import ZenNet
 from workloads.search.latency import Precision, expect_precision, measure_all
 from workloads.search.latency_ops import TableError, of_structure, operations
 from workloads.search.latency_table import LatencyTable
@@ -125,5 +124,7 @@ class Latency:
         """
         if self.table is not None:
             return self.table.predict(of_structure(structure, self.size, classes))
+        from workloads.models.zennet import ZenNet  # which needs timm: 1.7 s, and most searches have no such budget
+
         with torch.device("meta"):
             return self(ZenNet(structure, num_classes=classes))

@@ -101,6 +101,7 @@ def test_candidates_over_budget_are_never_scored(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ZenNAS, "rate", scored)
     small = search(budget={"layers": 7, "parameters": 40_000})
+    assert len(Island(search(budget=small.config.budget, iterations=2000)).take(99)) == small.ahead, "spent turns count"
     island = Island(small)
     run(island)
     assert island.spent > 0 and island.scored == len(seen) > 0
