@@ -113,8 +113,9 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("name", job["name"]),
         ("state", job["state"]),
         ("after", ", ".join(job["after"]) or None),
-        ("reason", job["reason"]),
+        ("reason", _why(job)),
         ("hint", job["hint"]),
+        ("priority", job["priority"]),
         ("method", job["method"]),
         ("search", job["search"]),
         ("progress", _progress(job)),
@@ -131,6 +132,16 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
     newest = {result["entry"]: result for result in online}
     rows += [(r["label"], f"{r['mean']:.3f} at step {r['step']}") for _, r in sorted(newest.items())]
     show_table(["field", "value"], [row for row in rows if row[1] is not None])
+
+
+def _why(job: dict[str, Any]) -> str | None:
+    """Why it is in its state; of one that waits, its place in the queue and when it may start."""
+    place = job["queue"]
+    if place is None or place["position"] is None:
+        return str(job["reason"]) if job["reason"] else None
+    said = [f"{place['position']} of {place['length']} in the queue", place["reason"]]
+    said.append(f"starts about {place['expected_start'][:16]} UTC" if place["expected_start"] else None)
+    return "; ".join(part for part in said if part)
 
 
 def _progress(job: dict[str, Any]) -> str:
@@ -175,7 +186,7 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: AsJson = Fals
         rows.append(
             [j["id"], j["name"], j["method"] or j["search"], j["state"], progress["step"], progress["total_steps"]]
         )
-        rows[-1] += [j["created_at"][:19], j["reason"]]
+        rows[-1] += [j["created_at"][:19], _why(j)]
     show_table(["id", "name", "method", "state", "step", "of", "created", "reason"], rows)
 
 

@@ -22,9 +22,7 @@ def misfit(resources: Resources, nodes: Sequence[dict[str, float]], project: str
     if quota.gpus is not None and resources.most_gpus > quota.gpus + EPS:
         workers = int((quota.gpus + EPS) // resources.gpus_per_worker)
         hint = _fewer(resources, workers) if workers else f"resources.gpus_per_worker: {quota.gpus:g} fits"
-        message = (
-            f"got {resources.most_gpus:g} GPUs, expected at most the {quota.gpus:g} that project {project} may have"
-        )
+        message = f"got {resources.most_gpus:g} GPUs, expected at most {quota.gpus:g}, the quota of project {project}"
         return Problem(loc=["resources"], message=message, hint=hint)
     if not nodes:
         return None

@@ -27,6 +27,8 @@ JOB = {
     "after": [],
     "reason": None,
     "hint": None,
+    "priority": "normal",
+    "queue": None,
     "method": "mae",
     "search": None,
     "found": None,

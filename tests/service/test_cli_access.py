@@ -144,3 +144,18 @@ def test_how_this_machine_reaches_the_front_end(host: str, url: str) -> None:
         **paths,
     )
     assert head.url == url
+
+
+@pytest.mark.parametrize("by_rest", [False, True])
+def test_quotas_by_either_way(by_rest: bool, request: pytest.FixtureRequest) -> None:
+    if by_rest:
+        request.getfixturevalue("service")
+    manta("project", "create", "vision", "--max-gpus", "8", "--max-running", "2")
+    shown = manta("project", "set", "vision", "--max-running", "none", "--share", "2").stdout.splitlines()
+    assert shown[1].split("\t") == ["vision", "0 of 8", "0 of any", "0 of any", "2"]
+    assert manta("project", "list").stdout.splitlines()[2] == shown[1]
+    assert (
+        "should be greater than or equal to 0" in manta("project", "set", "vision", "--max-gpus", "-1", code=1).stderr
+    )
+    assert "does not exist" in manta("project", "set", "none", "--share", "1", code=1).stderr
+    assert "expected at least one" in manta("project", "set", "vision", code=2).stderr
