@@ -63,6 +63,16 @@ def lives(record: Record | None, now: float) -> bool:
     return record.host != socket.gethostname() or psutil.pid_exists(record.pid)
 
 
+def stalled_after(row: Job, record: Record | None) -> int:
+    """Attempts in a row without progress, now that the newest has ended; its record may know more than the row."""
+    return 0 if reached(row, record) > row.best_step else row.stalled + 1
+
+
+def reached(row: Job, record: Record | None) -> int:
+    """The furthest step of the newest attempt that is known."""
+    return max(row.step, 0 if record is None else record.step)
+
+
 def decide(
     row: Job,
     ray: RayStatus | None,
@@ -95,11 +105,11 @@ def decide(
         if open_ := waits_for(parents):
             return Decision("none", "QUEUED", waiting(open_))
         return Decision("check", "QUEUED")
+    if record is not None and record.state == "SUCCEEDED":  # in the queue too: it was paused, but went on unseen
+        return Decision("finish", "SUCCEEDED")
     if row.state == "QUEUED":
         return Decision("submit", "STARTING") if fits and not at_work else Decision("none", "QUEUED")
 
-    if record is not None and record.state == "SUCCEEDED":
-        return Decision("finish", "SUCCEEDED")
     if record is not None and record.state == "FAILED" and record.attempt >= row.attempt:  # else it was resumed since
         return Decision("finish", "FAILED", record.reason, record.hint)
 
@@ -118,12 +128,21 @@ def decide(
         return Decision("finish", "CANCELLED", "stopped by `ray job stop`")
     if ray is None and (record is None or record.attempt < row.attempt):
         return Decision("resubmit", "STARTING")
-    if row.stalled + 1 >= max_attempts:
+    stalled = stalled_after(row, record)
+    if stalled >= max_attempts:
         reason = f"ended {max_attempts} times in a row without a step of progress and without giving a reason"
         return Decision("finish", "FAILED", reason, "its log has the last words of the process")
-    if row.stalled and now < (row.submitted_at or 0.0) + min(MAX_BACKOFF_S, 2.0**row.stalled):
+    waited = now - (row.submitted_at or 0.0)
+    if stalled > 1 and 0 <= waited < min(MAX_BACKOFF_S, 2.0 ** (stalled - 1)):  # below 0: the clock was put back
         return Decision("none", row.state)
     return Decision("submit", "STARTING")
+
+
+def _ended(job: Job, record: Record | None) -> bool:
+    """Whether the process of the newest attempt has said that it is over, or one before that the job is done."""
+    if record is None or record.state in ("STARTING", "RUNNING"):
+        return False
+    return record.attempt >= job.attempt or record.state == "SUCCEEDED"
 
 
 def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
@@ -168,6 +187,7 @@ class Reconciler:
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self._unreadable: set[str] = set()  # run folders that are none, said once
+        self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -255,11 +275,11 @@ class Reconciler:
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
-        alive = lives(record, now)
+        alive = self._alive(job.id, record, now)
         most = self._settings.max_attempts
         decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
         if decision.act in ("submit", "resubmit"):
-            self._submit(job, run, again=decision.act == "resubmit")
+            self._submit(job, run, record, again=decision.act == "resubmit")
         elif decision.act == "stop":
             run.stop.touch()
             self._ray.stop(job.id, job.attempt)
@@ -267,9 +287,23 @@ class Reconciler:
             self._register(job, run)
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
+        if decision.state in SETTLED and job.attempt and not _ended(job, record):
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.stop.touch()  # a process that nobody hears of may still come back
         self._write(job, decision, record)
 
-    def _submit(self, job: Job, run: RunFolder, *, again: bool) -> None:
+    def _alive(self, job_id: str, record: Record | None, now: float) -> bool:
+        """`lives`, unless its heartbeat stands still: the clock of its node may be hours ahead of ours."""
+        if record is None or not lives(record, now):
+            self._beats.pop(job_id, None)
+            return False
+        beat, since = self._beats.get(job_id, (record.updated_at, now))
+        if beat != record.updated_at or since > now:
+            since = now
+        self._beats[job_id] = record.updated_at, since
+        return now - since <= STALE_S
+
+    def _submit(self, job: Job, run: RunFolder, record: Record | None, *, again: bool) -> None:
         """Writes the attempt into the row, then asks Ray: a crash in between is a `resubmit` of the same attempt."""
         if not again:
             with self._store.session() as session:
@@ -278,8 +312,8 @@ class Reconciler:
                 if row.revision != job.revision:
                     raise StaleDataError(job.id)
                 # out of the queue comes who had no attempt yet, or whose attempt ended on request
-                row.stalled = row.stalled + 1 if row.state != "QUEUED" and row.step <= row.best_step else 0
-                row.best_step = max(row.best_step, row.step)
+                row.stalled = 0 if row.state == "QUEUED" else stalled_after(row, record)
+                row.best_step = max(row.best_step, reached(row, record))
                 row.attempt += 1
                 row.gives_way = False
                 row.become("STARTING", f"attempt {row.attempt}")
@@ -316,11 +350,12 @@ class Reconciler:
             if decision.act == "check":
                 row.held = False
                 self._wake.set()  # it is submitted in the next round
-            if record is not None and record.attempt == row.attempt:
+            if record is not None and (record.attempt == row.attempt or record.state == "SUCCEEDED"):
                 row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
                 row.started_at = row.started_at or record.started_at
             if decision.state in TERMINAL:
-                row.finished_at = (record.finished_at if record else None) or self._clock()
+                ended = record.finished_at if record is not None and _ended(row, record) else None
+                row.finished_at = ended or self._clock()
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
 
     def _adopt(self) -> None:

@@ -102,6 +102,9 @@ def execute(
             logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
             return FAILED
         stack.enter_context(run.logging())
+        if ray and (before := run.read_record()) is not None and before.state == "SUCCEEDED":
+            logger.info("an earlier attempt, of which nobody had heard, has succeeded meanwhile")
+            return SUCCEEDED
         try:
             spec = settled(spec, home)
         except ArtifactError as error:
