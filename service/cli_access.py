@@ -30,11 +30,12 @@ def _office() -> Iterator[Any]:
     from service.client import ApiError
     from service.installation import Installation
     from service.settings import Settings
+    from service.store import NewerDatabase
 
     try:
         with Installation(Settings()) as installation:
             yield installation
-    except ApiError as error:
+    except (ApiError, NewerDatabase) as error:
         fail(error)
 
 

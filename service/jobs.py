@@ -13,7 +13,7 @@ are ISO 8601 in UTC.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -146,6 +146,14 @@ class Jobs:
         """What happened to a job, behind the cursor `after`."""
         return read_events(self._store, self.get(job_id), self.run_folder(job_id), after)
 
+    def views(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Jobs as answers; the database is asked once for all of them."""
+        models = self._registry.of_jobs([job.id for job in jobs])
+        return [self._view(job, models[job.id]) for job in jobs]
+
+    def view(self, job: Job) -> dict[str, Any]:
+        return self.views([job])[0]
+
     def list(
         self, *, limit: int, before: int | None = None, state: JobState | None = None, project: str = ALL
     ) -> list[Job]:
@@ -163,12 +171,11 @@ class Jobs:
     def run_folder(self, job_id: str) -> RunFolder:
         return RunFolder(self._settings.runs / self.get(job_id).id)
 
-    def view(self, job: Job) -> dict[str, Any]:
-        """A job as an answer."""
-        run = RunFolder(self._settings.runs / job.id)
-        record = run.read_record()
+    def _view(self, job: Job, models: Sequence[str]) -> dict[str, Any]:
+        run, ran = RunFolder(self._settings.runs / job.id), job.attempt > 0  # else there is no folder to look into
+        record = run.read_record() if ran else None
         kind = "search" if "search" in job.spec else "method"
-        found = read_found(run.artifact) if kind == "search" else None
+        found = read_found(run.artifact) if ran and kind == "search" else None
         return {
             "id": job.id,
             "name": job.name,
@@ -191,8 +198,8 @@ class Jobs:
             "ran_s": record.ran_s if record else 0.0,
             "skipped": record.skipped if record else [],
             "warnings": record.warnings if record else [],
-            "evaluations": run.read_evaluations(),
-            "models": self._registry.of_job(job.id),
+            "evaluations": run.read_evaluations() if ran else [],
+            "models": models,
             "found": found.summary() if found else None,
             "spec": job.spec,
         }

@@ -24,6 +24,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.dependencies import lost, waiting, waits_for
 from service.errors import ServiceError, Unavailable
+from service.lead import Lead
 from service.projects import quota_of
 from service.queue import Cluster, Entry, admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
@@ -186,6 +187,7 @@ class Reconciler:
         self._check = check
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
+        self.lead = Lead(store.engine)
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
@@ -197,9 +199,11 @@ class Reconciler:
         self._thread.start()
 
     def stop(self) -> None:
+        """Ends after the round that it is in. Runs are left alone; another front end may lead from now on."""
         self._done.set()
         self._wake.set()
         self._thread.join()
+        self.lead.release()
 
     @property
     def alive(self) -> bool:
@@ -213,11 +217,24 @@ class Reconciler:
         while not self._done.is_set():
             self._wake.clear()
             try:
-                self.round()
+                if self.lead.held():
+                    self.round()
+                else:
+                    self.stand_by()
             except Exception:
                 logger.exception("a round of the reconciler failed; the next one tries again")
             if self._wake.wait(self._settings.reconcile_interval_s):
                 self._done.wait(GATHER_S)
+
+    def stand_by(self) -> None:
+        """What every front end does while another one leads: see whether its Ray is there, and serve models on it."""
+        try:
+            self._ray.statuses()
+        except Unavailable as error:
+            self.ray_error = error.detail
+            return
+        self.ray_error = None
+        self._deployments()
 
     def round(self) -> None:
         """Looks at every unfinished job once."""

@@ -136,8 +136,11 @@ class Registry:
         with self._store.session() as session:
             return list({row.name: row for row in session.scalars(query)}.values())
 
-    def of_job(self, job_id: str) -> list[str]:
-        """`name@version` of everything that a job registered."""
-        query = sa.select(ModelVersion).filter_by(job_id=job_id).order_by(ModelVersion.id)
+    def of_jobs(self, job_ids: Sequence[str]) -> dict[str, list[str]]:
+        """`name@version` of everything that each of the jobs registered, in the order of registration."""
+        found: dict[str, list[str]] = {job_id: [] for job_id in job_ids}
+        query = sa.select(ModelVersion.job_id, ModelVersion.name, ModelVersion.version).order_by(ModelVersion.id)
         with self._store.session() as session:
-            return [f"{row.name}@{row.version}" for row in session.scalars(query)]
+            for job_id, name, version in session.execute(query.where(ModelVersion.job_id.in_(job_ids))):
+                found[job_id].append(f"{name}@{version}")
+        return found

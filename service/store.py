@@ -17,6 +17,8 @@ from typing import Any, Literal
 import alembic.command
 import alembic.config
 import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
 from service.principal import DEFAULT_PROJECT, LOCAL, Role
@@ -28,6 +30,7 @@ DeploymentState = Literal["DEPLOYING", "RUNNING", "FAILED"]
 ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
+MIGRATION = 0x6D6967  # "mig": the advisory lock of migrations
 
 
 class Base(DeclarativeBase):
@@ -193,7 +196,11 @@ class Store:
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _sqlite_pragmas)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
-        migrate(self.engine)
+        try:
+            migrate(self.engine)
+        except BaseException:
+            self.engine.dispose()
+            raise
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -232,8 +239,20 @@ def _sqlite_pragmas(connection: Any, _: Any) -> None:
     cursor.close()
 
 
-def migrate(engine: sa.Engine) -> None:
-    """Brings the schema to the newest version, or leaves it as it was."""
+class NewerDatabase(RuntimeError):
+    """The schema is of a version of Manta that this one does not know."""
+
+
+def migrate(engine: sa.Engine, to: str | None = None) -> None:
+    """Brings the schema to the newest version, or leaves it as it was; of front ends that start together one does it.
+
+    Args:
+        engine: of the database.
+        to: another revision, also an earlier one; what that cannot hold is lost.
+
+    Raises:
+        NewerDatabase: a newer version of Manta was here.
+    """
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.connect() as connection:
@@ -241,8 +260,28 @@ def migrate(engine: sa.Engine) -> None:
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a table is altered by dropping and renaming it
             connection.commit()
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # Python's driver begins none for a change of the schema
+        else:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION)))
+        revision = _known_revision(connection, config)
         config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "head")
+        back = to is not None and revision is not None and to < revision
+        (alembic.command.downgrade if back else alembic.command.upgrade)(config, to or "head")
         connection.commit()
         if sqlite:
             connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+
+
+def revision_of(connection: sa.Connection) -> str | None:
+    """Of the schema; None: the database has none of ours."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _known_revision(connection: sa.Connection, config: alembic.config.Config) -> str | None:
+    revision = revision_of(connection)
+    known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    if revision is not None and revision not in known:
+        raise NewerDatabase(
+            f"got a database of revision {revision}, expected at most {known[0]}: a newer Manta was here; upgrade this "
+            "one, or restore the backup from before"
+        )
+    return revision

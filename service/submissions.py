@@ -147,16 +147,22 @@ class Submissions:
         return [*jobs.values()]
 
     def _by_keys(self, project: str, keys: Sequence[str | None], digest: str) -> list[Job]:
-        """The jobs that the keys made, in their order; [] where they are new."""
-        found = [self._by_key(project, key, digest) for key in keys if key is not None]
-        return [job for job in found if job is not None]
+        """The jobs that the keys made, in their order; [] where they are new.
 
-    def _by_key(self, project: str, key: str, digest: str) -> Job | None:
+        One statement, so that a list which is stored at this moment is seen as a whole or not at all.
+        """
+        wanted = [key for key in keys if key is not None]
+        if not wanted:
+            return []
         with self._store.session() as session:
-            job = session.scalar(sa.select(Job).filter_by(project=project, idempotency_key=key))
-        if job is not None and job.body_hash != digest:
-            raise Conflict(f"Idempotency-Key {key!r} made {job.id} from another body", "use a new key for a new job")
-        return job
+            query = sa.select(Job).filter_by(project=project).where(Job.idempotency_key.in_(wanted))
+            found = {job.idempotency_key: job for job in session.scalars(query)}
+        jobs = [found[key] for key in wanted if key in found]
+        for job in jobs:
+            if job.body_hash != digest:
+                detail = f"Idempotency-Key {job.idempotency_key!r} made {job.id} from another body"
+                raise Conflict(detail, "use a new key for a new job")
+        return jobs
 
     def clone(
         self, job_id: str, patch: dict[str, Any], idempotency_key: str | None = None, by: Principal = LOCAL

@@ -77,7 +77,7 @@ def submit_all(
     request.state.project = chosen = parts.projects.chosen(caller, project)
     jobs, created = parts.submissions.submit_all(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
-    return {"jobs": [parts.jobs.view(job) for job in jobs]}
+    return {"jobs": parts.jobs.views(jobs)}
 
 
 @router.get("")
@@ -92,7 +92,7 @@ def list_jobs(
     """Newest first, of one project or of all that the token sees; `next`: the following page's cursor, or null."""
     chosen = caller.project if project is None else parts.projects.chosen(caller, project)
     page = parts.jobs.list(limit=limit, before=cursor, state=state, project=chosen)
-    return {"jobs": [parts.jobs.view(job) for job in page], "next": page[-1].number if len(page) == limit else None}
+    return {"jobs": parts.jobs.views(page), "next": page[-1].number if len(page) == limit else None}
 
 
 @router.get("/{job_id}")

@@ -28,7 +28,7 @@ def test_versions_count_up_and_one_artifact_gets_one(registry: Registry, tmp_pat
     assert registry.register("digits", folder, "j1", "evaluations/0/artifact").version == 2
     assert registry.register("other", folder, "j1", "artifact").version == 1
     assert [row.version for row in registry.versions("digits")] == [2, 1]
-    assert registry.of_job("j1") == ["digits@1", "digits@2", "other@1"]
+    assert registry.of_jobs(["j1", "none"]) == {"j1": ["digits@1", "digits@2", "other@1"], "none": []}
     assert [(row.name, row.version) for row in registry.newest()] == [("digits", 2), ("other", 1)]
     assert artifact.resolve("digits@1", tmp_path) == registry.folder("digits", 1)
 

@@ -1,31 +1,22 @@
-"""Schema and migrations agree; two writers of a row do not overwrite each other."""
+"""What the store keeps; two writers of a row do not overwrite each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import alembic.command
-import alembic.config
 import pytest
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 import service.store
-from service.store import Base, Job, ModelName, Project, Store, migrate
+from service.store import Job, ModelName, Project, Store, migrate
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(f"sqlite:///{tmp_path / 'sub' / 'manta.db'}")
-
-
-def test_migrations_make_the_schema_of_the_models(store: Store) -> None:
-    with store.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
 def test_opening_again_changes_nothing(store: Store) -> None:
@@ -35,21 +26,6 @@ def test_opening_again_changes_nothing(store: Store) -> None:
     with again.session() as session:
         assert session.query(Job).one().id == "j"
     again.close()
-    store.close()
-
-
-def test_a_database_of_the_first_version_keeps_its_jobs(store: Store) -> None:
-    config = alembic_config()
-    with store.session() as session:
-        session.add(Job(id="j", name="n", spec={}, origin="rest", state="RUNNING"))
-    with store.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        alembic.command.downgrade(config, "0001")
-    migrate(store.engine)
-    with store.session() as session:
-        row = session.query(Job).one()
-        assert (row.id, row.state, row.resumed_at) == ("j", "RUNNING", None)
-        row.become("PAUSING", "pause")
     store.close()
 
 
@@ -63,21 +39,13 @@ OLD = {
 }
 
 
-def alembic_config() -> alembic.config.Config:
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(service.store.__file__).parent / "migrations"))
-    return config
-
-
 @pytest.fixture
 def old(tmp_path: Path) -> Iterator[sa.Engine]:
     """A database of the version before projects, with two jobs, their events and a model of two versions."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'old.db'}")
     sa.event.listen(engine, "connect", service.store._sqlite_pragmas)
-    config = alembic_config()
+    migrate(engine, "0002")
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "0002")
         for i, key in ((1, "'k'"), (2, "NULL")):
             for statement in OLD.values():
                 connection.exec_driver_sql(statement.format(i=i, key=key))
@@ -133,10 +101,7 @@ def test_a_migration_that_breaks_off_leaves_the_database_as_it_was(
 def test_back_to_the_version_before_and_forth(store: Store) -> None:
     with store.session() as session:
         session.add(Job(id="j", name="n", spec={}, origin="rest", state="QUEUED", project="one", idempotency_key="k"))
-    config = alembic_config()
-    with store.engine.begin() as connection:
-        config.attributes["connection"] = connection
-        alembic.command.downgrade(config, "0002")
+    migrate(store.engine, "0002")
     migrate(store.engine)
     with store.session() as session:
         assert session.query(Job).one().project == "default"  # what the old version could not hold
