@@ -83,18 +83,22 @@ class RayJobs:
                 submission_id=name,
                 entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
                 runtime_env={"env_vars": environment},
-                entrypoint_num_cpus=self._reserved(spec),
+                **self._reserved(spec),
             )
         except Unavailable:
             if name not in self.statuses():
                 raise  # else the answer was lost, not the job
 
-    def _reserved(self, spec: Path) -> int | None:
-        """Cores of the driver: where the cluster grows its head gives out none, so one that trains needs its own."""
-        if not self._settings.cluster_cpus:
-            return None
+    def _reserved(self, spec: Path) -> dict[str, Any]:
+        """What the driver needs when it is the one that trains: custom resources, and cores.
+
+        Its cores only where the cluster grows, since there the head gives out none.
+        """
         resources = read_spec(spec).resources
-        return resources.cpus if resources.max_workers == 1 and not resources.gpus else None
+        if resources.max_workers > 1 or resources.gpus:
+            return {}
+        cores = resources.cpus if self._settings.cluster_cpus else None
+        return {"entrypoint_num_cpus": cores, "entrypoint_resources": resources.custom or None}
 
     def stop(self, job_id: str, attempt: int) -> None:
         """SIGTERM, and SIGKILL after the grace; an attempt that Ray does not know is stopped already."""
@@ -110,7 +114,7 @@ class RayJobs:
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
     def capacity(self) -> dict[str, float]:
-        """CPUs and GPUs of the whole cluster, or what it may grow to; asked at most every few seconds."""
+        """CPUs, GPUs and the rest of the whole cluster, or what it may grow to; asked at most every few seconds."""
         if self._capacity is None or time.monotonic() - self._capacity[0] > CAPACITY_TTL_S:
             import ray
 
@@ -119,5 +123,7 @@ class RayJobs:
             except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
                 raise Unavailable(f"Ray's resources are not known: {error}") from error
             most = {"CPU": self._settings.cluster_cpus, "GPU": self._settings.cluster_gpus}
-            self._capacity = time.monotonic(), {name: max(resources.get(name, 0.0), most[name]) for name in most}
+            most |= self._settings.cluster_custom
+            grown = {name: max(resources.get(name, 0.0), amount) for name, amount in most.items()}
+            self._capacity = time.monotonic(), resources | grown
         return self._capacity[1]

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
         cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
         cluster_gpus: the same of GPUs.
+        cluster_custom: the same of custom resources of Ray, as JSON: {"h100": 8}.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
         host: address the front end listens on. Beyond loopback it does not start without a token.
         tokens: auto: asked for as soon as there is one; required: always, so that an empty database opens nothing.
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     stop_grace_s: int = Field(default=60, ge=1)
     cluster_cpus: float = Field(default=0, ge=0)
     cluster_gpus: float = Field(default=0, ge=0)
+    cluster_custom: dict[str, Annotated[float, Field(ge=0)]] = {}
     predictor_cpus: float = Field(default=0, ge=0)
 
     host: str = "127.0.0.1"

@@ -119,14 +119,13 @@ class Validation:
         except Unavailable:
             return []
         resources = spec.resources
-        needs = (("CPU", resources.cpus, resources.cpus_per_worker), ("GPU", resources.gpus, resources.gpus_per_worker))
-        for name, needed, each in needs:
-            if needed > capacity[name]:
-                workers = int(capacity[name] // each)
-                hint = (
-                    f"resources.workers: {workers} fits" if workers else f"ask for at most {capacity[name]:g} a worker"
-                )
-                message = f"got {needed:g} {name}s in all, expected at most the {capacity[name]:g} of this cluster"
+        of_one = {"CPU": float(resources.cpus_per_worker), "GPU": resources.gpus_per_worker}
+        for name, each in (of_one | resources.custom_per_worker).items():
+            needed, there = resources.min_workers * each, capacity.get(name, 0.0)
+            if needed > there:
+                workers = int(there // each)
+                hint = f"resources.workers: {workers} fits" if workers else f"ask for at most {there:g} a worker"
+                message = f"got {needed:g} {name}s in all, expected at most the {there:g} of this cluster"
                 return [preflight.Problem(loc=["resources"], message=message, hint=hint)]
         return []
 

@@ -64,15 +64,34 @@ def submitted(home: Path, resources: dict[str, Any], **settings: Any) -> dict[st
 def test_on_a_cluster_that_grows_a_driver_that_trains_reserves_its_cores(
     tmp_path: Path, resources: dict[str, Any], cpus: int | None
 ) -> None:
-    assert submitted(tmp_path, resources, cluster_cpus=64)["entrypoint_num_cpus"] == cpus
+    assert submitted(tmp_path, resources, cluster_cpus=64).get("entrypoint_num_cpus") == cpus
 
 
 def test_elsewhere_drivers_run_on_the_head(tmp_path: Path) -> None:
-    assert submitted(tmp_path, {"workers": 1})["entrypoint_num_cpus"] is None
+    assert submitted(tmp_path, {"workers": 1}).get("entrypoint_num_cpus") is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "custom"),
+    [
+        ({"workers": 1}, {"rack": 0.5}),  # the driver trains, so it goes where the resource is
+        ({"workers": 2}, None),
+    ],
+)
+def test_a_driver_that_trains_takes_the_custom_resources(
+    tmp_path: Path, resources: dict[str, Any], custom: dict[str, float] | None
+) -> None:
+    asked = resources | {"custom_per_worker": {"rack": 0.5}}
+    assert submitted(tmp_path, asked).get("entrypoint_resources") == custom
 
 
 def test_capacity_is_what_the_cluster_may_grow_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "memory": 1.0})
-    assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "GPU": 0.0}
-    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16)
-    assert RayJobs(grows).capacity() == {"CPU": 8.0, "GPU": 16.0}  # never less than there is
+    assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "GPU": 0.0, "memory": 1.0}
+    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16, cluster_custom={"h100": 16})
+    assert RayJobs(grows).capacity() == {
+        "CPU": 8.0,
+        "GPU": 16.0,
+        "h100": 16.0,
+        "memory": 1.0,
+    }  # never less than there is
