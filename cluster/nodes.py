@@ -6,11 +6,13 @@ head is, `token` beside it opens it. Ray's ports between the machines must be op
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cluster.embedded import LOOPBACK, PROBE_TIMEOUT_S, ClusterError, Head, mode
@@ -57,13 +59,33 @@ def own_address(head: Head) -> str:
         ) from error
 
 
-def command(head: Head, ip: str, *, cpus: int | None, gpus: int | None) -> list[str]:
+def command(
+    head: Head, ip: str, *, cpus: int | None, gpus: int | None, custom: Mapping[str, float] | None = None
+) -> list[str]:
     """`ray start` for this machine; it ends with the head, or by SIGTERM."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", head.address]
     words += ["--node-ip-address", ip, "--disable-usage-stats", "--min-worker-port", "0", "--max-worker-port", "0"]
     for name, value in (("--num-cpus", cpus), ("--num-gpus", gpus)):
         words += [] if value is None else [name, str(value)]
-    return words
+    return [*words, "--resources", json.dumps(dict(custom))] if custom else words
+
+
+def custom_resources(words: Iterable[str]) -> dict[str, float]:
+    """`["h100=8"]` -> `{"h100": 8.0}`.
+
+    Raises:
+        ClusterError: something else.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, amount = word.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            found[name] = 0.0
+        if not name or not 0 < found[name] < math.inf:
+            raise ClusterError(f"got {word}, expected NAME=N with a number above 0, such as h100=8")
+    return found
 
 
 def environment(head: Head, home: Path, given: Mapping[str, str], *, drain_s: float) -> dict[str, str]:
@@ -82,7 +104,15 @@ def environment(head: Head, home: Path, given: Mapping[str, str], *, drain_s: fl
     )
 
 
-def join(home: Path, *, cpus: int | None, gpus: int | None, wait_s: float, drain_s: float) -> None:
+def join(
+    home: Path,
+    *,
+    cpus: int | None,
+    gpus: int | None,
+    wait_s: float,
+    drain_s: float,
+    custom: Mapping[str, float] | None = None,
+) -> None:
     """Becomes Ray's node on this machine: this process is replaced, and signals reach Ray itself.
 
     Args:
@@ -91,6 +121,7 @@ def join(home: Path, *, cpus: int | None, gpus: int | None, wait_s: float, drain
         gpus: the same.
         wait_s: for a head that is still to come.
         drain_s: from SIGTERM until the node goes; workers write a checkpoint after each step meanwhile.
+        custom: resources by other names, for jobs that ask for them.
 
     Raises:
         ClusterError: no head to join came in time.
@@ -100,7 +131,7 @@ def join(home: Path, *, cpus: int | None, gpus: int | None, wait_s: float, drain
     while True:
         try:
             head = head_of(home)
-            words = command(head, own_address(head), cpus=cpus, gpus=gpus)
+            words = command(head, own_address(head), cpus=cpus, gpus=gpus, custom=custom)
             break
         except ClusterError:
             if time.monotonic() > deadline:

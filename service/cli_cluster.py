@@ -98,17 +98,20 @@ def _group() -> None:
 def add_node(
     cpus: Annotated[int | None, typer.Option(min=0, help="CPUs that jobs may use here [all].")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that jobs may use here [all].")] = None,
+    custom: Annotated[list[str] | None, typer.Option("--resource", metavar="NAME=N", help="Of another kind.")] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the head.")] = 60,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for last checkpoints after SIGTERM or Ctrl-C.")] = 120,
 ) -> None:
     """Joins this machine, in the foreground, to the head that another one started by `manta up --nodes-at IP`.
 
-    Both must see the same home folder: it says where the head is and holds its token.
+    Both must see the same home folder: it says where the head is and holds its token. Jobs that ask for a
+    `--resource` by `resources.custom_per_worker` run on nodes that give it out.
     """
     from cluster import nodes
 
     try:
-        nodes.join(default_home(), cpus=cpus, gpus=gpus, wait_s=wait, drain_s=drain)
+        amounts = nodes.custom_resources(custom or [])
+        nodes.join(default_home(), cpus=cpus, gpus=gpus, wait_s=wait, drain_s=drain, custom=amounts)
     except ClusterError as error:
         fail(error, UNREACHABLE)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.queue import EPS, Quota
 from workloads.preflight import Problem
 from workloads.spec_training import Resources
 
 
-def misfit(resources: Resources, nodes: Sequence[dict[str, float]], project: str, quota: Quota) -> Problem | None:
+def misfit(resources: Resources, nodes: Sequence[Mapping[str, float]], project: str, quota: Quota) -> Problem | None:
     """Why the job could never start; None where it can.
 
     Args:
         resources: that it asks for.
-        nodes: CPUs and GPUs of each node; nobody uses them. [] where nobody knows: then only the quota is looked at.
+        nodes: resources of each node, as if nobody used them. [] where nobody knows: then only the quota is looked at.
         project: whose it is.
         quota: of the project.
     """
@@ -29,28 +29,30 @@ def misfit(resources: Resources, nodes: Sequence[dict[str, float]], project: str
     workers = sum(_workers_on(node, resources) for node in nodes)
     if workers >= resources.min_workers:
         return None
-    gpus = f" and {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
-    each = f"of {resources.cpus_per_worker} CPUs{gpus}"
+    each = _listed(resources.of_one)
     if workers:
-        message = f"got {resources.min_workers} workers {each}, expected at most {workers}, which this cluster holds"
+        message = f"got {resources.min_workers} workers of {each}, expected at most {workers}, which this cluster holds"
         return Problem(loc=["resources"], message=message, hint=_fewer(resources, workers))
-    most = max(nodes, key=lambda node: (min(node["GPU"], resources.gpus_per_worker), node["CPU"]))
-    message = f"got workers {each}, expected at most {most['CPU']:g} CPUs and {most['GPU']:g} GPUs, the largest node's"
+    of_one = resources.of_one.items()
+    most = max(nodes, key=lambda node: sum(min(node.get(name, 0.0) / need, 1.0) for name, need in of_one))
+    has = {name: math.floor(most.get(name, 0.0)) for name in resources.of_one}
+    message = f"got workers of {each}, expected at most the {_listed(has)} of a node"
+    fields = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
     changes = [
-        f"resources.{name}_per_worker: {has:g}"
-        for name, asked, has in (
-            ("cpus", resources.cpus_per_worker, math.floor(most["CPU"])),
-            ("gpus", resources.gpus_per_worker, most["GPU"]),
-        )
-        if asked > has
+        f"resources.{fields.get(name, f'custom_per_worker.{name}')}: {has[name]}"
+        for name, need in of_one
+        if need > has[name] + EPS
     ]
     return Problem(loc=["resources"], message=message, hint=f"{' and '.join(changes)} fits")
 
 
-def _workers_on(node: dict[str, float], resources: Resources) -> int:
+def _workers_on(node: Mapping[str, float], resources: Resources) -> int:
     """How many workers a node holds."""
-    needs = (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker))
-    return min(int((node[name] + EPS) // need) for name, need in needs if need)
+    return min(int((node.get(name, 0.0) + EPS) // need) for name, need in resources.of_one.items())
+
+
+def _listed(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
 
 def _fewer(resources: Resources, workers: int) -> str:

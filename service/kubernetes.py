@@ -77,6 +77,8 @@ def ray_job(template: dict[str, Any], spec: AnySpec, job_id: str, group: str | N
         job["entrypointNumCpus"] = (
             resources.cpus
         )  # trains in its driver: in the worker pod, as the head gives out no CPU
+        if resources.custom:
+            job["entrypointResources"] = json.dumps(resources.custom)
     job["jobId"] = template["metadata"]["name"] = job_id
     return template
 
@@ -98,6 +100,7 @@ def _group(groups: Sequence[dict[str, Any]], spec: AnySpec, name: str | None) ->
         "{groupName}: {maxReplicas} pods of {cpus} CPUs, {gpus} GPUs".format(**g, **_size(g)) for g in asked
     )
     needed = f"{workers} workers of {spec.resources.cpus_per_worker} CPUs and {spec.resources.gpus_per_worker:g} GPUs"
+    needed += "".join(f" and {amount:g} {name}" for name, amount in spec.resources.custom_per_worker.items())
     raise KubernetesError(
         f"got {needed}, expected what a group has room for ({sizes}); change resources, or the values"
     )
@@ -109,6 +112,8 @@ def _workers_in(group: dict[str, Any], spec: AnySpec) -> int:
     rooms: list[float] = [size["cpus"] // resources.cpus_per_worker]
     if resources.gpus_per_worker:
         rooms.append(size["gpus"] // resources.gpus_per_worker)
+    custom = group.get("resources", {})
+    rooms += [float(custom.get(name, 0)) // each for name, each in resources.custom_per_worker.items()]
     return int(min(rooms))
 
 

@@ -1,18 +1,19 @@
 """Who runs next: priorities, fair shares and quotas of projects. Pure: a cluster and a clock can be made up.
 
 Of the jobs that wait the one goes first whose priority is highest; among those one of the project that uses least of
-the cluster for its share (of CPUs or GPUs, whichever is more: dominant resource fairness, NSDI 2011); among those the
-one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can take
-that away; one that its project's quota holds back keeps nothing.
+the cluster for its share (of CPUs, GPUs or others, whichever is most: dominant resource fairness, NSDI 2011); among
+those the one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can
+take that away; one that its project's quota holds back keeps nothing.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Priority = Literal["low", "normal", "high"]
@@ -37,8 +38,7 @@ class Entry:
         project: whose it is.
         rank: of its priority; more is sooner.
         place: when it came, and its number.
-        cpus: that it needs to start.
-        gpus: the same.
+        needs: to start, by the names of Ray.
         most_gpus: that it may grow to; what quotas count.
         seconds: how long it will run, or goes on running; inf: nobody knows.
     """
@@ -47,8 +47,7 @@ class Entry:
     project: str
     rank: int
     place: tuple[float, int]
-    cpus: float
-    gpus: float
+    needs: Mapping[str, float]
     most_gpus: float
     seconds: float = math.inf
 
@@ -56,7 +55,7 @@ class Entry:
     def of(cls, job: Any, seconds: float = math.inf) -> Entry:
         """Of a `store.Job`, or a row with its columns."""
         place = job.resumed_at or job.created_at, job.number
-        return cls(job.id, job.project, job.rank, place, job.cpus, job.gpus, job.most_gpus, seconds)
+        return cls(job.id, job.project, job.rank, place, job.needs, job.most_gpus, seconds)
 
 
 @dataclass(frozen=True)
@@ -78,51 +77,51 @@ class Quota:
 class Use:
     """What the running jobs of a project have."""
 
-    cpus: float = 0.0
-    gpus: float = 0.0
+    has: Counter[str] = field(default_factory=Counter)
     most_gpus: float = 0.0
     running: int = 0
 
     def add(self, entry: Entry, sign: int = 1) -> None:
-        self.cpus += sign * entry.cpus
-        self.gpus += sign * entry.gpus
+        for name, need in entry.needs.items():
+            self.has[name] += sign * need  # type: ignore[assignment]  # typeshed counts by int
         self.most_gpus += sign * entry.most_gpus
         self.running += sign
 
 
 @dataclass
 class Cluster:
-    """What there is, what is free of it, and who uses the rest.
+    """What there is, and who uses what of it.
 
     Attributes:
-        cpus: in all, or what an autoscaler may add to.
-        gpus: the same.
+        total: by the names of Ray, or what an autoscaler may add to.
         quotas: of projects that have one.
         used: by project.
     """
 
-    cpus: float
-    gpus: float
+    total: Mapping[str, float]
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     used: defaultdict[str, Use] = field(default_factory=lambda: defaultdict(Use))
 
     @classmethod
-    def running(cls, capacity: Mapping[str, float], quotas: Mapping[str, Quota], entries: Iterable[Entry]) -> Cluster:
-        """The cluster of `capacity` (CPU, GPU) with these on it."""
-        cluster = cls(capacity["CPU"], capacity["GPU"], quotas)
+    def running(cls, total: Mapping[str, float], quotas: Mapping[str, Quota], entries: Iterable[Entry]) -> Cluster:
+        """The cluster with these on it."""
+        cluster = cls(total, quotas)
         for entry in entries:
             cluster.used[entry.project].add(entry)
         return cluster
 
     @property
-    def free(self) -> dict[str, float]:
-        used = self.used.values()
-        return {"CPUs": self.cpus - sum(use.cpus for use in used), "GPUs": self.gpus - sum(use.gpus for use in used)}
+    def free(self) -> defaultdict[str, float]:
+        free = defaultdict(float, self.total)
+        for use in self.used.values():
+            for name, amount in use.has.items():
+                free[name] -= amount
+        return free
 
     def load(self, project: str, use: Use) -> float:
         """Dominant part of the cluster that a project uses, for its share."""
-        cpus, gpus = use.cpus / max(self.cpus, EPS), use.gpus / max(self.gpus, EPS)
-        return max(cpus, gpus) / self.quota(project).share
+        parts = (amount / max(self.total.get(name, 0.0), EPS) for name, amount in use.has.items())
+        return max(parts, default=0.0) / self.quota(project).share
 
     def quota(self, project: str) -> Quota:
         return self.quotas.get(project, Quota())
@@ -133,7 +132,7 @@ def ordered(waiting: Iterable[Entry], cluster: Cluster) -> list[Entry]:
     of_project: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in waiting:
         of_project[entry.project].append(entry)
-    uses = {project: replace(cluster.used[project]) for project in of_project}
+    uses = {project: deepcopy(cluster.used[project]) for project in of_project}
     for entries in of_project.values():
         entries.sort(key=lambda entry: (entry.rank, *(-part for part in entry.place)))  # the next one is the last
 
@@ -173,13 +172,12 @@ def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, 
             said = f"project {entry.project} has {use.most_gpus:g} of the {quota.gpus:g} GPUs that it may have"
             yield entry, Wait(said, by_quota=True)
             continue
-        needs = {"CPUs": entry.cpus, "GPUs": entry.gpus}
-        lacks = [name for name, need in needs.items() if need > free[name] + EPS and need]
-        short = " and ".join(f"{needs[name]:g} {name}, of which {max(0.0, free[name]):g} are free" for name in lacks)
-        free = {name: free[name] - need for name, need in needs.items()}
-        if not short:
+        lacks = [f"{entry.needs[name]:g} {name} ({max(0.0, free[name]):g} free)" for name in lacking(entry, free)]
+        for name, need in entry.needs.items():
+            free[name] -= need
+        if not lacks:
             use.add(entry)
-        yield entry, Wait(f"needs {short}", by_quota=False) if short else None
+        yield entry, Wait(f"needs {' and '.join(lacks)}", by_quota=False) if lacks else None
 
 
 def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -> dict[str, float]:
@@ -219,24 +217,29 @@ def giving_way(blocked: Entry, running: Iterable[Entry], cluster: Cluster) -> li
         running: that may be paused.
         cluster: without those that are about to stop.
     """
-    needs, free, found = {"CPUs": blocked.cpus, "GPUs": blocked.gpus}, cluster.free, list[Entry]()
+    free, found = cluster.free, list[Entry]()
 
-    def short(free: Mapping[str, float]) -> bool:
-        return any(need > free[name] + EPS for name, need in needs.items() if need)
-
-    def without(free: Mapping[str, float], entry: Entry, sign: int = 1) -> dict[str, float]:
-        return {"CPUs": free["CPUs"] + sign * entry.cpus, "GPUs": free["GPUs"] + sign * entry.gpus}
+    def freed(entry: Entry, sign: int = 1) -> defaultdict[str, float]:
+        changed = defaultdict(float, free)
+        for name, need in entry.needs.items():
+            changed[name] += sign * need
+        return changed
 
     lower = (entry for entry in running if entry.rank < blocked.rank)
     for entry in sorted(lower, key=lambda entry: (entry.rank, *(-part for part in entry.place))):
-        if not short(free):
+        if not lacking(blocked, free):
             break
         found.append(entry)
-        free = without(free, entry)
-    if short(free):
+        free = freed(entry)
+    if lacking(blocked, free):
         return []
     for entry in [*found]:
-        if not short(less := without(free, entry, -1)):
+        if not lacking(blocked, less := freed(entry, -1)):
             found.remove(entry)
             free = less
     return found
+
+
+def lacking(entry: Entry, free: Mapping[str, float]) -> list[str]:
+    """Names of what there is too little of."""
+    return [name for name, need in entry.needs.items() if need > free[name] + EPS]

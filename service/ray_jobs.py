@@ -11,6 +11,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,18 +84,22 @@ class RayJobs:
                 submission_id=name,
                 entrypoint=shlex.join([sys.executable, "-m", "workloads.run", str(spec)]),
                 runtime_env={"env_vars": environment},
-                entrypoint_num_cpus=self._reserved(spec),
+                **self._reserved(spec),
             )
         except Unavailable:
             if name not in self.statuses():
                 raise  # else the answer was lost, not the job
 
-    def _reserved(self, spec: Path) -> int | None:
-        """Cores of the driver: where the cluster grows its head gives out none, so one that trains needs its own."""
-        if not self._settings.cluster_cpus:
-            return None
+    def _reserved(self, spec: Path) -> dict[str, Any]:
+        """What the driver needs when it is the one that trains: custom resources, and cores.
+
+        Its cores only where the cluster grows, since there the head gives out none.
+        """
         resources = read_spec(spec).resources
-        return resources.cpus if resources.max_workers == 1 and not resources.gpus else None
+        if resources.max_workers > 1 or resources.gpus:
+            return {}
+        cores = resources.cpus if self._settings.cluster_cpus else None
+        return {"entrypoint_num_cpus": cores, "entrypoint_resources": resources.custom or None}
 
     def stop(self, job_id: str, attempt: int) -> None:
         """SIGTERM, and SIGKILL after the grace; an attempt that Ray does not know is stopped already."""
@@ -110,7 +115,7 @@ class RayJobs:
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
     def nodes(self) -> list[dict[str, float]]:
-        """CPUs and GPUs of each node; of a cluster that grows, whose next nodes nobody knows, all in one.
+        """Resources of each node; of a cluster that grows, whose next nodes nobody knows, all in one.
 
         Asked at most every few seconds.
         """
@@ -121,14 +126,19 @@ class RayJobs:
                 found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
                 raise Unavailable(f"Ray's resources are not known: {error}") from error
-            nodes = [{name: node.get(name, 0.0) for name in ("CPU", "GPU")} for node in found]
-            most = {"CPU": self._settings.cluster_cpus, "GPU": self._settings.cluster_gpus}
+            ours = self._settings
+            most = {"CPU": ours.cluster_cpus, "GPU": ours.cluster_gpus} | ours.cluster_custom
             if any(most.values()):
-                nodes = [{name: max(sum(node[name] for node in nodes), most[name]) for name in most}]
-            self._nodes = time.monotonic(), nodes
+                total = _sum(found)
+                found = [total | {name: max(total.get(name, 0.0), amount) for name, amount in most.items()}]
+            self._nodes = time.monotonic(), found
         return self._nodes[1]
 
     def capacity(self) -> dict[str, float]:
-        """CPUs and GPUs of the whole cluster, or what it may grow to."""
-        nodes = self.nodes()
-        return {name: sum(node[name] for node in nodes) for name in ("CPU", "GPU")}
+        """CPUs, GPUs and the rest of the whole cluster, or what it may grow to."""
+        return _sum(self.nodes())
+
+
+def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for node in nodes for name in node)
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in names}

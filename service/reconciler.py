@@ -401,8 +401,7 @@ class Reconciler:
                 origin="ray",
                 attempt=record.attempt,
                 created_at=record.started_at,
-                cpus=spec.resources.cpus,
-                gpus=spec.resources.gpus,
+                needs=spec.resources.needs,
                 most_gpus=spec.resources.most_gpus,
             )
             job.become("STARTING", "came by `ray job submit`")

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
         cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
         cluster_gpus: the same of GPUs.
         preemption: a job for which there is no room pauses running ones of lower priority.
+        cluster_custom: the same of custom resources of Ray, as JSON: {"h100": 8}.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
         host: address the front end listens on. Beyond loopback it does not start without a token.
         tokens: auto: asked for as soon as there is one; required: always, so that an empty database opens nothing.
@@ -67,6 +68,7 @@ class Settings(BaseSettings):
     cluster_cpus: float = Field(default=0, ge=0)
     cluster_gpus: float = Field(default=0, ge=0)
     preemption: bool = False
+    cluster_custom: dict[str, Annotated[float, Field(ge=0)]] = {}
     predictor_cpus: float = Field(default=0, ge=0)
 
     host: str = "127.0.0.1"

@@ -20,7 +20,7 @@ FORESEEN = 200  # jobs at the front, whose start is worked out
 COLUMNS = (
     *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload),
     *(Job.created_at, Job.resumed_at, Job.submitted_at, Job.started_at),
-    *(Job.cpus, Job.gpus, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
+    *(Job.needs, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
 )
 
 Place = dict[str, Any]
@@ -56,7 +56,7 @@ class Standing:
         held = [row for row in rows if row.held and row.state == "QUEUED"]
         waiting = [Entry.of(row, _seconds(row, seconds)) for row in rows if row.state == "QUEUED" and not row.held]
         running = [Entry.of(row, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE]
-        capacity, away = {"CPU": 0.0, "GPU": 0.0}, None
+        capacity, away = dict[str, float](), None
         try:
             capacity = self._ray.capacity()
         except Unavailable as error:

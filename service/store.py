@@ -66,8 +66,7 @@ class Job(Base):
     step: Mapped[int] = mapped_column(default=0)
     epoch: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int] = mapped_column(default=0)
-    cpus: Mapped[float] = mapped_column(default=0)
-    gpus: Mapped[float] = mapped_column(default=0)
+    needs: Mapped[dict[str, Any]] = mapped_column(default=dict)  # to start, by the names of Ray
     most_gpus: Mapped[float] = mapped_column(default=0)  # that it may grow to
     rank: Mapped[int] = mapped_column(default=0)  # of its priority
     gives_way: Mapped[bool] = mapped_column(default=False)  # it is paused for another, and goes on by itself

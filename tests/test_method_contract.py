@@ -6,6 +6,7 @@ The loop is run as it is, in one process and in two threads of a gloo world, on 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,24 @@ from workloads.weights import COMPUTED
 @pytest.fixture(params=sorted(catalog.METHODS))
 def spec(request: pytest.FixtureRequest, toy_shards: dict[str, str]) -> JobSpec:
     return toy_method_job(toy_shards, request.param)
+
+
+Whole = Callable[[JobSpec], RunFolder]
+
+
+@pytest.fixture(scope="module")
+def whole(toy_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The job of a method run to its end by one process, made for the first test that compares with it."""
+    folder, made = tmp_path_factory.mktemp("whole"), set[str]()
+
+    def of(spec: JobSpec) -> RunFolder:
+        run = RunFolder(folder / spec.method.name)
+        if spec.method.name not in made:
+            assert train(spec, run, toy_home)
+            made.add(spec.method.name)
+        return run
+
+    return of
 
 
 def first_batch(spec: JobSpec) -> tuple[DataInfo, Batch]:
@@ -84,28 +103,25 @@ def test_a_typo_in_the_config_is_refused(spec: JobSpec) -> None:
     assert cls.paper
 
 
-@pytest.mark.parametrize("stops", [(3,), (7, 13), (10, 19)])
-def test_stop_and_resume_at_any_step_is_bit_exact(
-    spec: JobSpec, toy_home: Path, tmp_path: Path, stops: tuple[int, ...]
-) -> None:
-    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    assert train(spec, whole, toy_home)
+def test_stop_and_resume_at_any_step_is_bit_exact(spec: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path) -> None:
+    parts = RunFolder(tmp_path / "parts")
     # every step a checkpoint: so a run can be cut at any of them
     each = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"every_steps": 1})})
     steps = itertools.count(1)  # one process is asked after every step
-    for stop in stops:
+    for stop in (3, 7, 10, 13, 19):  # 10 is the end of an epoch
         assert not train(each, parts, toy_home, should_stop=lambda stop=stop: next(steps) == stop)
         assert checkpoint.latest_step(parts.checkpoints) == stop
     assert train(each, parts, toy_home)
-    expected, got = (weights(run, spec, toy_home) for run in (whole, parts))
+    expected, got = (weights(run, spec, toy_home) for run in (whole(spec), parts))
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
-def test_two_ranks_compute_what_one_does(spec: JobSpec, toy_home: Path, tmp_path: Path, two_ranks: TwoRanks) -> None:
+def test_two_ranks_compute_what_one_does(
+    spec: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path, two_ranks: TwoRanks
+) -> None:
     """8 samples of one rank, in 2 micro-batches unless the method compares them = 4 on each of two ranks."""
-    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
-    assert train(spec, one, toy_home)
+    one, two = whole(spec), RunFolder(tmp_path / "two")
     on_two = JobSpec.model_validate(spec.model_dump() | {"resources": {"workers": 2}})
     two_ranks.train(on_two, two, toy_home, tmp_path / "store")
     expected, got = (weights(run, spec, toy_home) for run in (one, two))
@@ -114,9 +130,8 @@ def test_two_ranks_compute_what_one_does(spec: JobSpec, toy_home: Path, tmp_path
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
-def test_export_loads_in_timm_and_serves(spec: JobSpec, toy_home: Path, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    assert train(spec, run, toy_home)
+def test_export_loads_in_timm_and_serves(spec: JobSpec, whole: Whole, toy_home: Path) -> None:
+    run = whole(spec)
     card = export(spec, run, toy_home, "job-1")
     model = artifact.load_model(run.artifact)
     _, batch = first_batch(spec)

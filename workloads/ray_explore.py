@@ -125,6 +125,7 @@ def _scorers(spec: SearchSpec) -> int:
 def _resources(spec: SearchSpec) -> tune.PlacementGroupFactory:
     """A trial that scores on its own holds what a worker has; one that has scorers needs nothing itself."""
     of_one = {"CPU": float(spec.resources.cpus_per_worker), "GPU": float(spec.resources.gpus_per_worker)}
+    of_one |= spec.resources.custom_per_worker
     scorers = _scorers(spec)
     return tune.PlacementGroupFactory([of_one] if scorers == 1 else [{}, *[of_one] * scorers], strategy="PACK")
 
@@ -214,7 +215,11 @@ class Actors:
     def __init__(self, spec: SearchSpec, home: Path, island: int, count: int) -> None:
         of_one = spec.resources
         actor = ray.remote(
-            num_cpus=of_one.cpus_per_worker, num_gpus=of_one.gpus_per_worker, max_restarts=-1, max_task_retries=-1
+            num_cpus=of_one.cpus_per_worker,
+            num_gpus=of_one.gpus_per_worker,
+            resources=of_one.custom_per_worker,
+            max_restarts=-1,
+            max_task_retries=-1,
         )(Scorer)
         self._actors: list[Any] = [actor.remote(spec.model_dump_json(), str(home), island) for _ in range(count)]
         self._under_way: dict[Any, int] = {}

@@ -59,9 +59,13 @@ class Workers:
         import ray
 
         of_one = self._resources
-        task = ray.remote(num_cpus=of_one.cpus_per_worker, num_gpus=of_one.gpus_per_worker, max_calls=1, max_retries=3)(
-            scanned
-        )
+        task = ray.remote(
+            num_cpus=of_one.cpus_per_worker,
+            num_gpus=of_one.gpus_per_worker,
+            resources=of_one.custom_per_worker,
+            max_calls=1,
+            max_retries=3,
+        )(scanned)
         found: T = ray.get(task.remote(function, of_one, model, *arguments))
         return found
 

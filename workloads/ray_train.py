@@ -84,7 +84,8 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
             num_workers=resources.workers,  # type: ignore[arg-type]  # a pair is elastic
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
-            | ({"GPU": resources.gpus_per_worker} if resources.gpus else {}),
+            | ({"GPU": resources.gpus_per_worker} if resources.gpus else {})
+            | resources.custom_per_worker,
             elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]
         ),
         run_config=ray.train.RunConfig(

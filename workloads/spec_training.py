@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -27,6 +27,22 @@ def _seconds(value: object) -> object:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+def _free(name: str) -> str:
+    """Ray has names of its own, and `node:` and `accelerator_type:` before a colon."""
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in ("CPU", "GPU", "memory", "object_store_memory", "bundle"):
+        raise ValueError(
+            f"got {name} as a custom resource, expected a name that Ray does not use: letters, digits, _.-"
+        )
+    return name
+
+
+def _countable(amount: float) -> float:
+    """Ray gives out parts of one, and whole ones."""
+    if amount > 1 and not amount.is_integer():
+        raise ValueError(f"got {amount:g} of a custom resource, expected a part of one or a whole number; round it")
+    return amount
 
 
 class Optimizer(Strict):
@@ -95,12 +111,17 @@ class Resources(Strict):
         workers: processes that train; [least, most]: as many as there is room for, joined and left while it runs.
         cpus_per_worker: cores of each.
         gpus_per_worker: GPUs of each.
+        custom_per_worker: of each, of what only some nodes give out: `{h100: 1}`; a part of one, or whole ones. The
+            process of a job that trains in one process takes it itself.
         loader_workers: processes of each that read and decode; 0: a thread of the worker itself.
     """
 
     workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
+    custom_per_worker: dict[
+        Annotated[str, AfterValidator(_free)], Annotated[float, Field(gt=0), AfterValidator(_countable)]
+    ] = {}
     loader_workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -130,6 +151,21 @@ class Resources(Strict):
     def most_gpus(self) -> float:
         """What it may grow to."""
         return self.max_workers * self.gpus_per_worker
+
+    @property
+    def custom(self) -> dict[str, float]:
+        return {name: self.min_workers * each for name, each in self.custom_per_worker.items()}
+
+    @property
+    def of_one(self) -> dict[str, float]:
+        """What a worker holds, by the names of Ray."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": float(self.cpus_per_worker)} | gpus | self.custom_per_worker
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What the job needs to start."""
+        return {name: self.min_workers * each for name, each in self.of_one.items()}
 
 
 class Engine(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -63,20 +64,28 @@ def test_a_node_becomes_rays_own_process(tmp_path: Path, listener: int, monkeypa
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the bucket")
     became: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execvpe", lambda _, words, environment: became.append((words, environment)))
-    nodes.join(tmp_path, cpus=4, gpus=0, wait_s=0, drain_s=90)
+    nodes.join(tmp_path, cpus=4, gpus=0, wait_s=0, drain_s=90, custom={"h100": 8})
     ((words, environment),) = became
     assert words[words.index("--address") + 1] == f"127.0.0.1:{listener}"
     assert words[words.index("--node-ip-address") + 1] == "127.0.0.1"  # this end of the way there
     assert words[words.index("--num-cpus") + 1] == "4" and words[words.index("--num-gpus") + 1] == "0"
+    assert json.loads(words[words.index("--resources") + 1]) == {"h100": 8}
     assert environment["MANTA_HOME"] == str(tmp_path)
     assert environment["RAY_AUTH_MODE"] == "token" and environment["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
     assert environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "90"
     assert "GITHUB_TOKEN" not in environment and environment["AWS_ACCESS_KEY_ID"] == "of the bucket"
 
 
+@pytest.mark.parametrize("word", ["h100", "h100=", "=8", "h100=many", "h100=0", "h100=-1", "h100=inf", "h100=nan"])
+def test_a_resource_is_a_name_and_an_amount(word: str) -> None:
+    assert nodes.custom_resources(["h100=8", "rack=0.5"]) == {"h100": 8.0, "rack": 0.5}
+    with pytest.raises(ClusterError, match=f"got {word}, expected NAME=N"):
+        nodes.custom_resources(["rack=1", word])
+
+
 def test_the_options_exist_in_ray(tmp_path: Path) -> None:
     known = {option for parameter in ray_start.params for option in parameter.opts}
-    words = nodes.command(head_of(tmp_path), "10.0.0.6", cpus=1, gpus=1)
+    words = nodes.command(head_of(tmp_path), "10.0.0.6", cpus=1, gpus=1, custom={"a": 1})
     assert {word for word in words if word.startswith("--")} <= known
     assert "--num-cpus" not in nodes.command(head_of(tmp_path), "10.0.0.6", cpus=None, gpus=None)
 

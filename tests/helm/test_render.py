@@ -146,6 +146,7 @@ def test_the_cases_use_every_template() -> None:
             (f"workers=[{GROUP},{GROUP}]",),
             "two groups named a",
         ),
+        (('workers=[{"name":"a","minReplicas":0,"maxReplicas":2,"cpus":1,"memory":"1Gi","custom":{"GPU":1}}]',), "GPU"),
         (('image.tag="latest"',), "image.tag"),
         (("unknown=1",), "unknown"),
     ],
@@ -161,9 +162,19 @@ def test_the_settings_that_the_front_end_gets_are_read_by_it(monkeypatch: pytest
         monkeypatch.setenv(name, value)
     settings = Settings()
     assert (settings.cluster_cpus, settings.cluster_gpus) == (4 * 8 + 4 * 96 + 16 * 16, 4 * 8 + 16)
+    assert settings.cluster_custom == {"h100": 4 * 8}
     assert (settings.host, settings.tokens, settings.stop_grace_s) == ("0.0.0.0", "required", 90)
     assert settings.allowed_roots == ("s3://training-data", "/data/imagenet")
     assert str(settings.first_admin_token_file) == "/etc/manta/admin_token"
+
+
+def test_rays_autoscaler_sees_the_custom_resources_of_a_group() -> None:
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    groups = one(render("gpu-spot"), "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    seen = [autoscaling_config._get_ray_resources_from_group_spec(group, is_head=False) for group in groups]
+    assert [one.get("h100", 0) for one in seen] == [0, 8, 0]
+    assert (seen[1]["CPU"], seen[1]["GPU"]) == (96, 8)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,15 +33,16 @@ def job(**resources: Any) -> JobSpec:
     )
 
 
-def group(name: str, cpus: int, gpus: int = 0, most: int = 4) -> dict[str, Any]:
+def group(name: str, cpus: int, gpus: int = 0, most: int = 4, **custom: str) -> dict[str, Any]:
     limits = {"cpu": cpus, "memory": "1Gi"} | ({"amd.com/gpu": gpus} if gpus else {})
     pod = {"spec": {"containers": [{"resources": {"limits": limits}}]}}
-    return {"groupName": name, "replicas": 0, "minReplicas": 0, "maxReplicas": most, "template": pod}
+    sizes = {"replicas": 0, "minReplicas": 0, "maxReplicas": most} | ({"resources": custom} if custom else {})
+    return {"groupName": name, **sizes, "template": pod}
 
 
 def template() -> dict[str, Any]:
     """Three groups, as the chart writes them."""
-    groups = [group("cpu", 8), group("big", 96, 8), group("small", 16, 1)]
+    groups = [group("cpu", 8), group("big", 96, 8), group("small", 16, 1, l4="2")]
     cluster = {"headGroupSpec": {"template": {"metadata": {"labels": {}}}}, "workerGroupSpecs": groups}
     return {"kind": "RayJob", "metadata": {"name": "job"}, "spec": {"rayClusterSpec": cluster}}
 
@@ -62,6 +63,7 @@ def chosen(document: dict[str, Any]) -> tuple[str, int]:
         ({"workers": [2, 4], "gpus_per_worker": 1}, "small", ("small", 4)),
         ({"workers": 16, "gpus_per_worker": 0.5}, None, ("big", 1)),
         ({"workers": 8, "gpus_per_worker": 1, "cpus_per_worker": 24}, None, ("big", 2)),  # the cores are what is short
+        ({"workers": 4, "custom_per_worker": {"l4": 1}}, None, ("small", 2)),  # as what it asks for is there alone
     ],
 )
 def test_a_job_gets_the_pods_that_it_needs(
@@ -77,6 +79,7 @@ def test_a_job_gets_the_pods_that_it_needs(
         ({"workers": 1, "cpus_per_worker": 9}, "cpu", "cpu: 4 pods of 8 CPUs, 0 GPUs"),
         ({"workers": 5, "gpus_per_worker": 1}, "small", "4 pods"),
         ({"workers": 1}, "tpu", "expected one of the chart's: cpu, big, small"),
+        ({"workers": 1, "custom_per_worker": {"h200": 1}}, None, "and 1 h200"),
     ],
 )
 def test_what_fits_nowhere_is_refused(resources: dict[str, Any], asked: str | None, says: str) -> None:
@@ -94,7 +97,8 @@ def test_the_job_travels_in_the_annotation_of_the_heads_pod() -> None:
 
 
 def test_a_driver_that_trains_reserves_its_cores() -> None:
-    assert ray_job(template(), job(cpus_per_worker=3), "job-1")["spec"]["entrypointNumCpus"] == 3
+    document = ray_job(template(), job(cpus_per_worker=3, custom_per_worker={"l4": 0.5}), "job-1")["spec"]
+    assert document["entrypointNumCpus"] == 3 and json.loads(document["entrypointResources"]) == {"l4": 0.5}
 
 
 def test_a_job_that_an_annotation_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_a_job_beyond_the_nodes_is_refused_with_what_fits(secured: Secured, monk
             secured.parts.submissions.submit(BODY | {"resources": resources, "batch_size": 64})
         return f"{error.value.detail} ({error.value.hint})"
 
-    assert refused(gpus_per_worker=4).endswith("the largest node's (resources.gpus_per_worker: 2 fits)")
+    assert refused(gpus_per_worker=4).endswith("of a node (resources.gpus_per_worker: 2 fits)")
     assert refused(cpus_per_worker=65).endswith("(resources.cpus_per_worker: 64 fits)")
     assert refused(workers=4, gpus_per_worker=2).endswith("which this cluster holds (resources.workers: 2 fits)")
     assert refused(workers=[4, 8], gpus_per_worker=2).endswith("(resources.workers: [2, 2] fits)")
@@ -129,7 +129,7 @@ def test_place_reason_and_start_in_the_answer(secured: Secured, admin: TestClien
         found: dict[str, Any] = admin.get(f"/v1/jobs/{job_id}").json()["queue"]
         return found
 
-    assert place(second)["reason"] == "needs 1 CPUs, of which 0 are free"
+    assert place(second)["reason"] == "needs 1 CPU (0 free)"
     assert (place(second)["position"], place(third)["position"], place(third)["length"]) == (1, 2, 2)
     expected = [datetime.fromisoformat(place(one)["expected_start"]).timestamp() for one in (second, third)]
     assert expected == pytest.approx([1_000_100.0, 1_000_200.0])

@@ -64,17 +64,32 @@ def submitted(home: Path, resources: dict[str, Any], **settings: Any) -> dict[st
 def test_on_a_cluster_that_grows_a_driver_that_trains_reserves_its_cores(
     tmp_path: Path, resources: dict[str, Any], cpus: int | None
 ) -> None:
-    assert submitted(tmp_path, resources, cluster_cpus=64)["entrypoint_num_cpus"] == cpus
+    assert submitted(tmp_path, resources, cluster_cpus=64).get("entrypoint_num_cpus") == cpus
 
 
 def test_elsewhere_drivers_run_on_the_head(tmp_path: Path) -> None:
-    assert submitted(tmp_path, {"workers": 1})["entrypoint_num_cpus"] is None
+    assert submitted(tmp_path, {"workers": 1}).get("entrypoint_num_cpus") is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "custom"),
+    [
+        ({"workers": 1}, {"rack": 0.5}),  # the driver trains, so it goes where the resource is
+        ({"workers": 2}, None),
+    ],
+)
+def test_a_driver_that_trains_takes_the_custom_resources(
+    tmp_path: Path, resources: dict[str, Any], custom: dict[str, float] | None
+) -> None:
+    asked = resources | {"custom_per_worker": {"rack": 0.5}}
+    assert submitted(tmp_path, asked).get("entrypoint_resources") == custom
 
 
 def test_capacity_is_what_the_cluster_may_grow_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nodes = [{"Alive": alive, "Resources": {"CPU": 4.0, "memory": 1.0}} for alive in (True, False, True)]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "GPU": 0.0}
-    assert RayJobs(Settings(home=tmp_path)).nodes() == [{"CPU": 4.0, "GPU": 0.0}] * 2
-    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16)
-    assert RayJobs(grows).nodes() == [{"CPU": 8.0, "GPU": 16.0}]  # never less than there is
+    assert RayJobs(Settings(home=tmp_path)).nodes() == [{"CPU": 4.0, "memory": 1.0}] * 2
+    assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "memory": 2.0}
+    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16, cluster_custom={"h100": 16})
+    never_less = {"CPU": 8.0, "GPU": 16.0, "h100": 16.0, "memory": 2.0}
+    assert RayJobs(grows).nodes() == [never_less]

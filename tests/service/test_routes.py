@@ -56,6 +56,16 @@ def test_one_key_one_job_also_at_once(client: TestClient, body: dict[str, Any]) 
         ),
         ({"batch_size": "many"}, ["batch_size"], "valid integer"),
         ({"resources": {"workers": 8}, "batch_size": 8}, ["resources"], "expected at most 4"),
+        (
+            {"resources": {"custom_per_worker": {"h100": 1}}},
+            ["resources"],
+            "expected at most the 4 CPU and 0 h100 of a node",
+        ),
+        (
+            {"resources": {"custom_per_worker": {"GPU": 1}}},
+            ["resources", "custom_per_worker", "GPU", "[key]"],
+            "that Ray does not use",
+        ),
     ],
 )
 def test_a_job_that_cannot_run_is_refused(

@@ -31,6 +31,20 @@ def test_milestones_belong_to_steps_and_grow(schedule: dict[str, Any]) -> None:
         Schedule.model_validate(schedule)
 
 
+@pytest.mark.parametrize(
+    ("custom", "says"),
+    [
+        ({"GPU": 1}, "that Ray does not use"),
+        ({"rack": 0}, "greater than 0"),
+        ({"rack": 1.5}, "a part of one or a whole number"),
+    ],
+)
+def test_custom_resources_are_what_ray_can_give_out(custom: dict[str, float], says: str) -> None:
+    assert Resources(workers=(2, 8), custom_per_worker={"rack": 0.5, "h100": 2}).custom == {"rack": 1.0, "h100": 4.0}
+    with pytest.raises(ValidationError, match=says):
+        Resources(custom_per_worker=custom)
+
+
 def test_elastic_workers_ask_for_the_least_and_share_micro_batches_evenly(toy_job: Callable[..., JobSpec]) -> None:
     spec = toy_job(resources={"workers": [2, 8], "cpus_per_worker": 3}, batch_size=48, micro_batch_size=2)
     assert (spec.resources.min_workers, spec.resources.max_workers, spec.resources.cpus) == (2, 8, 6)

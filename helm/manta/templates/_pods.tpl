@@ -191,6 +191,12 @@ minReplicas: {{ $g.minReplicas }}
 maxReplicas: {{ $v.autoscaling.enabled | ternary $g.maxReplicas $g.minReplicas }}
 rayStartParams:
   node-manager-port: "6380"
+{{- with $g.custom }}
+resources:
+  {{- range $name, $amount := . }}
+  {{ $name }}: {{ $amount | toString | quote }}
+  {{- end }}
+{{- end }}
 template:
   metadata: {{- include "manta.podMeta" (dict "root" .root "component" "ray") | nindent 4 }}
   spec:

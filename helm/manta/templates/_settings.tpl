@@ -1,11 +1,14 @@
 {{- /* The settings of the service: fields of service/settings.py. */}}
 {{- define "manta.settings" -}}
 {{- $v := .Values -}}
-{{- $cpus := 0 -}}{{- $gpus := 0 -}}
+{{- $cpus := 0 -}}{{- $gpus := 0 -}}{{- $custom := dict -}}
 {{- range $v.workers -}}
 {{- $pods := $v.autoscaling.enabled | ternary (int .maxReplicas) (int .minReplicas) -}}
 {{- $cpus = add $cpus (mul $pods .cpus) -}}
 {{- $gpus = add $gpus (mul $pods (default 0 .gpus)) -}}
+{{- range $name, $amount := .custom -}}
+{{- $_ := set $custom $name (add (default 0 (get $custom $name)) (mul $pods $amount)) -}}
+{{- end -}}
 {{- end -}}
 MANTA_HOST: 0.0.0.0
 MANTA_TOKENS: required
@@ -14,6 +17,7 @@ MANTA_ALLOWED_ROOTS: {{ join " " $v.frontend.allowedRoots | quote }}
 # What the groups may grow to: jobs for more are refused, others wait.
 MANTA_CLUSTER_CPUS: {{ $cpus | quote }}
 MANTA_CLUSTER_GPUS: {{ $gpus | quote }}
+MANTA_CLUSTER_CUSTOM: {{ toJson $custom | quote }}
 MANTA_PREDICTOR_CPUS: {{ $v.serving.cpusPerModel | quote }}
 MANTA_STOP_GRACE_S: {{ $v.jobs.checkpointSeconds | quote }}
 {{- range $name, $value := $v.frontend.settings }}
