@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.audit import Audit
+from service.deliverer import Deliverer
 from service.deployments import Deployments
 from service.jobs import Jobs
 from service.projects import Projects
@@ -23,6 +24,7 @@ from service.store import Store
 from service.submissions import Submissions
 from service.tokens import Tokens
 from service.validation import Validation
+from service.webhooks import Webhooks
 from workloads import preflight
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,13 @@ class Parts:
     tokens: Tokens
     projects: Projects
     audit: Audit
+    webhooks: Webhooks
+    deliverer: Deliverer
     warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
 
     def start(self) -> None:
         self.reconciler.start()
+        self.deliverer.start()
         threading.Thread(target=self._warm, name="warm-up", daemon=True).start()
 
     def _warm(self) -> None:
@@ -59,6 +64,7 @@ class Parts:
 
     def stop(self) -> None:
         self.reconciler.stop()
+        self.deliverer.stop()
         self.store.close()
 
 
@@ -101,6 +107,8 @@ def build_parts(
         tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
         projects=Projects(store),
         audit=Audit(store, clock),
+        webhooks=Webhooks(settings, store, clock),
+        deliverer=Deliverer(settings, store, clock),
     )
 
 
