@@ -172,14 +172,13 @@ class Deliverer:
         claims = []
         with self._store.session() as session:
             for delivery, hook, event, job in session.execute(_due(now)).all():
+                attempt = delivery.attempts + 1
                 ours = sa.update(Delivery).where(
-                    Delivery.number == delivery.number,
-                    Delivery.attempts == delivery.attempts,
-                    Delivery.state == "PENDING",
+                    Delivery.number == delivery.number, Delivery.attempts < attempt, Delivery.state == "PENDING"
                 )
-                taken: Any = session.execute(ours.values(attempts=delivery.attempts + 1, next_try_at=now + LEASE_S))
+                taken: Any = session.execute(ours.values(attempts=attempt, next_try_at=now + LEASE_S))
                 if taken.rowcount:
-                    claims.append(_message(delivery, hook, event, job, now))
+                    claims.append(_message(delivery, hook, event, job, now, attempt))
         return claims
 
     async def _send_all(self, claims: Sequence[Claim]) -> list[Outcome]:
@@ -290,7 +289,9 @@ def _due(now: float) -> sa.Select[Delivery, Webhook, JobEvent, Job]:
     )
 
 
-def _message(delivery: Delivery, hook: Webhook, event: JobEvent | None, job: Job | None, now: float) -> Claim:
+def _message(
+    delivery: Delivery, hook: Webhook, event: JobEvent | None, job: Job | None, now: float, attempt: int
+) -> Claim:
     """The request: only what never changes is in its body, so each attempt sends the same bytes."""
     data = {}
     if event is not None and job is not None:
@@ -307,7 +308,7 @@ def _message(delivery: Delivery, hook: Webhook, event: JobEvent | None, job: Job
         "webhook-timestamp": str(int(now)),
         "webhook-signature": signature,
     }
-    return Claim(delivery.number, delivery.attempts + 1, hook.id, hook.url, headers, text.encode())
+    return Claim(delivery.number, attempt, hook.id, hook.url, headers, text.encode())
 
 
 def _disable(session: Session, hook: Webhook, reason: str, now: float) -> None:
