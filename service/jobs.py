@@ -29,6 +29,7 @@ from service.settings import Settings
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
 from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import RunFolder
+from workloads.spec_deploy import is_deploy
 from workloads.winner import read_found
 
 
@@ -79,6 +80,8 @@ class Jobs:
             Conflict: it is finished, or still about to stop, or `max_duration` is over already.
         """
         job = self.get(job_id)
+        if max_duration is not None and is_deploy(job.spec):
+            raise Conflict(f"got max_duration for {job_id}, which trains nothing", "resume it without")
         ours = job.spec.get("max_duration")
         if max_duration is None or (max_duration == ours and job.state in RESUME.moves):  # the same request again
             return self._ask(job_id, RESUME)
@@ -161,7 +164,7 @@ class Jobs:
         """A job as an answer."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
-        kind = "search" if "search" in job.spec else "method"
+        kind = next(kind for kind in ("search", "deploy", "method") if kind in job.spec)
         found = read_found(run.artifact) if kind == "search" else None
         return {
             "id": job.id,
@@ -173,8 +176,8 @@ class Jobs:
             "after": job.after,
             "reason": job.reason,
             "hint": job.hint,
-            **dict.fromkeys(("method", "search")),
-            kind: job.spec[kind]["name"],
+            **dict.fromkeys(("method", "search", "deploy")),
+            kind: job.spec[kind]["model" if kind == "deploy" else "name"],
             "origin": job.origin,
             "created_at": _iso(job.created_at),
             "started_at": _iso(job.started_at),

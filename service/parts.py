@@ -19,6 +19,7 @@ from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
 from service.registry import Registry
+from service.releases import Releases
 from service.settings import Settings
 from service.store import Store
 from service.submissions import Submissions
@@ -91,10 +92,11 @@ def build_parts(
     ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
     deployments = deployments or Deployments(settings, store, registry)
-    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check)
+    releases = Releases(store, registry, deployments)
+    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases)
     wake = wake or reconciler.wake
     jobs = Jobs(settings, store, registry, wake)
-    validation = Validation(settings, jobs, ray, registry, check)
+    validation = Validation(settings, jobs, ray, registry, releases, check)
     return Parts(
         settings=settings,
         store=store,

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import sqlalchemy as sa
@@ -31,6 +31,10 @@ from workloads import preflight
 from workloads.preflight import Check
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
+from workloads.spec_deploy import is_deploy
+
+if TYPE_CHECKING:  # it decides by the words of this file
+    from service.releases import Releases
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +146,8 @@ class Reconciler:
         deployments: Callable[[], None],
         clock: Callable[[], float] = time.time,
         check: Check = preflight.check,
+        *,
+        releases: Releases,
     ) -> None:
         """Keeps its parts.
 
@@ -153,8 +159,9 @@ class Reconciler:
             deployments: brings Serve to what the table of deployments wants; called each round.
             clock: seconds since the epoch.
             check: what is wrong with a job whose parents have succeeded.
+            releases: decides about entries that deploy, which are no jobs of Ray.
         """
-        self._check = check
+        self._check, self._releases = check, releases
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self._unreadable: set[str] = set()  # run folders that are none, said once
@@ -227,6 +234,9 @@ class Reconciler:
 
     def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> bool:
         """Decides and acts for one job; True when it was submitted."""
+        if is_deploy(job.spec):
+            self._write(job, self._releases.settle(job, parents), None)
+            return False
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
@@ -294,6 +304,8 @@ class Reconciler:
             if record is not None and record.attempt == row.attempt:
                 row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
                 row.started_at = row.started_at or record.started_at
+            if decision.state == "RUNNING":
+                row.started_at = row.started_at or self._clock()
             if decision.state in TERMINAL:
                 row.finished_at = (record.finished_at if record else None) or self._clock()
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")

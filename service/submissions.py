@@ -24,6 +24,7 @@ from service.settings import Settings
 from service.store import Job, Store
 from service.validation import Validation
 from workloads import preflight
+from workloads.spec_deploy import DeploySpec
 
 
 class Submissions:
@@ -130,8 +131,8 @@ class Submissions:
                 project=project,
                 owner=by.name,
                 origin="rest",
-                cpus=spec.resources.cpus,
-                gpus=spec.resources.gpus,
+                cpus=0 if isinstance(spec, DeploySpec) else spec.resources.cpus,
+                gpus=0 if isinstance(spec, DeploySpec) else spec.resources.gpus,
             )
             jobs[job_id].become("QUEUED", waiting(held) if held else "accepted")
         for spec in () if problems else specs:  # a list that is refused claims no name
@@ -177,6 +178,9 @@ class Submissions:
 
         (document,) = named([body], [""])
         spec, parents = self._validation.valid(document, by, project, {})
+        if isinstance(spec, DeploySpec):
+            message = f"got a deployment of {spec.deploy.model}, which computes nothing, expected a job that does"
+            raise InvalidSpec([preflight.Problem(loc=["deploy"], message=message, hint="submit it").model_dump()])
         if held := waits_for(parents):
             message = f"got a job that {waiting(held)}, whose results a dry run would need, expected finished ones"
             raise InvalidSpec([preflight.Problem(loc=["after"], message=message, hint="ask then").model_dump()])
