@@ -20,8 +20,9 @@ from service.errors import Forbidden, NotFound, Unauthorised
 from service.jobs import no_such_job
 from service.parts import Parts, PartsDep
 from service.principal import ALL, Principal, Role
-from service.store import Job, ModelName, Token
+from service.store import Job, ModelName, Token, Webhook
 from service.tokens import no_such_token
+from service.webhooks import no_such_webhook
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ RULES: dict[str, Rule] = {
     "POST /v1/models/{name}:predict": Rule("viewer"),
     "POST /v1/models/{name}:embed": Rule("viewer"),
     "POST /v1/models/{name}:reconstruct": Rule("viewer"),
+    "GET /v1/webhooks": Rule("operator"),
+    "POST /v1/webhooks": Rule("operator", changes=True),
+    "GET /v1/webhooks/{webhook_id}": Rule("operator"),
+    "DELETE /v1/webhooks/{webhook_id}": Rule("operator", changes=True),
+    "POST /v1/webhooks/{webhook_id}:test": Rule("operator", changes=True),
+    "GET /v1/webhooks/{webhook_id}/deliveries": Rule("operator"),
     "GET /v1/projects": Rule("viewer"),
     "POST /v1/projects": Rule("admin", changes=True),
     "PATCH /v1/projects/{name}": Rule("admin", changes=True),
@@ -81,7 +88,7 @@ RULES: dict[str, Rule] = {
     "GET /v1/audit": Rule("admin"),
 }
 PUBLIC = frozenset(key.split(" ")[1] for key, rule in RULES.items() if rule.least is None)
-OWNED = ("/v1/jobs/", "/v1/models/", "/v1/tokens/")  # what is behind these belongs to a project
+OWNED = ("/v1/jobs/", "/v1/models/", "/v1/webhooks/", "/v1/tokens/")  # what is behind these belongs to a project
 PUBLIC_FOLDER = "/docs/static/"  # files of an installed package
 
 
@@ -143,12 +150,14 @@ def _look(parts: Parts, principal: Principal, rule: Rule, key: str, request: Req
         raise Forbidden(detail, "ask one of them")
 
 
-def _named(parts: Parts, path: str, named: Mapping[str, str]) -> Job | ModelName | Token | None:
+def _named(parts: Parts, path: str, named: Mapping[str, str]) -> Job | ModelName | Webhook | Token | None:
     """What the path names, if it belongs to a project."""
     if path.startswith("/v1/jobs/"):
         return parts.jobs.find(named["job_id"])
     if path.startswith("/v1/models/"):
         return parts.registry.owner(named["name"])
+    if path.startswith("/v1/webhooks/"):
+        return parts.webhooks.find(named["webhook_id"])
     return parts.tokens.find(named["token_id"]) if path.startswith("/v1/tokens/") else None
 
 
@@ -158,6 +167,8 @@ def _missing(parts: Parts, principal: Principal, path: str, named: Mapping[str, 
         return no_such_job(named["job_id"])
     if path.startswith("/v1/models/"):
         return parts.registry.no_such_model(named["name"], principal.project)
+    if path.startswith("/v1/webhooks/"):
+        return no_such_webhook(named["webhook_id"])
     return no_such_token(named["token_id"])
 
 

@@ -27,7 +27,7 @@ from service.headers import SECURITY, SecurityHeaders
 from service.limits import BodyLimit, Rate
 from service.parts import Parts, build_parts
 from service.problems import answer, plain
-from service.routes import catalog, health, jobs, models, people, predict
+from service.routes import catalog, health, jobs, models, people, predict, webhooks
 from service.settings import Settings
 from service.tokens import expect_tokens
 
@@ -60,7 +60,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         dependencies=[Depends(authorise)],
     )
     app.state.parts = parts
-    for module in (jobs, catalog, predict, models, people, health):
+    for module in (jobs, catalog, predict, models, webhooks, people, health):
         app.include_router(module.router)
     _docs(app)
     _errors(app)

@@ -233,6 +233,7 @@ def _more_commands() -> None:
     """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
     from service.cli_access import audit, project_app, token_app
     from service.cli_cluster import COMMANDS, cluster_app
+    from service.cli_webhooks import webhook_app
     from workloads.data.commands import TOOLS, pack_app
     from workloads.search.commands import latency_table
 
@@ -240,6 +241,7 @@ def _more_commands() -> None:
         app.command()(command)
     app.add_typer(pack_app, name="pack")
     app.add_typer(cluster_app, name="cluster")
+    app.add_typer(webhook_app, name="webhook")
     app.add_typer(token_app, name="token")
     app.add_typer(project_app, name="project")
     app.command()(audit)

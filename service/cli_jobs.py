@@ -24,11 +24,12 @@ from service.terminal import (
     connected,
     fail,
     out,
-    read_job,
+    read_entry,
     show_json,
     show_table,
 )
 from workloads.record import online_names
+from workloads.spec_deploy import DeploySpec
 
 JobId = Annotated[str, typer.Argument(help="As `manta jobs` lists it.")]
 LAST_EVENTS = 5  # that `manta job` shows
@@ -49,13 +50,15 @@ def submit(
     group: Annotated[str | None, typer.Option(help="Of --k8s: the worker group [the first that fits].")] = None,
 ) -> None:
     """Submits a job, or a list of which each may come after earlier ones: all of them or none."""
-    parsed = [read_job(spec, base) for spec in specs]
+    parsed = [read_entry(spec, base) for spec in specs]
     if len(specs) > 1 and (stay or dry_run or k8s):
         fail("got several jobs with --follow, --dry-run or --k8s, expected one; submit them, then follow one", USAGE)
     if dry_run and (stay or k8s):
         fail("got --dry-run with --follow or --k8s, expected it alone: nothing runs", USAGE)
     if gpu is not None and not dry_run:
         fail("got --gpu without --dry-run; the job says what it runs on, in resources", USAGE)
+    if k8s and isinstance(parsed[0], DeploySpec):
+        fail("got a deployment with --k8s, expected a job of its own; submit it to a service", USAGE)
     if k8s:
         _submit_to_kubernetes(parsed[0], stay, release, group, as_json)
         return
@@ -118,6 +121,7 @@ def _print_job(job: dict[str, Any], online: Sequence[dict[str, Any]] = ()) -> No
         ("priority", job["priority"]),
         ("method", job["method"]),
         ("search", job["search"]),
+        ("deploys", job["deploy"]),
         ("progress", _progress(job)),
         ("attempt", job["attempt"]),
         ("created", job["created_at"]),
@@ -182,10 +186,8 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: AsJson = Fals
         return
     rows = []
     for j in found:
-        progress = j["progress"]
-        rows.append(
-            [j["id"], j["name"], j["method"] or j["search"], j["state"], progress["step"], progress["total_steps"]]
-        )
+        progress, what = j["progress"], j["method"] or j["search"] or "deploy"
+        rows.append([j["id"], j["name"], what, j["state"], progress["step"], progress["total_steps"]])
         rows[-1] += [j["created_at"][:19], _why(j)]
     show_table(["id", "name", "method", "state", "step", "of", "created", "reason"], rows)
 

@@ -265,6 +265,27 @@ class Client:
     def undeploy(self, name: str) -> None:
         self._send("DELETE", f"/v1/models/{name}/deploy")
 
+    def webhooks(self) -> list[Answer]:
+        found: list[Answer] = self._call("GET", "/v1/webhooks", params=self._project)["webhooks"]
+        return found
+
+    def create_webhook(self, url: str, *, events: Sequence[str] = TERMINAL) -> Answer:
+        """A new one, told when a job comes into one of these states; `secret` in the answer is told this once."""
+        return self._call("POST", "/v1/webhooks", json={"url": url, "events": [*events]}, params=self._project)
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        self._send("DELETE", f"/v1/webhooks/{webhook_id}")
+
+    def test_webhook(self, webhook_id: str) -> Answer:
+        """Sends a ping; `deliveries` has what came of it."""
+        return self._call("POST", f"/v1/webhooks/{webhook_id}:test")
+
+    def deliveries(self, webhook_id: str, *, limit: int = 50) -> list[Answer]:
+        """What was sent, or is to be; the newest first, at most 500."""
+        path = f"/v1/webhooks/{webhook_id}/deliveries"
+        found: list[Answer] = self._call("GET", path, params={"limit": limit})["deliveries"]
+        return found
+
     def projects(self) -> list[Answer]:
         found: list[Answer] = self._call("GET", "/v1/projects")["projects"]
         return found

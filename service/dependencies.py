@@ -14,12 +14,13 @@ from service.roots import texts
 from service.store import JobState
 from workloads.preflight import Problem
 from workloads.spec_any import AnySpec
+from workloads.spec_deploy import DeploySpec
 
 MARK = "job:"
 OPEN_HINT = "`$name` means an earlier entry of the same list: POST /v1/jobs:batch, or several files of `manta submit`"
 
 
-def references(spec: AnySpec) -> list[str]:
+def references(spec: AnySpec | DeploySpec) -> list[str]:
     """Jobs whose results the spec names, wherever it does."""
     found = (text.removeprefix(MARK) for _, text in texts(spec.model_dump(mode="json"), []) if text.startswith(MARK))
     return list(dict.fromkeys(found))

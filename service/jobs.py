@@ -30,6 +30,7 @@ from service.standing import Standing
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
 from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import RunFolder
+from workloads.spec_deploy import is_deploy
 from workloads.winner import read_found
 
 
@@ -84,6 +85,8 @@ class Jobs:
             Conflict: it is finished, or still about to stop, or `max_duration` is over already.
         """
         job = self.get(job_id)
+        if max_duration is not None and is_deploy(job.spec):
+            raise Conflict(f"got max_duration for {job_id}, which trains nothing", "resume it without")
         ours = job.spec.get("max_duration")
         if max_duration is None or (max_duration == ours and job.state in RESUME.moves):  # the same request again
             return self._ask(job_id, RESUME)
@@ -174,7 +177,7 @@ class Jobs:
     def _view(self, job: Job, models: Sequence[str]) -> dict[str, Any]:
         run, ran = RunFolder(self._settings.runs / job.id), job.attempt > 0  # else there is no folder to look into
         record = run.read_record() if ran else None
-        kind = "search" if "search" in job.spec else "method"
+        kind = next(kind for kind in ("search", "deploy", "method") if kind in job.spec)
         found = read_found(run.artifact) if ran and kind == "search" else None
         return {
             "id": job.id,
@@ -188,8 +191,8 @@ class Jobs:
             "hint": job.hint,
             "priority": job.spec.get("priority", "normal"),
             "queue": _place(self._standing.of(job)),
-            **dict.fromkeys(("method", "search")),
-            kind: job.spec[kind]["name"],
+            **dict.fromkeys(("method", "search", "deploy")),
+            kind: job.spec[kind]["model" if kind == "deploy" else "name"],
             "origin": job.origin,
             "created_at": _iso(job.created_at),
             "started_at": _iso(job.started_at),

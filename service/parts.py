@@ -12,18 +12,21 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.audit import Audit
+from service.deliverer import Deliverer
 from service.deployments import Deployments
 from service.jobs import Jobs
 from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
 from service.registry import Registry
+from service.releases import Releases
 from service.settings import Settings
 from service.standing import Standing
 from service.store import Store
 from service.submissions import Submissions
 from service.tokens import Tokens
 from service.validation import Validation
+from service.webhooks import Webhooks
 from workloads import preflight
 
 logger = logging.getLogger(__name__)
@@ -44,10 +47,13 @@ class Parts:
     tokens: Tokens
     projects: Projects
     audit: Audit
+    webhooks: Webhooks
+    deliverer: Deliverer
     warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
 
     def start(self) -> None:
         self.reconciler.start()
+        self.deliverer.start()
         threading.Thread(target=self._warm, name="warm-up", daemon=True).start()
 
     def _warm(self) -> None:
@@ -60,6 +66,7 @@ class Parts:
 
     def stop(self) -> None:
         self.reconciler.stop()
+        self.deliverer.stop()
         self.store.close()
 
 
@@ -86,11 +93,12 @@ def build_parts(
     ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
     deployments = deployments or Deployments(settings, store, registry)
-    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check)
+    releases = Releases(store, registry, deployments)
+    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases)
     wake = wake or reconciler.wake
     projects = Projects(store)
     jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)
-    validation = Validation(settings, jobs, ray, registry, projects, check)
+    validation = Validation(settings, jobs, ray, registry, projects, releases, check)
     return Parts(
         settings=settings,
         store=store,
@@ -103,6 +111,8 @@ def build_parts(
         tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
         projects=projects,
         audit=Audit(store, clock),
+        webhooks=Webhooks(settings, store, clock),
+        deliverer=Deliverer(settings, store, clock),
     )
 
 

@@ -55,7 +55,9 @@ class Entry:
     def of(cls, job: Any, seconds: float = math.inf) -> Entry:
         """Of a `store.Job`, or a row with its columns."""
         place = job.resumed_at or job.created_at, job.number
-        return cls(job.id, job.project, job.rank, place, job.needs, job.most_gpus, seconds)
+        needs = {name: need for name, need in {"CPU": job.cpus, "GPU": job.gpus, **job.custom}.items() if need}
+        most_gpus = max(job.most_gpus, job.gpus)  # an older front end knows none of the first
+        return cls(job.id, job.project, job.rank, place, needs, most_gpus, seconds)
 
 
 @dataclass(frozen=True)

@@ -1,163 +1,39 @@
-"""Brings every job to a true state: decide, then act.
+"""Brings every job to a true state: decides by `service.decisions`, then acts.
 
-`decide` is pure: the row, what Ray says, what the run says of itself. The order of truth
-is ours: a row that is terminal stays; then the run's own record; Ray's status is a hint,
-since Ray loses jobs with its head and can call a living one FAILED. Two guards keep a
-job from running twice: nothing is submitted while the run's heartbeat is fresh, and
-`workloads.run` holds a lock on its folder.
+Two guards keep a job from running twice: nothing is submitted while the run's heartbeat is fresh, and `workloads.run`
+holds a lock on its folder.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
 
-import psutil
 import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
-from service.dependencies import lost, waiting, waits_for
+from service.decisions import STALE_S, Decision, decide, ended, lives, reached, said, stalled_after, stands
 from service.errors import ServiceError, Unavailable
 from service.lead import Lead
 from service.projects import quota_of
 from service.queue import Cluster, Entry, admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
+from service.releases import Releases
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
 from workloads import preflight
 from workloads.preflight import Check
-from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
+from workloads.record import Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
+from workloads.spec_deploy import is_deploy
 
 logger = logging.getLogger(__name__)
 
-STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
-MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do about a job, and the state that is true.
-
-    `submit` starts the next attempt, `resubmit` the same one again: Ray never heard of it. `check` looks whether a job
-    can run whose parents have succeeded.
-    """
-
-    act: Literal["submit", "resubmit", "stop", "finish", "check", "none"]
-    state: JobState
-    reason: str | None = None
-    hint: str | None = None
-
-
-def lives(record: Record | None, now: float) -> bool:
-    """Whether the process of the record is at work: its heartbeat is fresh, and its pid not known to be gone."""
-    if record is None or record.state not in ("STARTING", "RUNNING") or now - record.updated_at > STALE_S:
-        return False
-    return record.host != socket.gethostname() or psutil.pid_exists(record.pid)
-
-
-def stalled_after(row: Job, record: Record | None) -> int:
-    """Attempts in a row without progress, now that the newest has ended; its record may know more than the row."""
-    return 0 if reached(row, record) > row.best_step else row.stalled + 1
-
-
-def reached(row: Job, record: Record | None) -> int:
-    """The furthest step of the newest attempt that is known."""
-    return max(row.step, 0 if record is None else record.step)
-
-
-def decide(
-    row: Job,
-    ray: RayStatus | None,
-    record: Record | None,
-    now: float,
-    *,
-    alive: bool,
-    fits: bool,
-    max_attempts: int,
-    parents: Mapping[str, JobState | None],
-) -> Decision:
-    """What is true of a job, and what to do.
-
-    Args:
-        row: our row.
-        ray: Ray's status of the attempt; None: Ray does not know it.
-        record: what the run said last.
-        now: seconds since the epoch.
-        alive: whether a process of the job is at work, whatever Ray says.
-        fits: whether the cluster has room for it.
-        max_attempts: that may end in a row without a step of progress.
-        parents: the jobs that it comes after; None: not in the table any more.
-    """
-    if row.state in SETTLED:
-        return Decision("none", row.state)
-    at_work = alive or ray in ("PENDING", "RUNNING")
-    if row.state == "QUEUED" and row.held:
-        if ended := lost(parents):
-            return Decision("finish", "FAILED", *ended)
-        if open_ := waits_for(parents):
-            return Decision("none", "QUEUED", waiting(open_))
-        return Decision("check", "QUEUED")
-    if record is not None and record.state == "SUCCEEDED":  # in the queue too: it was paused, but went on unseen
-        return Decision("finish", "SUCCEEDED")
-    if row.state == "QUEUED":
-        return Decision("submit", "STARTING") if fits and not at_work else Decision("none", "QUEUED")
-
-    if record is not None and record.state == "FAILED" and record.attempt >= row.attempt:  # else it was resumed since
-        return Decision("finish", "FAILED", record.reason, record.hint)
-
-    if row.state == "CANCELLING":
-        if not at_work:
-            return Decision("finish", "CANCELLED", "cancelled on request")
-        return Decision("stop", "CANCELLING")
-    if row.state == "PAUSING":
-        if at_work:
-            return Decision("stop", "PAUSING")
-        return Decision("none", "QUEUED") if row.gives_way else Decision("none", "PAUSED", "paused on request")
-    if at_work:
-        running = record is not None and record.state == "RUNNING" and record.attempt == row.attempt
-        return Decision("none", "RUNNING" if running else row.state)
-    if row.origin == "ray" and ray == "STOPPED":
-        return Decision("finish", "CANCELLED", "stopped by `ray job stop`")
-    if ray is None and (record is None or record.attempt < row.attempt):
-        return Decision("resubmit", "STARTING")
-    stalled = stalled_after(row, record)
-    if stalled >= max_attempts:
-        reason = f"ended {max_attempts} times in a row without a step of progress and without giving a reason"
-        return Decision("finish", "FAILED", reason, "its log has the last words of the process")
-    waited = now - (row.submitted_at or 0.0)
-    if stalled > 1 and 0 <= waited < min(MAX_BACKOFF_S, 2.0 ** (stalled - 1)):  # below 0: the clock was put back
-        return Decision("none", row.state)
-    return Decision("submit", "STARTING")
-
-
-def _ended(job: Job, record: Record | None) -> bool:
-    """Whether the process of the newest attempt has said that it is over, or one before that the job is done."""
-    if record is None or record.state in ("STARTING", "RUNNING"):
-        return False
-    return record.attempt >= job.attempt or record.state == "SUCCEEDED"
-
-
-def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
-    """Whether the row says already what is true: a check that passed lets go of a job that was held."""
-    seen = record is None or record.attempt != job.attempt
-    progress = None if record is None else (record.step, record.epoch, record.total_steps)
-    known = seen or (progress == (job.step, job.epoch, job.total_steps) and job.started_at is not None)
-    same = (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
-    return known and same and decision.act != "check"
-
-
-def _said(row: Job, decision: Decision) -> str:
-    """What the event tells where no reason stands in the row."""
-    return "gave way, and goes on from its checkpoint" if decision.state == "QUEUED" else f"attempt {row.attempt}"
 
 
 class Reconciler:
@@ -172,6 +48,8 @@ class Reconciler:
         deployments: Callable[[], None],
         clock: Callable[[], float] = time.time,
         check: Check = preflight.check,
+        *,
+        releases: Releases,
     ) -> None:
         """Keeps its parts.
 
@@ -183,8 +61,9 @@ class Reconciler:
             deployments: brings Serve to what the table of deployments wants; called each round.
             clock: seconds since the epoch.
             check: what is wrong with a job whose parents have succeeded.
+            releases: decides about entries that deploy, which are no jobs of Ray.
         """
-        self._check = check
+        self._check, self._releases = check, releases
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self.lead = Lead(store.engine)
@@ -253,9 +132,10 @@ class Reconciler:
             of_parents = sa.select(Job.id, Job.state).where(Job.id.in_(named))
             states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
-        active = [job for job in jobs if job.state in ACTIVE]
+        active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
         cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
-        queue = ordered((Entry.of(job) for job in jobs if job.state == "QUEUED" and not job.held), cluster)
+        waiting_ = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
+        queue = ordered(map(Entry.of, waiting_), cluster)
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
@@ -289,6 +169,9 @@ class Reconciler:
 
     def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
         """Decides and acts for one job."""
+        if is_deploy(job.spec):
+            self._write(job, self._releases.settle(job, parents), None)
+            return
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
@@ -304,7 +187,7 @@ class Reconciler:
             self._register(job, run)
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
-        if decision.state in SETTLED and job.attempt and not _ended(job, record):
+        if decision.state in SETTLED and job.attempt and not ended(job, record):
             run.path.mkdir(parents=True, exist_ok=True)
             run.stop.touch()  # a process that nobody hears of may still come back
         self._write(job, decision, record)
@@ -354,7 +237,7 @@ class Reconciler:
 
     def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
         """Puts what is true into the row, if it changed: for most of a long queue that costs nothing."""
-        if _stands(job, decision, record):
+        if stands(job, decision, record):
             return
         with self._store.session() as session:
             row = session.get(Job, job.number)
@@ -362,7 +245,7 @@ class Reconciler:
             if row.revision != job.revision:
                 raise StaleDataError(job.id)  # a cancel came in between
             if row.state != decision.state:
-                row.become(decision.state, decision.reason or _said(row, decision))
+                row.become(decision.state, decision.reason or said(row, decision))
             row.reason, row.hint = decision.reason, decision.hint
             if decision.act == "check":
                 row.held = False
@@ -370,9 +253,11 @@ class Reconciler:
             if record is not None and (record.attempt == row.attempt or record.state == "SUCCEEDED"):
                 row.step, row.epoch, row.total_steps = record.step, record.epoch, record.total_steps
                 row.started_at = row.started_at or record.started_at
+            if decision.state == "RUNNING":
+                row.started_at = row.started_at or self._clock()
             if decision.state in TERMINAL:
-                ended = record.finished_at if record is not None and _ended(row, record) else None
-                row.finished_at = ended or self._clock()
+                at = record.finished_at if record is not None and ended(row, record) else None
+                row.finished_at = at or self._clock()
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
 
     def _adopt(self) -> None:
@@ -401,7 +286,9 @@ class Reconciler:
                 origin="ray",
                 attempt=record.attempt,
                 created_at=record.started_at,
-                needs=spec.resources.needs,
+                cpus=spec.resources.cpus,
+                gpus=spec.resources.gpus,
+                custom=spec.resources.custom,
                 most_gpus=spec.resources.most_gpus,
             )
             job.become("STARTING", "came by `ray job submit`")

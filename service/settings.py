@@ -49,6 +49,7 @@ class Settings(BaseSettings):
         job_credentials: patterns of variables that jobs may have although they look like secrets; others that do are
             kept from them.
         cors_origins: web pages of other origins whose scripts may call the service.
+        webhook_hosts: hosts (`ci.internal 127.0.0.1`) that webhooks may name although their addresses are private.
         requests_per_s: of each token, in the long run.
         request_burst: of each token at once; above it 429.
         max_body_bytes: of a request.
@@ -77,6 +78,7 @@ class Settings(BaseSettings):
     allowed_roots: Words | None = None
     job_credentials: Words = OF_JOBS
     cors_origins: Words = ()
+    webhook_hosts: Words = ()
     requests_per_s: float = Field(default=100, gt=0)
     request_burst: int = Field(default=200, ge=1)
     max_body_bytes: int = Field(default=64 << 20, ge=1 << 10)

@@ -20,7 +20,7 @@ FORESEEN = 200  # jobs at the front, whose start is worked out
 COLUMNS = (
     *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload),
     *(Job.created_at, Job.resumed_at, Job.submitted_at, Job.started_at),
-    *(Job.needs, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
+    *(Job.cpus, Job.gpus, Job.custom, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
 )
 
 Place = dict[str, Any]
@@ -54,8 +54,10 @@ class Standing:
             seconds = {name: found for name, found in session.execute(earlier.group_by(Job.workload))} if known else {}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         held = [row for row in rows if row.held and row.state == "QUEUED"]
-        waiting = [Entry.of(row, _seconds(row, seconds)) for row in rows if row.state == "QUEUED" and not row.held]
-        running = [Entry.of(row, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE]
+        waiting = [
+            Entry.of(row, _seconds(row, seconds)) for row in rows if row.state == "QUEUED" and not row.held and row.cpus
+        ]
+        running = [Entry.of(row, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE and row.cpus]
         capacity, away = dict[str, float](), None
         try:
             capacity = self._ray.capacity()

@@ -1,4 +1,4 @@
-"""The database: jobs and their events, models, deployments, and who may what.
+"""The database: jobs and their events, models, deployments, who may what, and who is told.
 
 The table of jobs is the truth; Ray is the engine.
 
@@ -27,6 +27,7 @@ JobState = Literal[
     "QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED", "PAUSING", "PAUSED"
 ]
 DeploymentState = Literal["DEPLOYING", "RUNNING", "FAILED"]
+DeliveryState = Literal["PENDING", "DELIVERED", "FAILED"]
 ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
@@ -66,7 +67,9 @@ class Job(Base):
     step: Mapped[int] = mapped_column(default=0)
     epoch: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int] = mapped_column(default=0)
-    needs: Mapped[dict[str, Any]] = mapped_column(default=dict)  # to start, by the names of Ray
+    cpus: Mapped[float] = mapped_column(default=0)  # to start; 0: nothing of the cluster, a deployment
+    gpus: Mapped[float] = mapped_column(default=0)
+    custom: Mapped[dict[str, Any]] = mapped_column(default=dict)  # other resources of Ray
     most_gpus: Mapped[float] = mapped_column(default=0)  # that it may grow to
     rank: Mapped[int] = mapped_column(default=0)  # of its priority
     gives_way: Mapped[bool] = mapped_column(default=False)  # it is paused for another, and goes on by itself
@@ -93,12 +96,21 @@ class JobEvent(Base):
     """
 
     __tablename__ = "job_events"
+    __table_args__ = (
+        sa.Index(
+            "ix_job_events_to_fan_out",
+            "id",
+            sqlite_where=sa.text("fanned_out = 0"),
+            postgresql_where=sa.text("NOT fanned_out"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     job_number: Mapped[int] = mapped_column(sa.ForeignKey("jobs.number"), index=True)
     time: Mapped[float] = mapped_column(default=time.time)
     kind: Mapped[str] = mapped_column(sa.String(16))  # a state of the job
     message: Mapped[str] = mapped_column(sa.Text)
+    fanned_out: Mapped[bool] = mapped_column(default=False)  # its deliveries to webhooks are written, if there are any
 
 
 class ModelName(Base):
@@ -182,6 +194,47 @@ class AuditEntry(Base):
     target: Mapped[str] = mapped_column(sa.String(200))  # the id or name in it, or of what was made
     request_id: Mapped[str] = mapped_column(sa.String(64))
     status: Mapped[int | None]  # of the answer; None: the service died before it gave one
+
+
+class Webhook(Base):
+    """Where events of a project's jobs are sent."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    project: Mapped[str] = mapped_column(sa.String(63), index=True)
+    url: Mapped[str] = mapped_column(sa.Text)
+    states: Mapped[list[Any]]  # of jobs that it is told of
+    secret: Mapped[str] = mapped_column(sa.String(80))  # as it is: a signature cannot be made from a hash
+    created_by: Mapped[str] = mapped_column(sa.String(80))
+    created_at: Mapped[float]
+    accepted_at: Mapped[float | None]  # of the newest delivery that was
+    disabled_at: Mapped[float | None]
+    reason: Mapped[str | None] = mapped_column(sa.Text)  # why it is disabled
+
+
+class Delivery(Base):
+    """One event to one webhook. Who sends it counts `attempts` up first, and has it until `next_try_at`."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        sa.UniqueConstraint("webhook_id", "event_id"),
+        sa.Index("ix_webhook_deliveries_due", "state", "next_try_at"),
+        sa.Index("ix_webhook_deliveries_order", "webhook_id", "job_number", "event_id"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(sa.String(40), unique=True)  # the same each time it is sent
+    webhook_id: Mapped[str] = mapped_column(sa.ForeignKey("webhooks.id"))
+    event_id: Mapped[int | None] = mapped_column(sa.ForeignKey("job_events.id"))  # None: a ping
+    job_number: Mapped[int | None] = mapped_column(sa.ForeignKey("jobs.number"))
+    state: Mapped[DeliveryState] = mapped_column(sa.String(16), default="PENDING")
+    attempts: Mapped[int] = mapped_column(default=0)
+    status: Mapped[int | None]  # of the last answer
+    error: Mapped[str | None] = mapped_column(sa.Text)  # of the last attempt
+    created_at: Mapped[float]
+    next_try_at: Mapped[float]
+    finished_at: Mapped[float | None]
 
 
 class Store:

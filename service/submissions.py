@@ -26,6 +26,8 @@ from service.settings import Settings
 from service.store import Job, Store
 from service.validation import Validation
 from workloads import preflight
+from workloads.spec_any import AnySpec
+from workloads.spec_deploy import DeploySpec
 
 
 class Submissions:
@@ -133,10 +135,7 @@ class Submissions:
                 project=project,
                 owner=by.name,
                 origin="rest",
-                needs=spec.resources.needs,
-                most_gpus=spec.resources.most_gpus,
-                rank=RANKS[spec.priority],
-                workload=workload(spec),
+                **({} if isinstance(spec, DeploySpec) else _asked(spec)),
             )
             jobs[job_id].become("QUEUED", waiting(held) if held else "accepted")
         for spec in () if problems else specs:  # a list that is refused claims no name
@@ -188,6 +187,9 @@ class Submissions:
 
         (document,) = named([body], [""])
         spec, parents = self._validation.valid(document, by, project, {})
+        if isinstance(spec, DeploySpec):
+            message = f"got a deployment of {spec.deploy.model}, which computes nothing, expected a job that does"
+            raise InvalidSpec([preflight.Problem(loc=["deploy"], message=message, hint="submit it").model_dump()])
         if held := waits_for(parents):
             message = f"got a job that {waiting(held)}, whose results a dry run would need, expected finished ones"
             raise InvalidSpec([preflight.Problem(loc=["after"], message=message, hint="ask then").model_dump()])
@@ -197,3 +199,10 @@ class Submissions:
             raise InvalidSpec([error.problem.model_dump()]) from error
         measured = step_time(self._store, self._settings, spec, by.project)
         return forecast(spec, costs.model_dump(mode="json"), measured, gpu)
+
+
+def _asked(spec: AnySpec) -> dict[str, Any]:
+    """What the queue goes by."""
+    resources = spec.resources
+    needs = {"cpus": resources.cpus, "gpus": resources.gpus, "custom": resources.custom}
+    return needs | {"most_gpus": resources.most_gpus, "rank": RANKS[spec.priority], "workload": workload(spec)}

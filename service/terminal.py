@@ -60,17 +60,30 @@ def read_job(path: Path, base: Path | None = None) -> Any:
         fail(_readable(error), USAGE)
 
 
+def read_entry(path: Path, base: Path | None = None) -> Any:
+    """`read_job`, or what a file says that is to be deployed."""
+    from workloads.spec_any import read_document
+    from workloads.spec_deploy import DeploySpec, is_deploy
+
+    try:
+        document = read_document(path)
+        return DeploySpec.model_validate(document) if is_deploy(document) else read_job(path, base)
+    except ValueError as error:
+        fail(_readable(error), USAGE)
+
+
 def _readable(error: ValueError) -> str:
     """A pydantic error by our own sentences."""
     from pydantic import ValidationError
 
     from workloads.catalog import problems_of
     from workloads.spec import JobSpec
+    from workloads.spec_deploy import DeploySpec
     from workloads.spec_search import SearchSpec
 
     if not isinstance(error, ValidationError):
         return str(error)
-    spec = SearchSpec if error.title == SearchSpec.__name__ else JobSpec
+    spec = next((kind for kind in (SearchSpec, DeploySpec) if kind.__name__ == error.title), JobSpec)
     return "\n".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems_of(error, spec))
 
 

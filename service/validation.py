@@ -9,19 +9,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.dependencies import lost, references, waits_for
-from service.errors import InvalidSpec, Unavailable
+from service.errors import Forbidden, InvalidSpec, NotFound, Unavailable
 from service.fitting import misfit
 from service.jobs import Jobs, no_such_job
 from service.principal import ALL, LOCAL, Principal
 from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.registry import Registry
+from service.releases import Releases, makers, nothing_to_deploy
 from service.roots import ANY, Kind, Roots
 from service.settings import Settings
 from service.store import TERMINAL, Job, JobState
 from workloads import preflight
 from workloads.catalog import problems_of
 from workloads.spec_any import AnySpec, kind_of
+from workloads.spec_deploy import DeploySpec, is_deploy
+
+Entry = AnySpec | DeploySpec  # of a submitted list
 
 
 class Validation:
@@ -34,6 +38,7 @@ class Validation:
         ray: RayJobs,
         registry: Registry,
         projects: Projects,
+        releases: Releases,
         check: preflight.Check = preflight.check,
     ) -> None:
         """Keeps its parts.
@@ -44,15 +49,18 @@ class Validation:
             ray: asked for the nodes of the cluster.
             registry: asked for whose a name is.
             projects: asked for quotas.
+            releases: asked for what a deploy entry means.
             check: what is wrong with a spec.
         """
         self._settings, self._jobs, self._ray, self._registry = settings, jobs, ray, registry
-        self._projects, self._check = projects, check
+        self._projects, self._releases, self._check = projects, releases, check
 
     def valid(
         self, body: dict[str, Any], by: Principal, project: str, siblings: Mapping[str, Job]
-    ) -> tuple[AnySpec, dict[str, JobState | None]]:
+    ) -> tuple[Entry, dict[str, JobState | None]]:
         """The spec, and what it comes after; `siblings`: jobs of the same list that are not in the table yet."""
+        if is_deploy(body):
+            return self._deployable(body, by, project, siblings)
         kind = kind_of(body)
         try:
             spec = kind.model_validate(body)
@@ -66,12 +74,42 @@ class Validation:
         if not problems:
             parents = self._parents(spec, project, siblings)
             checked = preflight.form(spec) if waits_for(parents) else self._check(spec, self._settings.home)
-            problems = checked or self._too_large(spec, project) or self._taken(spec, project, self._registry.taken)
+            names = _registers(spec)
+            problems = checked or self._too_large(spec, project) or self._taken(names, project, self._registry.taken)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec, parents
 
-    def _parents(self, spec: AnySpec, project: str, siblings: Mapping[str, Job]) -> dict[str, JobState | None]:
+    def _deployable(
+        self, body: dict[str, Any], by: Principal, project: str, siblings: Mapping[str, Job]
+    ) -> tuple[DeploySpec, dict[str, JobState | None]]:
+        """`valid` of an entry that deploys; it comes after those that register its model, also where it does not say.
+
+        Raises:
+            Forbidden: deploying takes an operator.
+        """
+        if not by.is_at_least("operator"):
+            raise Forbidden(f"got {by.role} {by.name}, expected operator for `deploy`", "leave it out, or ask for one")
+        try:
+            spec = DeploySpec.model_validate(body)
+        except ValidationError as error:
+            found = problems_of(error, DeploySpec)
+            raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
+        before = [job for job_id in spec.after if (job := self._jobs.find(job_id)) and job.project == project]
+        needed = makers(spec.deploy.model, [*before, *siblings.values()]) if spec.deploy.version is None else []
+        if needed:
+            after = list(dict.fromkeys((*spec.after, *needed)))
+            spec = spec.model_copy(update={"after": after})
+        else:
+            try:
+                spec = spec.model_copy(update={"deploy": self._releases.pinned(spec.deploy, project)})
+            except NotFound as error:
+                raise InvalidSpec([nothing_to_deploy(error).model_dump()]) from None
+        if problems := self._taken([spec.deploy.model], project, self._registry.taken):
+            raise InvalidSpec([problem.model_dump() for problem in problems])
+        return spec, self._parents(spec, project, siblings)
+
+    def _parents(self, spec: Entry, project: str, siblings: Mapping[str, Job]) -> dict[str, JobState | None]:
         """States of the jobs that it comes after; what it names as `job:<id>` and has ended is for `preflight`.
 
         Raises:
@@ -105,16 +143,14 @@ class Validation:
 
         return Roots(roots, self._settings.home).problems(spec, readable)
 
-    def claimed(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
+    def claimed(self, spec: Entry, project: str) -> list[preflight.Problem]:
         """Names in the registry that another project has; the others are the project's own from now on."""
-        return self._taken(spec, project, self._registry.claim)
+        return self._taken(_registers(spec), project, self._registry.claim)
 
     def _taken(
-        self, spec: AnySpec, project: str, look: Callable[[list[str], str], list[str]]
+        self, names: list[str], project: str, look: Callable[[list[str], str], list[str]]
     ) -> list[preflight.Problem]:
-        document = spec.model_dump()
-        names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
-        taken = look([name for name in names if name is not None], project)
+        taken = look(names, project)
         message = f"got {', '.join(taken)}, which another project has in the registry"
         return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
 
@@ -134,6 +170,13 @@ def _too_urgent(spec: AnySpec, by: Principal) -> list[preflight.Problem]:
         return []
     message = f"got high of {by.role} {by.name}, expected normal or low, or an operator of the project"
     return [preflight.Problem(loc=["priority"], message=message, hint="ask one to submit it")]
+
+
+def _registers(spec: Entry) -> list[str]:
+    """Names in the registry that it gives."""
+    document = spec.model_dump()
+    names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
+    return [name for name in names if name is not None]
 
 
 def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:

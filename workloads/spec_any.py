@@ -32,6 +32,11 @@ def read_spec(path: Path) -> AnySpec:
         FileNotFoundError: there is no such file.
         ValueError: it is no YAML mapping, or no job (pydantic's ValidationError is one).
     """
+    return parse_spec(read_document(path))
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file; raises as `read_spec` does."""
     try:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -40,7 +45,7 @@ def read_spec(path: Path) -> AnySpec:
         raise ValueError(
             f"{path} holds {type(document).__name__}, expected a mapping with method, model, data, or with search"
         )
-    return parse_spec(document)
+    return document
 
 
 def spec_of(run: RunFolder) -> AnySpec:

@@ -162,11 +162,6 @@ class Resources(Strict):
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         return {"CPU": float(self.cpus_per_worker)} | gpus | self.custom_per_worker
 
-    @property
-    def needs(self) -> dict[str, float]:
-        """What the job needs to start."""
-        return {name: self.min_workers * each for name, each in self.of_one.items()}
-
 
 class Engine(Strict):
     """How the work is done; nothing here changes what is learned, but for rounding.

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
 from service.curves import thinned
+from service.errors import NotFound
 from service.events import CURSOR, START
 from service.jobs import no_such_job
 from service.logs import TAIL, Level, Wanted, lines, part
@@ -40,7 +41,7 @@ class Resume(BaseModel):
 
 @router.post("", status_code=201)
 def submit(
-    body: Annotated[dict[str, Any], Body(description="A JobSpec, or a SearchSpec.")],
+    body: Annotated[dict[str, Any], Body(description="A JobSpec, a SearchSpec, or a DeploySpec.")],
     parts: PartsDep,
     caller: CallerDep,
     request: Request,
@@ -179,6 +180,8 @@ def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
 def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     """One page for people: curves, evaluations, what the method draws, the JobSpec; of a job in any state."""
     view, run = jobs.view(jobs.get(job_id)), jobs.run_folder(job_id)
+    if view["deploy"] is not None:
+        raise NotFound(f"got {job_id}, which deploys a model and has no report", f"GET /v1/models/{view['deploy']}")
     if view["search"] is not None:
         paper = catalog.load("search", view["search"]).paper
         return HTMLResponse(search_page(job=view, points=list(run.read_metrics()), paper=paper, artifact=run.artifact))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.decisions import STALE_S
 from service.errors import Unavailable
 from service.ray_jobs import RayStatus, submission_id
-from service.reconciler import STALE_S
 from tests.service.fakes import FakeRay
 from workloads.record import Record, RunFolder, RunState
 

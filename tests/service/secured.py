@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from service.errors import NotDeployed
 from service.parts import build_parts
 from service.principal import ALL, LOCAL, Principal, Role
 from service.settings import Settings
-from service.store import Deployment, ModelName, ModelVersion
+from service.store import Deployment, ModelName, ModelVersion, Webhook
 from tests.service.fakes import FakeRay, local_client
 from tests.toy import TOY_MAE, TOY_MODEL
 
@@ -80,6 +81,21 @@ class Secured:
     def job(self, owner: str = "ann", project: str = "default") -> str:
         by = Principal(owner, project, "submitter", "tok-0")
         return self.parts.submissions.submit(BODY, None, by, project)[0].id
+
+    def webhook(self, project: str = "default") -> str:
+        """Made past the limit of a project, and without a look at its name."""
+        row = Webhook(
+            id=f"hook-{uuid.uuid4().hex[:12]}",
+            project=project,
+            url="https://x.example",
+            states=["FAILED"],
+            secret="whsec_c2VjcmV0",
+            created_by="ann",
+            created_at=self.now,
+        )
+        with self.store.session() as session:
+            session.add(row)
+        return row.id
 
     def model(self, name: str, project: str = "default") -> None:
         with self.store.session() as session:

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
+from service.decisions import Decision, decide, lives
 from service.errors import Conflict
 from service.ray_jobs import RayStatus
-from service.reconciler import Decision, decide, lives
 from service.store import SETTLED, TERMINAL, Job, JobState
 from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import Record, RunState

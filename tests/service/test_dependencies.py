@@ -10,10 +10,10 @@ from typing import Any, get_args
 import pytest
 from fastapi.testclient import TestClient
 
+from service.decisions import Decision, decide
 from service.dependencies import lost, named, references
 from service.errors import InvalidSpec, NotFound
 from service.principal import Principal
-from service.reconciler import Decision, decide
 from service.store import Job, JobState
 from tests.service.fakes import write_record
 from tests.service.rest import Service

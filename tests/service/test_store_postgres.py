@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
+import httpx
 import pytest
 from sqlalchemy.orm.exc import StaleDataError
 
-from service.store import Job, Store
+from service.deliverer import Deliverer
+from service.principal import LOCAL
+from service.settings import Settings
+from service.store import Job, JobState, Store
+from service.webhooks import Webhooks
 from tests.postgres import Postgres
 
 
@@ -45,6 +55,38 @@ def test_the_second_writer_is_told(store: Store) -> None:
         with store.session() as first:
             first.query(Job).one().step = 1
         row.step = 2
+
+
+def test_two_front_ends_tell_a_webhook_of_each_event_in_order(store: Store, tmp_path: Path) -> None:
+    """Both at once, while events are written."""
+    settings, got, jobs = Settings(home=tmp_path, webhook_hosts="127.0.0.1"), [], 6
+    Webhooks(settings, store).create(LOCAL, "default", "https://127.0.0.1/x", list(get_args(JobState)))
+
+    def receive(request: httpx.Request) -> httpx.Response:
+        data = json.loads(request.content)["data"]
+        got.append((request.headers["webhook-id"], data["id"], data["message"]))
+        return httpx.Response(200)
+
+    def tell() -> None:
+        deliverer = Deliverer(settings, store, transport=httpx.MockTransport(receive))
+        while len(got) < 5 * jobs and time.monotonic() < ends:
+            deliverer.round()
+
+    ends = time.monotonic() + 60
+    tellers = [threading.Thread(target=tell) for _ in range(2)]
+    for teller in tellers:
+        teller.start()
+    for i in range(5):
+        for name in range(jobs):
+            with store.session() as session:
+                job = session.query(Job).filter_by(id=f"j{name}").one_or_none()
+                job = job or Job(id=f"j{name}", name="n", spec={}, origin="rest")
+                job.become("RUNNING", str(i))
+                session.add(job)
+    for teller in tellers:
+        teller.join()
+    assert len({message for message, _, _ in got}) == len(got) == 5 * jobs
+    assert all([text for _, job, text in got if job == f"j{name}"] == list("01234") for name in range(jobs))
 
 
 def test_a_server_that_was_restarted_is_no_error(postgres: Postgres, store: Store) -> None:
