@@ -210,8 +210,8 @@ def of_postgres(server: Postgres) -> Kill:
 class Clients:
     """Submit each job under a key of its own, again and again until it is accepted."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, epochs: int) -> None:
+        self._url, self._body = url, BODY | {"epochs": epochs}
         self.accepted: dict[str, str] = {}  # key -> job id
         self.answers: Counter[str] = Counter()
 
@@ -222,7 +222,11 @@ class Clients:
             try:
                 headers = {"Idempotency-Key": key}
                 answer = httpx.post(
-                    f"{self._url}/v1/jobs", json=BODY | {"name": key}, headers=headers, timeout=30, trust_env=False
+                    f"{self._url}/v1/jobs",
+                    json=self._body | {"name": key},
+                    headers=headers,
+                    timeout=30,
+                    trust_env=False,
                 )
             except httpx.TransportError:
                 self.answers["none"] += 1
@@ -237,7 +241,7 @@ class Clients:
         raise AssertionError(f"{key} was not accepted in {ACCEPT_S:g} s")
 
 
-def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Random) -> KillRow:
+def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Random, epochs: int = 1) -> KillRow:
     """Submits jobs in as many bursts as there are kills, one within each, and waits for the last job.
 
     Args:
@@ -245,13 +249,14 @@ def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Ra
         kills: in this order.
         jobs: a multiple of their number.
         rng: decides the moments.
+        epochs: of each job, `brief.EPOCH_S` each.
 
     Raises:
         AssertionError: a job was lost, made twice, ended otherwise than its run, or worked twice.
     """
     began = time.monotonic()
     installed.get("/healthz")
-    clients, burst = Clients(installed.url), jobs // len(kills)
+    clients, burst = Clients(installed.url, epochs), jobs // len(kills)
     with ThreadPoolExecutor(burst) as threads:
         for n, kill in enumerate(kills):
             kill.prepare(installed, rng, burst)
