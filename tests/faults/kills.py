@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,10 +27,10 @@ import psutil
 from cluster import embedded
 from cluster.embedded import Head
 from tests.faults.brief import TOLD
-from tests.faults.doomed import POINTS, ROOT, serve
+from tests.faults.doomed import PID, POINTS, ROOT
 from tests.faults.ray_faults import below
 from tests.faults.table import KillRow
-from tests.faults.trial import FORKS, until
+from tests.faults.trial import until
 from tests.service.world import BODY
 
 ACCEPT_S = 120.0  # in which a client that tries again is answered
@@ -110,17 +111,35 @@ class Installation:
             "PYTHONPATH": str(ROOT),
         }
         environment = clean | embedded.environment(self.head) | ours
-        self._process = FORKS.Process(target=serve, args=(self._port, environment, self.home / "service.txt"))
-        self._process.start()
+        words = [sys.executable, "-m", "tests.faults.doomed", str(self._port)]
+        with open(self.home / "service.txt", "ab") as log:
+            self._keeper = subprocess.Popen(
+                words, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self.home
+            )
+        self._pid = self._next_pid(0)
 
-    def killed(self, timeout_s: float = SETTLE_S) -> None:
-        """Returns when the process has died of SIGKILL, and of nothing else."""
-        self._process.join(timeout_s)
-        assert self._process.exitcode == -signal.SIGKILL, f"the service ended with {self._process.exitcode}"
+    def _next_pid(self, before: int) -> int:
+        """Of the service that came after another."""
+        path, deadline = self.home / PID, time.monotonic() + SETTLE_S
+        while not path.exists() or int(path.read_text()) == before:
+            assert self._keeper.poll() is None, f"the service ended by itself; see {self.home}/service.txt"
+            assert time.monotonic() < deadline, "the service was not killed"
+            time.sleep(0.02)
+        return int(path.read_text())
+
+    def killed(self) -> None:
+        """Returns when the service has died, of SIGKILL, and another has been started."""
+        self._pid = self._next_pid(self._pid)
 
     def kill(self) -> None:
-        self._process.kill()
+        os.kill(self._pid, signal.SIGKILL)
         self.killed()
+
+    def stop(self) -> None:
+        """The service, and who starts it again."""
+        os.killpg(self._keeper.pid, signal.SIGKILL)
+        self._keeper.wait(30)
+        (self.home / PID).unlink()
 
     def get(self, path: str) -> Any:
         """Asked again until it answers."""
@@ -142,7 +161,7 @@ def installation(home: Path, head: Head, database_url: str = "") -> Iterator[Ins
     try:
         yield made
     finally:
-        made.kill()
+        made.stop()
 
 
 @dataclass(frozen=True)
@@ -153,16 +172,17 @@ class Kill:
         name: in the table.
         strike: kills and brings back, while a burst of jobs is submitted.
         prepare: what has to be in place before the burst; gets its size.
+        spread_s: over which the burst is submitted.
     """
 
     name: str
     strike: Callable[[Installation, random.Random], None]
     prepare: Callable[[Installation, random.Random, int], None] = lambda *_: None
+    spread_s: float = 1.0
 
 
 def _service(installed: Installation, _: random.Random) -> None:
     installed.kill()
-    installed.start()
 
 
 SERVICE = Kill("service", _service)
@@ -176,7 +196,6 @@ def of_reconciler(point: str) -> Kill:
 
     def strike(installed: Installation, _: random.Random) -> None:
         installed.killed()
-        installed.start()
 
     return Kill("reconciler", strike, prepare)
 
@@ -185,17 +204,25 @@ RECONCILER = [of_reconciler(point) for point in POINTS]
 
 
 def _head(installed: Installation, rng: random.Random) -> None:
-    """Ray forgets every job. The service takes jobs without it, until it is told where the new head is."""
+    """While a job is at work: Ray forgets all. The service takes jobs without it, until it is told where the next is."""
+    until(lambda: at_work(installed), "a job is at work")
+    time.sleep(rng.uniform(0, 1))
     leader = psutil.Process(installed.head.pid)
     (gcs,) = below(leader, "gcs_server")
     gcs.kill()
     until(lambda: not installed.head.alive() or leader.status() == psutil.STATUS_ZOMBIE, "the head ends", 60)
     embedded.stop(installed.head)
     installed.head = embedded.start(installed.head.home, num_cpus=installed.head.num_cpus)
-    _service(installed, rng)
+    installed.stop()
+    installed.start()
 
 
-HEAD = Kill("Ray's head", _head)
+HEAD = Kill("Ray's head", _head, spread_s=20.0)
+
+
+def at_work(installed: Installation) -> bool:
+    told = [path.read_text() for path in (installed.home / "runs").glob(f"*/{TOLD}")]
+    return any("began" in lines and "ended" not in lines for lines in told)
 
 
 def of_postgres(server: Postgres) -> Kill:
@@ -260,7 +287,7 @@ def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Ra
     with ThreadPoolExecutor(burst) as threads:
         for n, kill in enumerate(kills):
             kill.prepare(installed, rng, burst)
-            waits = [rng.uniform(0, 1) for _ in range(burst)]
+            waits = [rng.uniform(0, kill.spread_s) for _ in range(burst)]
             sent = [threads.submit(clients.submit, f"burst-{n}-{i}", wait) for i, wait in enumerate(waits)]
             time.sleep(rng.uniform(0, 1))
             kill.strike(installed, rng)
