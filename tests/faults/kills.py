@@ -204,7 +204,7 @@ RECONCILER = [of_reconciler(point) for point in POINTS]
 
 
 def _head(installed: Installation, rng: random.Random) -> None:
-    """While a job is at work: Ray forgets all. The service takes jobs without it, until it is told where the next is."""
+    """While a job is at work; Ray forgets all. The service takes jobs without it until it is told of the next one."""
     until(lambda: at_work(installed), "a job is at work")
     time.sleep(rng.uniform(0, 1))
     leader = psutil.Process(installed.head.pid)
