@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import embedded
-from tests.faults.kills import HEAD, RECONCILER, SERVICE, Kill, installation, of_postgres, ordeal, postgres
+from tests.faults.installed import installation, postgres
+from tests.faults.kills import HEAD, RECONCILER, SERVICE, Kill, of_postgres, ordeal
 from tests.faults.table import KillRow
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]

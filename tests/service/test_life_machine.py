@@ -166,7 +166,7 @@ class Life(RuleBasedStateMachine):
             self.world.reconciler.round()
         self.meanwhile = None
 
-    @rule(fuse=FUSE, seconds=st.sampled_from([1, 10, 19]))
+    @rule(fuse=FUSE, seconds=st.sampled_from([1, 15, 25]))
     def time_passes(self, fuse: int | None, seconds: int) -> None:
         self.world.now += seconds
         self.runs.clock_moved()
