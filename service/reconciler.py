@@ -187,9 +187,9 @@ class Reconciler:
             self._register(job, run)
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
-        if decision.state in SETTLED and job.attempt and not ended(job, record):
+        if decision.state in ("FAILED", "CANCELLED", "PAUSED") and job.attempt:
             run.path.mkdir(parents=True, exist_ok=True)
-            run.stop.touch()  # a process that nobody hears of may still come back
+            run.stop.touch()  # a process that nobody hears of may still come, or come back
         self._write(job, decision, record)
 
     def _alive(self, job_id: str, record: Record | None, now: float) -> bool:

@@ -1,7 +1,7 @@
 """What stands in for `python -m workloads.run` where hundreds of jobs have to fit: all of it but the work.
 
 Lock, claim of the folder, journal, record, signals and exit codes are the real ones; torch is not imported. The work is
-a pause, and lines in the run folder that tell how often it began and ended.
+a pause for each epoch, and lines in the run folder that tell how often it began and ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from workloads.record import RunFolder
 
 TOLD = "told.txt"  # in the run folder: a line for each process, and for each time the work began and ended
-PAUSE_S = 0.3
+EPOCH_S = 0.1
 
 
 def tell(folder: Path, line: str) -> None:
@@ -32,7 +32,7 @@ class Work:
     """In place of `workloads.work.Work`; its checkpoint is the line that says that it ended."""
 
     def __init__(self, spec: Any, run: RunFolder, *_: Any, should_stop: Any, connected: Any) -> None:
-        self._run = run
+        self._run, self._pause_s = run, EPOCH_S * spec.epochs
 
     def go(self, journal: Any, on_point: Any) -> bool:
         told = self._run.path / TOLD
@@ -44,7 +44,7 @@ class Work:
             if "ended" not in told.read_text().splitlines():
                 tell(self._run.path, "began")
                 self._run.total_steps.write_text("1")
-                time.sleep(PAUSE_S)
+                time.sleep(self._pause_s)
                 tell(self._run.path, "ended")
         return True
 

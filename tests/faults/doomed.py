@@ -1,5 +1,7 @@
 """The real service, in a process of its own that kills itself inside the reconciler's critical section when told to.
 
+    python -m tests.faults.doomed PORT
+
 Its runs are those of `tests.faults.brief`.
 """
 
@@ -21,12 +23,14 @@ from service.ray_jobs import RayJobs
 from service.settings import Settings
 from tests.service.rest import NoDeployments
 from workloads import preflight
+from workloads.record import write_atomic
 
 POINTS = (
     "before",
     "during",
     "after",
 )  # the row is committed; Ray is being asked; Ray has it and the row does not say so
+PID = "service.pid"
 CPUS = 4  # so many jobs at a time
 ANSWER_S = 0.02  # of Ray to a submission, about
 ROOT = Path(__file__).parents[2]
@@ -74,21 +78,30 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def serve(port: int, environment: dict[str, str], log: Path) -> None:
-    """Until it is killed.
-
-    Args:
-        port: on loopback.
-        environment: all of it.
-        log: gets what the process writes.
-    """
-    os.environ.clear()
-    os.environ.update(environment)
-    with open(log, "ab", buffering=0) as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    preflight.warm = lambda: None  # seconds at each start, for checks that are not made
+def serve(port: int) -> None:
+    """Until it is killed."""
     settings = Settings()
     parts = build_parts(settings, ray=Doomed(settings), deployments=NoDeployments(), check=lambda *_: [])  # type: ignore[arg-type]
     uvicorn.run(build(settings, parts), host="127.0.0.1", port=port, log_level="warning")
+
+
+def keep(port: int) -> None:
+    """Starts the service again whenever SIGKILL ends it, and ends when anything else does.
+
+    Each is a fork of this process, which has imported everything: a start takes less than a second, not five. Its
+    process id is in `service.pid` of the home.
+    """
+    logging.basicConfig(level=logging.INFO)
+    preflight.warm = lambda: None  # seconds at each start, for checks that are not made
+    while True:
+        if (pid := os.fork()) == 0:
+            serve(port)
+            os._exit(1)
+        write_atomic(Settings().home / PID, str(pid))
+        _, status = os.waitpid(pid, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            sys.exit(f"the service ended with status {status}")
+
+
+if __name__ == "__main__":
+    keep(int(sys.argv[1]))

@@ -4,145 +4,27 @@ true afterwards of every job that was submitted meanwhile.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
 from cluster import embedded
-from cluster.embedded import Head
 from tests.faults.brief import TOLD
-from tests.faults.doomed import POINTS, ROOT, serve
+from tests.faults.doomed import POINTS
+from tests.faults.installed import ANSWER_S, Installation, Postgres
 from tests.faults.ray_faults import below
 from tests.faults.table import KillRow
-from tests.faults.trial import FORKS, until
+from tests.faults.trial import until
 from tests.service.world import BODY
 
-ACCEPT_S = 120.0  # in which a client that tries again is answered
 SETTLE_S = 900.0  # in which the last job has ended
-AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups") if os.geteuid() == 0 else ()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-class Postgres:
-    """A server whose first process is ours, so that it can be killed; it writes to disk as it does by default."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._port = folder, free_port()
-        words = ["initdb", "--pgdata", folder / "data", "--auth", "trust", "--username", "manta"]
-        subprocess.run([*AS_NOBODY, *words], check=True, stdout=subprocess.DEVNULL, timeout=60, cwd="/")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://manta@127.0.0.1:{self._port}/postgres"
-
-    def start(self) -> None:
-        """Again and again while the processes of a killed one still hold its memory."""
-        words = ["postgres", "-D", self._folder / "data", "-p", str(self._port), "-k", self._folder]
-        deadline = time.monotonic() + 60
-        while True:
-            with open(self._folder.with_suffix(".log"), "ab") as log:
-                self._process = subprocess.Popen([*AS_NOBODY, *words], stdout=log, stderr=log, cwd="/")
-            until(lambda: self._process.poll() is not None or self._answers(), "PostgreSQL answers or ends", 60)
-            if self._process.poll() is None:
-                return
-            assert time.monotonic() < deadline, "PostgreSQL does not start; its log is beside its folder"
-            time.sleep(0.1)
-
-    def _answers(self) -> bool:
-        words = ["pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self._port)]
-        return subprocess.run(words, timeout=10).returncode == 0
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        self._process.send_signal(number)
-        self._process.wait(30)
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[Postgres]:
-    """In a folder under the system's temporary one, since socket paths are short."""
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    if AS_NOBODY:
-        shutil.chown(folder, "nobody", "nogroup")
-    server = Postgres(folder)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill(signal.SIGINT)
-        shutil.rmtree(folder)
-        folder.with_suffix(".log").unlink()
-
-
-class Installation:
-    """A home, Ray's head, and a service at one port whose process comes and goes."""
-
-    def __init__(self, home: Path, head: Head, database_url: str = "") -> None:
-        self.home, self.head = home, head
-        self._database_url, self._port = database_url, free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        home.mkdir(parents=True, exist_ok=True)
-
-    def start(self) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MANTA_"))}
-        ours = {
-            "MANTA_HOME": str(self.home),
-            "MANTA_RAY_DASHBOARD_URL": self.head.dashboard_url,
-            "MANTA_DATABASE_URL": self._database_url,
-            "PYTHONPATH": str(ROOT),
-        }
-        environment = clean | embedded.environment(self.head) | ours
-        self._process = FORKS.Process(target=serve, args=(self._port, environment, self.home / "service.txt"))
-        self._process.start()
-
-    def killed(self, timeout_s: float = SETTLE_S) -> None:
-        """Returns when the process has died of SIGKILL, and of nothing else."""
-        self._process.join(timeout_s)
-        assert self._process.exitcode == -signal.SIGKILL, f"the service ended with {self._process.exitcode}"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self.killed()
-
-    def get(self, path: str) -> Any:
-        """Asked again until it answers."""
-        deadline = time.monotonic() + ACCEPT_S
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(self.url + path, timeout=30, trust_env=False)
-                if answer.status_code == 200:
-                    return answer.json()
-            assert time.monotonic() < deadline, f"{path} is not answered"
-            time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def installation(home: Path, head: Head, database_url: str = "") -> Iterator[Installation]:
-    """Whose service is ended with the block."""
-    made = Installation(home, head, database_url)
-    made.start()
-    try:
-        yield made
-    finally:
-        made.kill()
 
 
 @dataclass(frozen=True)
@@ -153,16 +35,17 @@ class Kill:
         name: in the table.
         strike: kills and brings back, while a burst of jobs is submitted.
         prepare: what has to be in place before the burst; gets its size.
+        spread_s: over which the burst is submitted.
     """
 
     name: str
     strike: Callable[[Installation, random.Random], None]
     prepare: Callable[[Installation, random.Random, int], None] = lambda *_: None
+    spread_s: float = 1.0
 
 
 def _service(installed: Installation, _: random.Random) -> None:
     installed.kill()
-    installed.start()
 
 
 SERVICE = Kill("service", _service)
@@ -176,7 +59,6 @@ def of_reconciler(point: str) -> Kill:
 
     def strike(installed: Installation, _: random.Random) -> None:
         installed.killed()
-        installed.start()
 
     return Kill("reconciler", strike, prepare)
 
@@ -185,17 +67,25 @@ RECONCILER = [of_reconciler(point) for point in POINTS]
 
 
 def _head(installed: Installation, rng: random.Random) -> None:
-    """Ray forgets every job. The service takes jobs without it, until it is told where the new head is."""
+    """While a job is at work; Ray forgets all. The service takes jobs without it until it is told of the next one."""
+    until(lambda: at_work(installed), "a job is at work")
+    time.sleep(rng.uniform(0, 1))
     leader = psutil.Process(installed.head.pid)
     (gcs,) = below(leader, "gcs_server")
     gcs.kill()
     until(lambda: not installed.head.alive() or leader.status() == psutil.STATUS_ZOMBIE, "the head ends", 60)
     embedded.stop(installed.head)
     installed.head = embedded.start(installed.head.home, num_cpus=installed.head.num_cpus)
-    _service(installed, rng)
+    installed.stop()
+    installed.start()
 
 
-HEAD = Kill("Ray's head", _head)
+HEAD = Kill("Ray's head", _head, spread_s=20.0)
+
+
+def at_work(installed: Installation) -> bool:
+    told = [path.read_text() for path in (installed.home / "runs").glob(f"*/{TOLD}")]
+    return any("began" in lines and "ended" not in lines for lines in told)
 
 
 def of_postgres(server: Postgres) -> Kill:
@@ -210,19 +100,23 @@ def of_postgres(server: Postgres) -> Kill:
 class Clients:
     """Submit each job under a key of its own, again and again until it is accepted."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, epochs: int) -> None:
+        self._url, self._body = url, BODY | {"epochs": epochs}
         self.accepted: dict[str, str] = {}  # key -> job id
         self.answers: Counter[str] = Counter()
 
     def submit(self, key: str, wait_s: float) -> None:
         time.sleep(wait_s)
-        deadline = time.monotonic() + ACCEPT_S
+        deadline = time.monotonic() + ANSWER_S
         while time.monotonic() < deadline:
             try:
                 headers = {"Idempotency-Key": key}
                 answer = httpx.post(
-                    f"{self._url}/v1/jobs", json=BODY | {"name": key}, headers=headers, timeout=30, trust_env=False
+                    f"{self._url}/v1/jobs",
+                    json=self._body | {"name": key},
+                    headers=headers,
+                    timeout=30,
+                    trust_env=False,
                 )
             except httpx.TransportError:
                 self.answers["none"] += 1
@@ -234,10 +128,10 @@ class Clients:
                 assert answer.status_code == 503, answer.text
                 assert answer.json()["retryable"] and answer.headers["Retry-After"]
             time.sleep(0.2)
-        raise AssertionError(f"{key} was not accepted in {ACCEPT_S:g} s")
+        raise AssertionError(f"{key} was not accepted in {ANSWER_S:g} s")
 
 
-def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Random) -> KillRow:
+def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Random, epochs: int = 1) -> KillRow:
     """Submits jobs in as many bursts as there are kills, one within each, and waits for the last job.
 
     Args:
@@ -245,17 +139,18 @@ def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Ra
         kills: in this order.
         jobs: a multiple of their number.
         rng: decides the moments.
+        epochs: of each job, `brief.EPOCH_S` each.
 
     Raises:
         AssertionError: a job was lost, made twice, ended otherwise than its run, or worked twice.
     """
     began = time.monotonic()
     installed.get("/healthz")
-    clients, burst = Clients(installed.url), jobs // len(kills)
+    clients, burst = Clients(installed.url, epochs), jobs // len(kills)
     with ThreadPoolExecutor(burst) as threads:
         for n, kill in enumerate(kills):
             kill.prepare(installed, rng, burst)
-            waits = [rng.uniform(0, 1) for _ in range(burst)]
+            waits = [rng.uniform(0, kill.spread_s) for _ in range(burst)]
             sent = [threads.submit(clients.submit, f"burst-{n}-{i}", wait) for i, wait in enumerate(waits)]
             time.sleep(rng.uniform(0, 1))
             kill.strike(installed, rng)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.embedded import Head
-from tests.faults.kills import RECONCILER, SERVICE, installation, ordeal
+from tests.faults.installed import installation
+from tests.faults.kills import RECONCILER, SERVICE, ordeal
 from tests.faults.table import KillRow
 
 pytestmark = pytest.mark.ray

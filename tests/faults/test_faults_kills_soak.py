@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from cluster import embedded
-from tests.faults.kills import HEAD, RECONCILER, SERVICE, Kill, installation, of_postgres, ordeal, postgres
+from tests.faults.installed import installation, postgres
+from tests.faults.kills import HEAD, RECONCILER, SERVICE, Kill, of_postgres, ordeal
 from tests.faults.table import KillRow
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
 JOBS, KILLS = 100, 5
+EPOCHS = 30  # of 0.1 s: as long as Ray takes to start a job, so that kills meet jobs at work too
 Record = Callable[[KillRow], None]
 
 
@@ -23,7 +25,7 @@ def whole(kills: list[Kill], home: Path, rng: random.Random, database_url: str =
     head = embedded.start(home / "cluster", num_cpus=4)
     with installation(home / "home", head, database_url) as installed:
         try:
-            return ordeal(installed, kills, JOBS, rng)
+            return ordeal(installed, kills, JOBS, rng, EPOCHS)
         finally:
             embedded.stop(installed.head)
 

@@ -24,7 +24,7 @@ TIMEOUT_S = 180.0
 Weights = dict[str, torch.Tensor]
 
 FORKS = multiprocessing.get_context("forkserver")  # which has torch already: a start of Python is most of a small job
-FORKS.set_forkserver_preload(["tests.faults.counted", "tests.faults.doomed", "workloads.train", "workloads.preflight"])
+FORKS.set_forkserver_preload(["tests.faults.counted", "workloads.train", "workloads.preflight"])
 
 
 def final_weights(run: RunFolder) -> Weights:

@@ -47,15 +47,29 @@ class Process:
 
 
 class LyingRay(FakeRay):
-    """Ray's Jobs API over processes; `point` is called before and after everything that changes something."""
+    """Ray's Jobs API over processes.
 
-    def __init__(self, point: Callable[[], None], started: Callable[[str, int], None]) -> None:
+    Attributes:
+        loses_answer: of the next submission, which it takes.
+    """
+
+    def __init__(
+        self, point: Callable[[], None], between: Callable[[], None], started: Callable[[str, int], None]
+    ) -> None:
+        """Calls others.
+
+        Args:
+            point: before each call, and after it has changed something.
+            between: while a call is on its way.
+            started: gets job and attempt of a new process.
+        """
         super().__init__(cpus=3)
-        self._point, self._started = point, started
+        self._point, self._between, self._started = point, between, started
         self.loses_answer = False
 
     def _reach(self) -> None:
         self._point()
+        self._between()
         super()._reach()
 
     def submit(self, job_id: str, attempt: int) -> None:
@@ -94,6 +108,11 @@ class Runs:
         return any(abs(now - beat) <= STALE_S for beat in beats) or any(
             self._ray.known.get(name) in ("PENDING", "RUNNING") for name in names
         )
+
+    def has_succeeded(self, job_id: str) -> bool:
+        """Whether its record says so."""
+        record = RunFolder(self._folder(job_id)).read_record()
+        return record is not None and record.state == "SUCCEEDED"
 
     def start(self, job_id: str, attempt: int, skew: float) -> None:
         self.all.append(Process(job_id, attempt, self.life, skew))

@@ -15,6 +15,7 @@ from service.store import SETTLED, TERMINAL, Job, JobState
 from service.transitions import CANCEL, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import Record, RunState
 
+NOW = 1.8e9
 RAY: list[RayStatus | None] = [None, *get_args(RayStatus)]
 RECORDS: list[RunState | None] = [None, *get_args(RunState)]
 
@@ -24,50 +25,84 @@ def job(state: JobState, **changes: object) -> Job:
     return Job(**(fields | changes))
 
 
-def record(state: RunState | None, attempt: int = 1) -> Record | None:
+def record(state: RunState | None, attempt: int = 1, step: int = 0) -> Record | None:
     if state is None:
         return None
-    now = time.time()
-    return Record(job_id="j", state=state, attempt=attempt, started_at=now, updated_at=now, reason="why", hint="do")
+    times = {"started_at": NOW, "updated_at": NOW}
+    return Record(job_id="j", state=state, attempt=attempt, step=step, reason="why", hint="do", **times)
 
 
 def answer(row: Job, ray: RayStatus | None, said: Record | None, *, alive: bool = False, fits: bool = True) -> Decision:
-    return decide(row, ray, said, time.time(), alive=alive, fits=fits, max_attempts=3, parents={})
+    return decide(row, ray, said, NOW, alive=alive, fits=fits, max_attempts=3, parents={})
 
 
+PARENTS: list[JobState | None] = [None, *get_args(JobState)]
+STALLED = 3  # attempts, of which the last may make progress that the row does not know of
+
+
+@pytest.mark.parametrize("origin", ["rest", "ray"])
 @pytest.mark.parametrize("attempt", [1, 2])  # 2: the record is of the one before
 @pytest.mark.parametrize("state", get_args(JobState))
-def test_invariants(state: JobState, attempt: int) -> None:
-    for ray, said, alive in itertools.product(RAY, RECORDS, [False, True]):
-        check(state, attempt, ray, said, alive)
+def test_invariants(state: JobState, attempt: int, origin: str) -> None:
+    """Every row state, every Ray status, every record; heard of or not; with room or not; stalled or not; any clock."""
+    for ray, said, alive, fits, stalled, step, waited_s in itertools.product(
+        RAY, RECORDS, [False, True], [False, True], [0, STALLED - 1], [0, 1], [-3600, 0, 3600]
+    ):
+        row = job(state, attempt=attempt, origin=origin, stalled=stalled, submitted_at=NOW - waited_s)
+        check(row, ray, record(said, step=step), alive, fits)
 
 
-def check(state: JobState, attempt: int, ray: RayStatus | None, said: RunState | None, alive: bool) -> None:
+def check(row: Job, ray: RayStatus | None, record: Record | None, alive: bool, fits: bool) -> None:
+    said = None if record is None else record.state
     alive = alive and said in ("STARTING", "RUNNING")
-    decision = answer(job(state, attempt=attempt), ray, record(said), alive=alive)
+    limits = {"alive": alive, "fits": fits, "max_attempts": STALLED}
+    decision = decide(row, ray, record, NOW, **limits, parents={})  # type: ignore[arg-type]
     at_work = alive or ray in ("PENDING", "RUNNING")
-    if state in SETTLED:
-        assert decision == Decision("none", state)  # what is over stays over
+    if row.state in SETTLED:
+        assert decision == Decision("none", row.state)  # what is over stays over
         return
     if decision.act in ("submit", "resubmit"):
         assert not at_work  # never two runs of one job
-        assert state == "QUEUED" or said != "SUCCEEDED"  # what ended is not run again
-        assert state == "QUEUED" or said != "FAILED" or attempt == 2  # unless it was resumed since
-        assert state not in ("CANCELLING", "PAUSING")
+        assert said != "SUCCEEDED"  # what is done is not done again
+        assert row.state == "QUEUED" or said != "FAILED" or row.attempt == 2  # unless it was resumed since
+        assert row.state not in ("CANCELLING", "PAUSING")
+        assert row.state != "QUEUED" or fits
+        assert decision.act == "submit" or ray is None  # the same attempt again: only if Ray never heard of it
     if decision.state in TERMINAL:
         assert decision.act == "finish"
+    if said == "SUCCEEDED":
+        assert decision.state == "SUCCEEDED"
     if decision.state == "SUCCEEDED":
         assert said == "SUCCEEDED"  # nobody else can say so, Ray's exit codes least of all
     if decision.state == "FAILED":
-        assert decision.reason
+        assert row.state != "QUEUED" and decision.reason
+        gave_up = "in a row" in decision.reason
+        assert gave_up or (said, decision.reason, decision.hint) == ("FAILED", "why", "do")
+        assert not gave_up or (row.stalled and record is not None and record.step == 0) or record is None
     if decision.state == "CANCELLED":
-        assert state == "CANCELLING" and not at_work
+        by_ray = row.origin == "ray" and ray == "STOPPED" and row.state in ("STARTING", "RUNNING")
+        assert (row.state == "CANCELLING" or by_ray) and not at_work
     if decision.state == "PAUSED":
-        assert state == "PAUSING" and not at_work  # its CPUs and GPUs are given to others from now on
+        assert row.state == "PAUSING" and not at_work  # its CPUs and GPUs are given to others from now on
     if decision.act == "stop":
-        assert state in ("CANCELLING", "PAUSING") and at_work
+        assert row.state in ("CANCELLING", "PAUSING") and at_work
     if decision.act == "none" and decision.state not in ("QUEUED", "PAUSED"):
-        assert at_work  # whoever waits, waits for something that moves (nothing stalled here)
+        waits = row.stalled and row.submitted_at == NOW  # for the next attempt, and not for a clock that was put back
+        assert at_work or waits  # whoever waits, waits for something that moves
+
+
+@pytest.mark.parametrize("first", PARENTS)
+def test_invariants_of_a_job_that_comes_after_others(first: JobState | None) -> None:
+    for second, ray, fits in itertools.product(PARENTS, RAY, [False, True]):
+        parents = {"a": first, "b": second}
+        row = job("QUEUED", attempt=0, held=True)
+        decision = decide(row, ray, None, NOW, alive=False, fits=fits, max_attempts=3, parents=parents)
+        if {first, second} & {"FAILED", "CANCELLED", None}:
+            assert decision.act == "finish" and decision.state == "FAILED" and decision.reason and decision.hint
+        elif first == second == "SUCCEEDED":
+            assert decision == Decision("check", "QUEUED")  # it is looked at before it takes room
+        else:
+            assert (decision.act, decision.state) == ("none", "QUEUED") and "waits for" in (decision.reason or "")
 
 
 def test_a_queued_job_waits_for_room() -> None:
@@ -102,10 +137,25 @@ def test_without_progress_it_is_given_up_with_a_reason() -> None:
     assert decision.state == "FAILED" and decision.reason is not None and "3 times" in decision.reason
 
 
+def test_progress_that_only_the_record_knows_counts() -> None:
+    """The service was away while the run got on and died."""
+    assert answer(job("RUNNING", stalled=2), None, record("RUNNING", step=7)).act == "submit"
+    assert answer(job("RUNNING", stalled=2, best_step=7), None, record("RUNNING", step=7)).state == "FAILED"
+
+
+def test_a_clock_that_was_put_back_holds_nothing_up() -> None:
+    row = job("STARTING", stalled=1, submitted_at=NOW + 3600)
+    assert answer(row, "FAILED", None).act == "submit"
+
+
+def test_a_job_that_went_on_unseen_while_it_was_paused_is_done_when_it_is_resumed() -> None:
+    assert answer(job("QUEUED"), None, record("SUCCEEDED"), fits=False) == Decision("finish", "SUCCEEDED")
+
+
 def test_attempts_without_progress_wait_longer_and_longer() -> None:
     for stalled, age_s, act in ((1, 1, "none"), (1, 3, "submit"), (0, 0, "submit")):
-        row = job("STARTING", stalled=stalled, submitted_at=time.time() - age_s)
-        assert decide(row, "FAILED", None, time.time(), alive=False, fits=True, max_attempts=5, parents={}).act == act
+        row = job("STARTING", stalled=stalled, submitted_at=NOW - age_s)
+        assert decide(row, "FAILED", None, NOW, alive=False, fits=True, max_attempts=5, parents={}).act == act
 
 
 def test_a_job_that_finished_before_its_cancel_says_so() -> None:

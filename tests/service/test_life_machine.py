@@ -22,8 +22,9 @@ from tests.service.world import BODY, World
 
 SOME = st.integers(0, 5)  # of the jobs, or processes, that there are
 FUSE = st.none() | st.integers(0, 12)  # commits and calls of Ray until the service is killed
+VERBS = ("cancel", "pause", "resume", "retry")
 WAYS = ("work", "work", "SUCCEEDED", "FAILED", "late", "die", "silent")
-ROUNDS = 80  # in which all settles once there is peace
+ROUNDS = 30  # of 100 s, in which all settles once there is peace: less than a clock may be wrong
 
 
 class Life(RuleBasedStateMachine):
@@ -36,8 +37,9 @@ class Life(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp(prefix="life-"))
         shutil.copytree(self.template, self.home, dirs_exist_ok=True)
         self.fuse: int | None = None
-        self.ray = LyingRay(self.point, self.started)
-        self.world = World(self.home)
+        self.meanwhile: tuple[int, str] | None = None
+        self.ray = LyingRay(self.point, self.between, self.started)
+        self.world = World(self.home, max_attempts=3)
         self.world.ray = self.ray
         self.runs = Runs(self.ray, lambda job_id: self.world.settings.runs / job_id, self.world.clock)
         self.restart()
@@ -64,12 +66,21 @@ class Life(RuleBasedStateMachine):
                 self.fuse = None
                 raise Crash
 
+    def between(self) -> None:
+        """The reconciler asks Ray, which takes time: a user asks something of a job."""
+        request, self.meanwhile = self.meanwhile, None
+        if request is not None:
+            fuse, self.fuse = self.fuse, None  # the crash is that of the reconciler
+            self.asks(*request)
+            self.fuse = fuse
+
     def started(self, job_id: str, attempt: int) -> None:
         """Ray starts a process."""
         names = [submission_id(job_id, n) for n in range(1, attempt)]
         assert all(self.ray.known.get(name) not in ("PENDING", "RUNNING") for name in names), "an attempt still runs"
         fresh = self.ray.known.pop(submission_id(job_id, attempt))  # it was not there before this submission
         assert not self.runs.known(job_id), "a run is at work"
+        assert not self.runs.has_succeeded(job_id), "it has succeeded"
         self.ray.known[submission_id(job_id, attempt)] = fresh
         assert (self.runs.life, job_id, attempt) not in self.submitted, "an attempt is started twice"
         self.submitted.add((self.runs.life, job_id, attempt))
@@ -120,12 +131,23 @@ class Life(RuleBasedStateMachine):
         with contextlib.suppress(InvalidSpec):  # it has failed
             self.accepted(self.world.submissions.submit(BODY | {"after": [job_id]})[0].id)
 
-    @rule(n=SOME, verb=st.sampled_from(["cancel", "pause", "resume", "retry"]), fuse=FUSE)
+    @rule(n=SOME, verb=st.sampled_from(VERBS), fuse=FUSE)
     def ask(self, n: int, verb: str, fuse: int | None) -> None:
+        with self.crashes(fuse):
+            self.asks(n, verb)
+
+    def asks(self, n: int, verb: str) -> None:
         job_id = self.jobs[n % len(self.jobs)]
         before = self.row(job_id)
-        with self.crashes(fuse), contextlib.suppress(Conflict):
-            getattr(self.world.jobs, verb)(job_id)
+        try:
+            with contextlib.suppress(Conflict):
+                getattr(self.world.jobs, verb)(job_id)
+        finally:
+            self.fuse = None
+            self.was_asked(before, verb)
+
+    def was_asked(self, before: Job, verb: str) -> None:
+        job_id = before.id
         after = self.row(job_id)
         if after.state == before.state:
             return
@@ -137,12 +159,14 @@ class Life(RuleBasedStateMachine):
 
     # The service
 
-    @rule(fuse=FUSE)
-    def look(self, fuse: int | None) -> None:
+    @rule(fuse=FUSE, meanwhile=st.none() | st.tuples(SOME, st.sampled_from(VERBS)))
+    def look(self, fuse: int | None, meanwhile: tuple[int, str] | None = None) -> None:
+        self.meanwhile = meanwhile
         with self.crashes(fuse):
             self.world.reconciler.round()
+        self.meanwhile = None
 
-    @rule(fuse=FUSE, seconds=st.sampled_from([1, 10, 19]))
+    @rule(fuse=FUSE, seconds=st.sampled_from([1, 15, 25]))
     def time_passes(self, fuse: int | None, seconds: int) -> None:
         self.world.now += seconds
         self.runs.clock_moved()
@@ -198,6 +222,10 @@ class Life(RuleBasedStateMachine):
         assert rows.keys() == set(self.jobs)
         for job in rows.values():
             self.ended_truly(job)
+        for process in self.runs.living():
+            job = rows[process.job_id]
+            if job.state in SETTLED and job.state != "SUCCEEDED":
+                assert (self.world.folder(job) / "stop").exists(), "nobody stops a run that is over for us"
 
     def ended_truly(self, job: Job) -> None:
         told = (job.state, job.reason, job.hint, job.finished_at, job.attempt)

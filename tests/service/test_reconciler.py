@@ -74,6 +74,57 @@ def test_lost_with_its_head_it_runs_again_from_its_checkpoint(world: World) -> N
     assert world.ray.submitted == [(job.id, 1), (job.id, 2)]
 
 
+def test_a_heartbeat_that_stands_still_is_none_whatever_the_clock_of_its_node_says(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    write_record(world.folder(job), "RUNNING", age_s=-3600)  # an hour ahead of us
+    world.ray.known.clear()
+    for _ in range(3):
+        world.reconciler.round()
+        assert world.state(job) == "RUNNING"
+        world.now += 9
+    world.reconciler.round()
+    assert world.ray.submitted == [(job.id, 1), (job.id, 2)]
+
+
+def test_a_run_that_comes_back_after_its_job_was_cancelled_finds_that_it_shall_stop(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    write_record(world.folder(job), "RUNNING", age_s=60)  # its disk hangs
+    world.ray.known.clear()
+    world.jobs.cancel(job.id)
+    world.reconciler.round()
+    assert world.state(job) == "CANCELLED" and RunFolder(world.folder(job)).stop.exists()
+
+
+def test_what_an_earlier_attempt_did_is_not_told_as_that_of_a_later_one(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    write_record(world.folder(job), "FAILED", step=3, finished_at=world.now - 1000)
+    world.status(job, "FAILED")
+    world.reconciler.round()
+    assert world.jobs.get(job.id).finished_at == world.now - 1000
+    world.jobs.retry(job.id)
+    world.reconciler.round()
+    world.jobs.cancel(job.id)
+    world.status(job, "STOPPED")
+    world.reconciler.round()
+    cancelled = world.jobs.get(job.id)
+    assert (cancelled.state, cancelled.finished_at) == ("CANCELLED", world.now)
+
+
+def test_a_success_of_an_attempt_that_was_given_up_is_told_in_full(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    write_record(world.folder(job), "RUNNING", step=5, age_s=60)
+    world.status(job, "FAILED")
+    world.reconciler.round()
+    write_record(world.folder(job), "SUCCEEDED", step=20, total_steps=20)
+    world.reconciler.round()
+    done = world.jobs.get(job.id)
+    assert (done.state, done.attempt, done.step, done.total_steps) == ("SUCCEEDED", 2, 20, 20)
+
+
 def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: World) -> None:
     job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
