@@ -27,11 +27,12 @@ def backup(
     from sqlalchemy.exc import SQLAlchemyError
 
     from service import backup as backups
+    from service.backup_database import BackupError
     from service.settings import Settings
 
     try:
         made = backups.backup(Settings(), target.absolute(), checkpoints=checkpoints)
-    except (backups.BackupError, SQLAlchemyError, OSError) as error:
+    except (BackupError, SQLAlchemyError, OSError) as error:
         fail(error)
     _show(made, target, as_json)
     if not as_json:
@@ -47,12 +48,13 @@ def restore(
     from sqlalchemy.exc import SQLAlchemyError
 
     from service import backup as backups
+    from service.backup_database import BackupError
     from service.settings import Settings
     from service.store import NewerDatabase
 
     try:
         made = backups.restore(Settings(), source.absolute())
-    except (backups.BackupError, NewerDatabase, SQLAlchemyError, OSError) as error:
+    except (BackupError, NewerDatabase, SQLAlchemyError, OSError) as error:
         fail(error)
     _show(made, source, as_json)
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from service import backup as backups
 from service import cli
-from service.backup import BackupError, backup, restore, verified
+from service.backup import backup, restore, verified
+from service.backup_database import BackupError
 from service.principal import ALL, LOCAL
 from service.registry import Registry
 from service.settings import Settings
