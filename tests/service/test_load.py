@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import sqlalchemy as sa
 
@@ -99,17 +99,21 @@ def test_a_burst_loses_nothing_doubles_nothing_and_runs_no_more_than_fits(parts:
     Ray's head holds a driver for each job that runs, so what is admitted bounds its memory.
     """
     parts.reconciler.start()
-    app, own = build(parts.settings, parts), threading.local()
+    app, few = build(parts.settings, parts), asyncio.Semaphore(32)
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 50000))
 
-    def post(i: int) -> tuple[int, str]:
-        if not hasattr(own, "client"):
-            own.client = local_client(app)
-        answer = own.client.post("/v1/jobs", json=BODY | {"name": f"n{i}"}, headers={"Idempotency-Key": f"k{i}"})
-        return answer.status_code, answer.json()["id"]
+    async def post(client: httpx.AsyncClient, i: int) -> tuple[int, str]:
+        async with few:
+            body, key = BODY | {"name": f"n{i}"}, {"Idempotency-Key": f"k{i}"}
+            answer = await client.post("/v1/jobs", json=body, headers=key)
+            return answer.status_code, answer.json()["id"]
 
-    order = sorted([*range(200), *range(0, 200, 10)])
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(post, order))
+    async def burst() -> list[tuple[int, str]]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            order = sorted([*range(200), *range(0, 200, 10)])
+            return await asyncio.gather(*(post(client, i) for i in order))
+
+    answers = asyncio.run(burst())
     assert Counter(code for code, _ in answers) == {201: 200, 200: 20}
     ids = {job_id for _, job_id in answers}
     until(lambda: len(parts.jobs.list(limit=500, state="SUCCEEDED")) == 200)
@@ -126,6 +130,6 @@ def test_the_harness(tmp_path: Path, toy_shards: dict[str, str], monkeypatch: py
     monkeypatch.setattr(apart, "run", lambda function, **arguments: function(**arguments))
     monkeypatch.setattr(service_load, "LOOKS", 3)
     monkeypatch.setattr(service_load, "SUBMISSIONS", 10)
-    found = service_load.measure(tmp_path / "home", toy_shards["train"], "", jobs=60)
+    found = service_load.measure(tmp_path / "home", toy_shards["train"], "", jobs=200)
     assert all(ms > 0 for ms in found["looks"].values()) and 0 < found["most"] <= CPUS
     assert found["rate"] > 0 and found["round_s"] > 0 and len(found["ids"]) == 10
