@@ -232,7 +232,7 @@ def burst(address: str, shards: str) -> dict[str, Any]:
             assert page.status_code == 200, page.text
             states = {job["id"]: job["state"] for job in page.json()["jobs"] if job["name"].startswith("burst-")}
             assert not set(states.values()) & {"FAILED", "CANCELLED"}
-            time.sleep(0.2)
+            time.sleep(1.0)  # seldom: it takes from the service
         assert states.keys() == set(ids.values()), "one was lost, or is there twice"
     finally:
         for client in pool_of:

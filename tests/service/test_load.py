@@ -86,7 +86,7 @@ def test_a_page_says_what_each_job_says_and_opens_no_folder_of_one_that_never_ra
 
 @pytest.fixture
 def parts(database: str, tmp_path: Path) -> Iterator[Parts]:
-    settings = Settings(home=tmp_path, database_url=database, reconcile_interval_s=0.01)
+    settings = Settings(home=tmp_path, database_url=database, reconcile_interval_s=0.05)
     engine: Any = Engine(settings, run_s=0.0)
     parts = build_parts(settings, ray=engine, deployments=NoDeployments(), check=lambda *_: [])  # type: ignore[arg-type]
     yield parts
@@ -116,11 +116,13 @@ def test_a_burst_loses_nothing_doubles_nothing_and_runs_no_more_than_fits(parts:
     answers = asyncio.run(burst())
     assert Counter(code for code, _ in answers) == {201: 200, 200: 20}
     ids = {job_id for _, job_id in answers}
-    until(lambda: len(parts.jobs.list(limit=500, state="SUCCEEDED")) == 200)
+    ray: Any = parts.ray
+    until(lambda: len(ray.submitted) >= 200)
+    until(lambda: not parts.jobs.list(limit=1, state="RUNNING") and not parts.jobs.list(limit=1, state="STARTING"))
     jobs = parts.jobs.list(limit=500)
+    assert {job.state for job in jobs} == {"SUCCEEDED"}
     assert {job.id for job in jobs} == ids and len(jobs) == 200
     assert len({job.name for job in jobs}) == 200 and {job.attempt for job in jobs} == {1}
-    ray: Any = parts.ray
     assert sorted(ray.submitted) == sorted(ids)
     assert 1 < ray.most <= CPUS
 
