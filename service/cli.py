@@ -231,13 +231,14 @@ def demo(
 
 def _more_commands() -> None:
     """Those of the cluster, and `pack`, `inspect` and other tools that live with the data."""
+    from service import cli_backup
     from service.cli_access import audit, project_app, token_app
     from service.cli_cluster import COMMANDS, cluster_app
     from service.cli_webhooks import webhook_app
     from workloads.data.commands import TOOLS, pack_app
     from workloads.search.commands import latency_table
 
-    for command in (*COMMANDS, *TOOLS, latency_table):
+    for command in (*COMMANDS, *cli_backup.COMMANDS, *TOOLS, latency_table):
         app.command()(command)
     app.add_typer(pack_app, name="pack")
     app.add_typer(cluster_app, name="cluster")

@@ -8,6 +8,7 @@ when the service starts.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ DeliveryState = Literal["PENDING", "DELIVERED", "FAILED"]
 ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
+WRITER_S = 60.0  # for which a thread waits for its turn, then it is SQLite's to say no
 MIGRATION = 0x6D6967  # "mig": the advisory lock of migrations
 
 
@@ -247,6 +249,7 @@ class Store:
         self.engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=not url.startswith("sqlite"))
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _sqlite_pragmas)
+            _queue_writers(self.engine)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         try:
             migrate(self.engine)
@@ -289,6 +292,27 @@ def _sqlite_pragmas(connection: Any, _: Any) -> None:
     for pragma in ("journal_mode=WAL", "busy_timeout=10000", "foreign_keys=ON", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _queue_writers(engine: sa.Engine) -> None:
+    """Lets the threads of this process write one after another, each when it is woken.
+
+    SQLite has one writer at a time and no queue: others sleep and try again, and in a burst some find it taken each
+    time until `busy_timeout` is over.
+    """
+    writer = threading.Lock()
+
+    def before(connection: sa.Connection, _: Any, __: str, ___: Any, context: Any, ____: bool) -> None:
+        writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
+        if writes and not connection.info.get("writer"):
+            connection.info["writer"] = writer.acquire(timeout=WRITER_S)
+
+    def after(_: Any, record: Any) -> None:
+        if record.info.pop("writer", False):
+            writer.release()
+
+    sa.event.listen(engine, "before_cursor_execute", before)
+    sa.event.listen(engine, "checkin", after)  # behind the commit
 
 
 class NewerDatabase(RuntimeError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from service.client import Client
 from service.local_cluster import temporary
-from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, search, service
+from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, search, service, service_load
 from tests.benchmarks.table import Row, markdown
 from workloads.data.pack import pack_digits
 
@@ -76,6 +76,7 @@ def main() -> None:
         folder = Path(name)
         groups: list[Callable[[], list[Row]]] = [
             partial(rows, folder),
+            partial(service_load.rows, folder, str(folder / TRAIN)),
             partial(engine.rows, folder, str(folder / TRAIN)),
             masked.rows,
             contrast.rows,

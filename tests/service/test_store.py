@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 import service.store
@@ -131,4 +133,25 @@ def test_the_second_writer_is_told(store: Store) -> None:
         row = second.query(Job).one()
         second.connection().exec_driver_sql("UPDATE jobs SET revision = revision + 1")  # somebody else was faster
         row.step = 1
+    store.close()
+
+
+def test_writers_of_sqlite_wait_for_their_turn(store: Store) -> None:
+    """None of 16 threads finds the database locked, although SQLite itself does not wait at all."""
+
+    def impatient(session: Session) -> None:
+        session.execute(sa.text("PRAGMA busy_timeout=0"))
+
+    def write(i: int) -> None:
+        for n in range(10):
+            with store.session() as session:
+                impatient(session)
+                session.add(Job(id=f"{i}-{n}", name="n", spec={}, origin="rest", state="QUEUED"))
+        with pytest.raises(IntegrityError), store.session() as session:  # whose turn ends as well
+            session.add(Job(id=f"{i}-0", name="n", spec={}, origin="rest", state="QUEUED"))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(16)))
+    with store.session() as session:
+        assert session.query(Job).count() == 160
     store.close()
