@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import time
 from collections.abc import Iterator
@@ -23,19 +24,27 @@ os.environ.update(embedded.MODE)  # before any conftest below imports ray, which
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """The tests of a file share a process, and so do all files that start Ray: one cluster, one installation at a time.
+    """The tests of a file share a process, and so do all that start Ray: one cluster, one installation at a time.
 
     Groups of xdist would say the same, but version 3.8 does not see them with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "ray" if _starts_ray(self.config.rootpath / file) else file
+        file, _, test = nodeid.partition("::")
+        marked = _marked_ray(self.config.rootpath / file)
+        return "ray" if marked & {"pytestmark", test.partition("[")[0]} else file
 
 
 @cache
-def _starts_ray(file: Path) -> bool:
-    return "mark.ray" in file.read_text()
+def _marked_ray(file: Path) -> set[str]:
+    """Names of the tests of a file that are marked `ray`; `pytestmark` when all are."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and any("mark.ray" in ast.unparse(mark) for mark in node.decorator_list):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign) and "mark.ray" in ast.unparse(node.value):
+            found |= {ast.unparse(target) for target in node.targets}
+    return found
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

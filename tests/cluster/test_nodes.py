@@ -122,10 +122,12 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 90) -> No
 
 
 JOINS = """
-import json, os, sys, time
+import json, sys, time
 from pathlib import Path
 from cluster import embedded
-embedded.connect(Path(sys.argv[1]))
+home = Path(sys.argv[1])
+embedded.start(home, ip=sys.argv[2], num_cpus=2)
+embedded.connect(home)
 import ray
 deadline = time.monotonic() + 60
 while time.monotonic() < deadline and ray.cluster_resources().get("CPU", 0) < 5:
@@ -136,36 +138,24 @@ print(json.dumps([ray.cluster_resources().get("CPU"), len([n for n in ray.nodes(
 
 @pytest.mark.ray
 def test_a_node_joins_and_leaves(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It is started first, and waits for the head."""
     home = tmp_path_factory.mktemp("cluster")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MANTA_"))}
-    up = "import sys; from pathlib import Path; from cluster import embedded\n"
-    up += "embedded.start(Path(sys.argv[1]), ip=sys.argv[2], num_cpus=2)"
-    subprocess.run([sys.executable, "-c", up, home, own_ip()], env=clean, check=True, timeout=120)
-    head = embedded.read(home)
-    assert head is not None
-    manta = [
-        sys.executable,
-        "-m",
-        "service.cli",
-        "--home",
-        str(home),
-        "cluster",
-        "add-node",
-        "--cpus",
-        "3",
-        "--gpus",
-        "0",
-    ]
-    node = subprocess.Popen([*manta, "--drain", "5"], env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    add_node = [sys.executable, "-m", "service.cli", "--home", str(home), "cluster", "add-node"]
+    add_node += ["--cpus", "3", "--gpus", "0", "--drain", "1"]
+    node = subprocess.Popen(add_node, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         seen = subprocess.run(
-            [sys.executable, "-c", JOINS, str(home)], env=clean, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", JOINS, str(home), own_ip()], env=clean, capture_output=True, text=True, timeout=240
         )
         assert seen.stdout.strip() == "[5.0, 2]", seen.stdout + seen.stderr
+        head = embedded.read(home)
+        assert head is not None
         node.send_signal(signal.SIGTERM)
         assert node.wait(timeout=40) in (0, 1)  # 1 is what `ray start --block` makes of a SIGTERM
-        until(lambda: head.alive(), "the head stays", timeout_s=1)
+        assert head.alive(), "the head stays"
     finally:
         node.kill()
         node.communicate()
-        embedded.stop(head)
+        if (head := embedded.read(home)) is not None:
+            embedded.stop(head)

@@ -24,7 +24,8 @@ TIMEOUT_S = 180.0
 Weights = dict[str, torch.Tensor]
 
 FORKS = multiprocessing.get_context("forkserver")  # which has torch already: a start of Python is most of a small job
-FORKS.set_forkserver_preload(["tests.faults.counted", "workloads.train", "workloads.preflight"])
+IMPORTED_LATER = ["workloads.models.timm_import", "torch._dynamo", "pandas", "tensorboardX"]  # 0.5 to 2.5 s of a driver
+FORKS.set_forkserver_preload(["tests.faults.counted", "workloads.train", "workloads.preflight", *IMPORTED_LATER])
 
 
 def final_weights(run: RunFolder) -> Weights:
