@@ -14,7 +14,7 @@ from fastapi import Depends, Request, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import HTTPBearer
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, compile_path
 
 from service.errors import Forbidden, NotFound, Unauthorised
 from service.jobs import no_such_job
@@ -93,6 +93,12 @@ def without_rule(routes: Sequence[BaseRoute]) -> list[str]:
         elif route.path not in PUBLIC and route.path != PUBLIC_FOLDER.rstrip("/"):
             found.append(str(route.path))  # a mount: `authorise` does not run for it
     return found
+
+
+def allowed_methods(path: str) -> str:
+    """For Allow: the methods of all routes that the path is one of; Starlette tells those of the first."""
+    found = {method for method, route in map(str.split, RULES) if compile_path(route)[0].match(path)}
+    return ", ".join(sorted(found)) or "GET, HEAD"  # of a file
 
 
 Bearer = Annotated[object, Security(HTTPBearer(auto_error=False, description="Of `manta token create`."))]

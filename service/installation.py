@@ -41,21 +41,23 @@ class Installation:
         self._store.close()
 
     def projects(self) -> list[Answer]:
-        return [project_view(row) for row in self._projects.list(self._me)]
+        return [dict(project_view(row)) for row in self._projects.list(self._me)]
 
     def create_project(self, name: str) -> Answer:
         name = _valid(NewProject, {"name": name}).name
-        return self._noted("POST /v1/projects", name, ALL, lambda: project_view(self._projects.create(self._me, name)))
+        return self._noted(
+            "POST /v1/projects", name, ALL, lambda: dict(project_view(self._projects.create(self._me, name)))
+        )
 
     def tokens(self) -> list[Answer]:
-        return [token_view(row) for row in self._tokens.list(self._me)]
+        return [dict(token_view(row)) for row in self._tokens.list(self._me)]
 
     def create_token(self, name: str, role: str, *, project: str, lifetime: float | str | None) -> Answer:
         new = _valid(NewToken, {"name": name, "role": role, "project": project, "lifetime": lifetime})
 
         def create() -> Answer:
             row, text = self._tokens.create(self._me, new.name, new.role, new.project, new.lifetime)
-            return token_view(row) | {"token": text}
+            return {**token_view(row), "token": text}
 
         return self._noted("POST /v1/tokens", new.name, new.project, create)
 
@@ -66,11 +68,11 @@ class Installation:
             "DELETE /v1/tokens/{token_id}",
             token_id,
             whose,
-            lambda: token_view(self._tokens.revoke(self._me, token_id)),
+            lambda: dict(token_view(self._tokens.revoke(self._me, token_id))),
         )
 
     def audit(self, *, limit: int = 50) -> list[Answer]:
-        return [entry_view(row) for row in self._audit.list(self._me, limit=limit)]
+        return [dict(entry_view(row)) for row in self._audit.list(self._me, limit=limit)]
 
     def _noted(self, action: str, target: str, project: str, change: Callable[[], Answer]) -> Answer:
         entry = self._audit.begin(self._me, action, target, project, secrets.token_hex(8))

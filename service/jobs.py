@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import Conflict, NotFound
 from service.events import START, read_events
+from service.job_views import Comparison, EventView, JobView
 from service.patches import differences
 from service.principal import ALL
 from service.registry import Registry
@@ -123,7 +123,7 @@ class Jobs:
         """
         return self._ask(job_id, RETRY)
 
-    def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
+    def diff(self, job_id: str, other_id: str) -> Comparison:
         """Where the specs of two jobs differ, and what their runs were made of, so far as both have begun."""
         ids = job_id, other_id
         ours, theirs = (self.get(name).spec for name in ids)
@@ -136,7 +136,7 @@ class Jobs:
             "provenance": differences(made_of[0], made_of[1]) if len(made_of) == len(ids) else [],
         }
 
-    def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
+    def events(self, job_id: str, after: str = START) -> list[EventView]:
         """What happened to a job, behind the cursor `after`."""
         return read_events(self._store, self.get(job_id), self.run_folder(job_id), after)
 
@@ -157,12 +157,11 @@ class Jobs:
     def run_folder(self, job_id: str) -> RunFolder:
         return RunFolder(self._settings.runs / self.get(job_id).id)
 
-    def view(self, job: Job) -> dict[str, Any]:
+    def view(self, job: Job) -> JobView:
         """A job as an answer."""
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
-        kind = "search" if "search" in job.spec else "method"
-        found = read_found(run.artifact) if kind == "search" else None
+        found = read_found(run.artifact) if "search" in job.spec else None
         return {
             "id": job.id,
             "name": job.name,
@@ -173,12 +172,12 @@ class Jobs:
             "after": job.after,
             "reason": job.reason,
             "hint": job.hint,
-            **dict.fromkeys(("method", "search")),
-            kind: job.spec[kind]["name"],
+            "method": job.spec["method"]["name"] if "method" in job.spec else None,
+            "search": job.spec["search"]["name"] if "search" in job.spec else None,
             "origin": job.origin,
             "created_at": _iso(job.created_at),
-            "started_at": _iso(job.started_at),
-            "finished_at": _iso(job.finished_at),
+            "started_at": _iso_or_none(job.started_at),
+            "finished_at": _iso_or_none(job.finished_at),
             "progress": {"step": job.step, "total_steps": job.total_steps, "epoch": job.epoch},
             "ran_s": record.ran_s if record else 0.0,
             "skipped": record.skipped if record else [],
@@ -198,5 +197,9 @@ def _now() -> float:
     return datetime.now(UTC).timestamp()
 
 
-def _iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _iso_or_none(seconds: float | None) -> str | None:
+    return None if seconds is None else _iso(seconds)

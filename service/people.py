@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from service.principal import DEFAULT_PROJECT, ProjectName, Role
 from service.store import AuditEntry, Project, Token
@@ -31,11 +32,67 @@ class NewToken(BaseModel):
     )
 
 
-def project_view(row: Project) -> dict[str, Any]:
+class ProjectView(TypedDict):
+    name: str
+    created_at: str
+
+
+class ProjectList(TypedDict):
+    """By name."""
+
+    projects: list[ProjectView]
+
+
+class TokenView(TypedDict):
+    """A token without its text."""
+
+    id: str
+    name: Annotated[str, Field(description="Of the person or program it is for.")]
+    role: Role
+    project: Annotated[str, Field(description="*: all.")]
+    created_by: str
+    created_at: str
+    expires_at: Annotated[str | None, Field(description="null: it does not.")]
+    revoked_at: str | None
+    last_used_at: Annotated[str | None, Field(description="To the minute.")]
+
+
+class MadeToken(TokenView):
+    token: Annotated[str, Field(description="Its text, told here and never again.")]
+
+
+class TokenList(TypedDict):
+    """The newest first."""
+
+    tokens: list[TokenView]
+
+
+class AuditEntryView(TypedDict):
+    """One change that somebody asked for."""
+
+    id: int
+    time: str
+    who: str
+    token_id: Annotated[str | None, Field(description="null: by the machine of the service itself.")]
+    project: str
+    action: Annotated[str, Field(description="Method and route.")]
+    target: Annotated[str, Field(description="The id or name in the path, or of what was made.")]
+    request_id: str
+    status: Annotated[int | None, Field(description="Of the answer; null: the service died before it gave one.")]
+
+
+class AuditPage(TypedDict):
+    """The newest first."""
+
+    entries: list[AuditEntryView]
+    next: Annotated[int | None, Field(description="`cursor` of the following page; null: this is the last.")]
+
+
+def project_view(row: Project) -> ProjectView:
     return {"name": row.name, "created_at": _iso(row.created_at)}
 
 
-def token_view(row: Token) -> dict[str, Any]:
+def token_view(row: Token) -> TokenView:
     """All that is known of it but the hash."""
     return {
         "id": row.id,
@@ -44,13 +101,13 @@ def token_view(row: Token) -> dict[str, Any]:
         "project": row.project,
         "created_by": row.created_by,
         "created_at": _iso(row.created_at),
-        "expires_at": _iso(row.expires_at),
-        "revoked_at": _iso(row.revoked_at),
-        "last_used_at": _iso(row.last_used_at),
+        "expires_at": _iso_or_none(row.expires_at),
+        "revoked_at": _iso_or_none(row.revoked_at),
+        "last_used_at": _iso_or_none(row.last_used_at),
     }
 
 
-def entry_view(row: AuditEntry) -> dict[str, Any]:
+def entry_view(row: AuditEntry) -> AuditEntryView:
     return {
         "id": row.id,
         "time": _iso(row.time),
@@ -64,5 +121,9 @@ def entry_view(row: AuditEntry) -> dict[str, Any]:
     }
 
 
-def _iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _iso_or_none(seconds: float | None) -> str | None:
+    return None if seconds is None else _iso(seconds)
