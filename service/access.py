@@ -97,8 +97,9 @@ def without_rule(routes: Sequence[BaseRoute]) -> list[str]:
 
 def allowed_methods(path: str) -> str:
     """For Allow: the methods of all routes that the path is one of; Starlette tells those of the first."""
-    found = {method for method, route in map(str.split, RULES) if compile_path(route)[0].match(path)}
-    return ", ".join(sorted(found)) or "GET, HEAD"  # of a file
+    found = [(method, route) for method, route in map(str.split, RULES) if compile_path(route)[0].match(path)]
+    closest = max((len(route) for _, route in found), default=0)  # `x:cancel` is no `{job_id}`
+    return ", ".join(sorted(method for method, route in found if len(route) == closest)) or "GET, HEAD"  # of a file
 
 
 Bearer = Annotated[object, Security(HTTPBearer(auto_error=False, description="Of `manta token create`."))]

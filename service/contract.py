@@ -69,6 +69,8 @@ def _complete(document: dict[str, Any]) -> None:
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     by_status = _by_status(ServiceError)
     components = document["components"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of 422
+        components["schemas"].pop(name, None)
     components["schemas"] |= problem.pop("$defs") | {"Problem": problem}
     problem["properties"]["code"]["enum"] = sorted(kind.__name__ for kinds in by_status.values() for kind in kinds)
     components["responses"] = {kinds[0].__name__: _response(kinds) for kinds in by_status.values()}
@@ -78,9 +80,10 @@ def _complete(document: dict[str, Any]) -> None:
                 operation.pop("security", None)
                 continue
             wanted = {int(status) for status in operation["responses"] if int(status) >= 400} | _of_any(operation)
-            for status in sorted(wanted):
+            for status in wanted:
                 name = by_status[status][0].__name__
                 operation["responses"][str(status)] = {"$ref": f"#/components/responses/{name}"}
+            operation["responses"] = dict(sorted(operation["responses"].items()))
 
 
 def _of_any(operation: dict[str, Any]) -> set[int]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from service.audit import Audit
 from service.client import Answer, ApiError
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.people import NewProject, NewToken, entry_view, project_view, token_view
 from service.principal import ALL, Principal
 from service.projects import Projects
@@ -80,7 +80,7 @@ class Installation:
             answer = change()
         except ServiceError as error:
             self._audit.finish(entry, error.status)
-            raise ApiError(error.status, error.title, error.detail, error.hint) from error
+            raise _as_answered(error) from error
         self._audit.finish(entry, 200, answer.get("id", ""))
         return answer
 
@@ -89,5 +89,9 @@ def _valid(model: type[Any], values: dict[str, Any]) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ApiError(422, "Invalid request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        problems = [{"loc": list(e["loc"]), "message": e["msg"], "hint": ""} for e in error.errors(include_url=False)]
+        raise _as_answered(InvalidRequest(problems)) from error
+
+
+def _as_answered(error: ServiceError) -> ApiError:
+    return ApiError(error.status, error.title, error.detail, error.hint, code=error.code)

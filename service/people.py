@@ -13,21 +13,22 @@ from service.store import AuditEntry, Project, Token
 from workloads.spec_training import Seconds
 
 LIFETIME_S = 90 * 86400.0
+MOST_LIFETIME_S = 100 * 365 * 86400.0  # there is a last year that a calendar knows
 
 
 class NewProject(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: ProjectName
 
 
 class NewToken(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[\w.@-]{1,80}$", description="Of the person or program it is for.")
     role: Role
     project: ProjectName | Literal["*"] = Field(default=DEFAULT_PROJECT, description="*: all, also those to come.")
-    lifetime: Annotated[Seconds, Field(gt=0)] | None = Field(
+    lifetime: Annotated[Seconds, Field(gt=0, le=MOST_LIFETIME_S)] | None = Field(
         default=LIFETIME_S, description='Seconds, or "12h", "90d"; null: until it is revoked.'
     )
 

@@ -118,10 +118,10 @@ class BaseSpec(Strict):
         if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
             document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
         for holder in self._holders(document):
-            for stream in holder.get("data", {}).values():
-                for field in ("shards", "scores"):
-                    if stream.get(field) is not None:
-                        stream[field] = _absolute(stream[field], base)
+            streams = holder.get("data")
+            for stream in streams.values() if isinstance(streams, dict) else ():
+                for field in ("shards", "scores") if isinstance(stream, dict) else ():
+                    stream[field] = _absolute(stream.get(field), base)
         return type(self).model_validate(document)
 
     def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -222,7 +222,10 @@ class JobSpec(BaseSpec):
         return self._micro_batches // world_size
 
 
-def _absolute(shards: str | list[str], base: Path) -> str | list[str]:
+def _absolute(shards: Any, base: Path) -> Any:
+    """Of what is neither a text nor a list, which an evaluation will refuse, nothing is changed."""
     if isinstance(shards, list):
-        return [str(_absolute(one, base)) for one in shards]
+        return [_absolute(one, base) for one in shards]
+    if not isinstance(shards, str):
+        return shards
     return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)

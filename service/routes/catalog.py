@@ -14,11 +14,11 @@ from workloads import catalog
 router = APIRouter(prefix="/v1", tags=["catalog"])
 
 
-class Named(TypedDict):
+class CatalogName(TypedDict):
     name: str
 
 
-class WithPaper(Named):
+class WithPaper(CatalogName):
     paper: Annotated[str, Field(description="Authors, year, arXiv id.")]
 
 
@@ -31,10 +31,10 @@ class SearchList(TypedDict):
 
 
 class EvaluationList(TypedDict):
-    evaluations: list[Named]
+    evaluations: list[CatalogName]
 
 
-class Entry(Named):
+class Entry(CatalogName):
     """What a job may say beside the name."""
 
     schema: Annotated[dict[str, Any], Field(description="JSON Schema of the config.")]

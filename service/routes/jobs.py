@@ -42,7 +42,17 @@ MADE = answers(201, Location="Of the job.") | refuses(Conflict)
 AGAIN = answers(200, JobView, "The job that the Idempotency-Key made before.", Location="Of the job.")
 LOG: dict[int | str, dict[str, Any]] = {
     200: answers(200, X_Next_Offset="`offset` of what follows, where it is not followed.")[200]
-    | {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    | {
+        "content": {
+            "text/event-stream": {  # of each event
+                "schema": {
+                    "type": "object",
+                    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+                    "required": ["data"],
+                }
+            }
+        }
+    }
 }
 EXAMPLES: dict[str, Any] = {
     "training": {
