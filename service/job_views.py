@@ -31,6 +31,7 @@ class Score(TypedDict, total=False):
 
     mean: float
     std: float
+    seeds: Annotated[list[float], Field(description="The value of each.")]
 
 
 class EvaluationResult(TypedDict, total=False):
@@ -53,7 +54,7 @@ class OnlineResult(TypedDict, total=False):
     metric: str
     mean: float
     std: float
-    seeds: int
+    seeds: list[float]
 
 
 class FoundView(TypedDict):

@@ -119,9 +119,10 @@ class BaseSpec(Strict):
             document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
         for holder in self._holders(document):
             streams = holder.get("data")
-            for stream in streams.values() if isinstance(streams, dict) else ():
-                for field in ("shards", "scores") if isinstance(stream, dict) else ():
-                    stream[field] = _absolute(stream.get(field), base)
+            for stream in streams.values() if isinstance(streams, dict) else ():  # of an evaluation it may be anything
+                for field in ("shards", "scores"):
+                    if isinstance(stream, dict) and field in stream:
+                        stream[field] = _absolute(stream[field], base)
         return type(self).model_validate(document)
 
     def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -223,7 +224,6 @@ class JobSpec(BaseSpec):
 
 
 def _absolute(shards: Any, base: Path) -> Any:
-    """Of what is neither a text nor a list, which an evaluation will refuse, nothing is changed."""
     if isinstance(shards, list):
         return [_absolute(one, base) for one in shards]
     if not isinstance(shards, str):

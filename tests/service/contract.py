@@ -46,11 +46,20 @@ RESULT = {
     "label": "knn",
     "config": {},
     "metric": "accuracy",
-    "results": {"model": {"mean": 0.5, "std": 0.0}},
+    "results": {"model": {"mean": 0.5, "std": 0.0, "seeds": [0.5]}},
 }
 
 
-ONLINE = {"step": 10, "epoch": 1, "entry": 0, "label": "knn", "metric": "accuracy", "mean": 0.5, "std": 0.0, "seeds": 1}
+ONLINE = {
+    "step": 10,
+    "epoch": 1,
+    "entry": 0,
+    "label": "knn",
+    "metric": "accuracy",
+    "mean": 0.5,
+    "std": 0.0,
+    "seeds": [0.5],
+}
 STATES = get_args(JobState)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pickle
 import re
@@ -14,7 +13,7 @@ from service import errors
 from service.errors import InvalidRequest, MethodNotAllowed, ServiceError, TooMany
 from service.problems import Problem, answer
 
-LINE = re.compile(r"^((?:\|   |    )*)\+-- (\w+) +(\d{3})( retry)? {2,}\S", re.MULTILINE)
+LINE = re.compile(r"^    ((?:\|   |    )*)\+-- (\w+) +(\d{3})( retry)? {2,}\S", re.MULTILINE)
 WRONG = [{"loc": ["body", 0], "message": "got x", "hint": "y"}]
 
 
@@ -34,7 +33,7 @@ def made(kind: type[ServiceError]) -> ServiceError:
 def test_the_tree_is_the_one_that_is_drawn() -> None:
     drawn: set[tuple[str, str, int, bool]] = set()
     above = [ServiceError.__name__]
-    for indent, name, status, retry in LINE.findall(inspect.cleandoc(errors.__doc__ or "")):
+    for indent, name, status, retry in LINE.findall(errors.__doc__ or ""):
         above[1 + len(indent) // 4 :] = [name]
         drawn.add((above[-2], name, int(status), bool(retry)))
     exist = {(kind.__bases__[0].__name__, kind.__name__, kind.status, kind.retryable) for kind in KINDS}
