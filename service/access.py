@@ -14,7 +14,7 @@ from fastapi import Depends, Request, Security
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import HTTPBearer
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, compile_path
 
 from service.errors import Forbidden, NotFound, Unauthorised
 from service.jobs import no_such_job
@@ -101,6 +101,13 @@ def without_rule(routes: Sequence[BaseRoute]) -> list[str]:
         elif route.path not in PUBLIC and route.path != PUBLIC_FOLDER.rstrip("/"):
             found.append(str(route.path))  # a mount: `authorise` does not run for it
     return found
+
+
+def allowed_methods(path: str) -> str:
+    """For Allow: the methods of all routes that the path is one of; Starlette tells those of the first."""
+    found = [(method, route) for method, route in map(str.split, RULES) if compile_path(route)[0].match(path)]
+    closest = max((len(route) for _, route in found), default=0)  # `x:cancel` is no `{job_id}`
+    return ", ".join(sorted(method for method, route in found if len(route) == closest)) or "GET, HEAD"  # of a file
 
 
 Bearer = Annotated[object, Security(HTTPBearer(auto_error=False, description="Of `manta token create`."))]

@@ -15,18 +15,28 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from service.access import authorise, without_rule
-from service.errors import ServiceError, Unavailable
+from service.access import allowed_methods, authorise, without_rule
+from service.contract import Documented
+from service.errors import (
+    BadRequest,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    Unavailable,
+    UnsupportedMedia,
+)
 from service.gate import Gate
 from service.headers import SECURITY, SecurityHeaders
 from service.limits import BodyLimit, Rate
 from service.parts import Parts, build_parts
-from service.problems import answer, plain
+from service.problems import answer
 from service.routes import catalog, health, jobs, models, people, predict, webhooks
 from service.settings import Settings
 from service.tokens import expect_tokens
@@ -50,15 +60,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         yield
         parts.stop()
 
-    app = FastAPI(
-        title="Manta",
-        description="A distributed pretraining service on Ray.",
-        version="1",
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        dependencies=[Depends(authorise)],
-    )
+    app = Documented(lifespan=lifespan, dependencies=[Depends(authorise)])
     app.state.parts = parts
     for module in (jobs, catalog, predict, models, webhooks, people, health):
         app.include_router(module.router)
@@ -98,32 +100,38 @@ def _docs(app: FastAPI) -> None:
 
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
-    def refused(_: Request, error: ServiceError) -> JSONResponse:
+    def refused(_: Request, error: ServiceError) -> Response:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        errors = [{"loc": list(item["loc"]), "message": item["msg"], "hint": ""} for item in error.errors()]
-        where = ".".join(map(str, errors[0]["loc"]))
-        return plain(422, "Invalid request", f"{where}: {errors[0]['message']}", "see /docs", errors=errors)
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "none")
+        problems = [{"loc": list(item["loc"]), "message": item["msg"], "hint": "see /docs"} for item in error.errors()]
+        if isinstance(error.body, bytes) and any(problem["loc"] == ["body"] for problem in problems):
+            return answer(UnsupportedMedia(f"got a body of type {kind!r}, expected application/json", "name its type"))
+        return answer(InvalidRequest(problems))
 
     @app.exception_handler(HTTPException)
-    def http(request: Request, error: HTTPException) -> JSONResponse:
-        hint = "see /docs for the paths" if error.status_code in (404, 405) else ""
-        detail = f"{request.method} {request.url.path}: {error.detail}"
-        return plain(error.status_code, str(error.detail), detail, hint, dict(error.headers or {}))
+    def http(request: Request, error: HTTPException) -> Response:
+        asked = f"got {request.method} {request.url.path}"
+        if error.status_code == 404:
+            return answer(NotFound(f"{asked}, which is no path of the service", "see /docs for the paths"))
+        if error.status_code == 405:
+            allowed = allowed_methods(request.url.path)
+            return answer(MethodNotAllowed(f"{asked}, expected one of {allowed}", "see /docs for the paths", allowed))
+        return answer(BadRequest(f"{asked}: {error.detail}", "see /docs for the body"))  # one that cannot be read
 
     @app.exception_handler(OperationalError)
-    def away(request: Request, error: OperationalError) -> JSONResponse:
+    def away(request: Request, error: OperationalError) -> Response:
         logger.error("request %s: the database does not answer: %s", request.state.request_id, error.orig)
         return answer(Unavailable("the database does not answer", "try again; /readyz says what is missing"))
 
     @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> JSONResponse:
+    def unexpected(request: Request, error: Exception) -> Response:
         number = request.state.request_id
         logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error)
-        hint = "the service's log has the cause"
-        return plain(500, "Internal error", f"request {number} failed", hint, SECURITY | {"X-Request-ID": number})
+        failed = InternalError(f"request {number} failed", "the service's log has the cause")
+        return answer(failed, SECURITY | {"X-Request-ID": number})
 
 
 class Ingress:

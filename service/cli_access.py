@@ -92,7 +92,14 @@ Share = Annotated[str | None, typer.Option(help="Of the cluster, beside those of
 
 def _quotas(**given: str | None) -> dict[str, Any]:
     """Those that were given, as the service takes them."""
-    return {name: None if text == "none" else text for name, text in given.items() if text is not None}
+    try:
+        return {
+            name: None if text == "none" else float(text) if "." in text else int(text)
+            for name, text in given.items()
+            if text is not None
+        }
+    except ValueError:
+        fail(f"got {given}, expected numbers, or `none` for no limit", USAGE)
 
 
 @project_app.command("create")

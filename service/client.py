@@ -26,11 +26,39 @@ TRIES = 4  # of a submission whose answer was lost; the same key makes it safe
 
 
 class ApiError(Exception):
-    """The service refused or failed; `str()` is what a person should read."""
+    """The service refused or failed; `str()` is what a person should read.
 
-    def __init__(self, status: int, title: str, detail: str, hint: str = "", errors: Sequence[Answer] = ()) -> None:
+    Attributes:
+        status: of HTTP; 0: there was no answer.
+        title: the same for all of one code.
+        detail: what was got and expected; `reason` is the same.
+        hint: what to do.
+        errors: each problem of an invalid request: `loc`, `message`, `hint`.
+        code: by which programs tell errors apart, "NotDeployed"; "": what answered is no Manta.
+        retry_after_s: the same request may succeed after so many seconds; None: it will not.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        title: str,
+        detail: str,
+        hint: str = "",
+        errors: Sequence[Answer] = (),
+        code: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
         self.status, self.title, self.detail, self.hint, self.errors = status, title, detail, hint, list(errors)
-        super().__init__(status, title, detail, hint, errors)
+        self.code, self.retry_after_s = code, retry_after_s
+        super().__init__(status, title, detail, hint, errors, code, retry_after_s)
+
+    @property
+    def reason(self) -> str:
+        return self.detail
+
+    @property
+    def retryable(self) -> bool:
+        return self.retry_after_s is not None
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.detail}"]
@@ -41,6 +69,8 @@ class ApiError(Exception):
                 lines.append(f"  {'.'.join(map(str, error['loc']))}: {error['message']}{hint}")
         elif self.hint:
             lines.append(f"  {self.hint}")
+        if self.retry_after_s:
+            lines.append(f"  it may succeed after {self.retry_after_s:g} s")
         return "\n".join(lines)
 
 
@@ -89,7 +119,7 @@ class Client:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
             raise ApiError(
-                0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`"
+                0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`", retry_after_s=0
             ) from error
         _raise(response)
         return response
@@ -108,9 +138,9 @@ class Client:
             try:
                 return self._call("POST", path, json=body, headers=headers, params=parameters)
             except ApiError as error:
-                if error.status not in (0, 503) or attempt == TRIES - 1:
+                if error.retry_after_s is None or attempt == TRIES - 1:
                     raise
-                time.sleep(0.5 * 2**attempt)
+                time.sleep(max(error.retry_after_s, 0.5 * 2**attempt))
         raise AssertionError
 
     def submit_all(self, specs: Sequence[Answer], *, idempotency_key: str | None = None) -> list[Answer]:
@@ -335,10 +365,11 @@ def _raise(response: httpx.Response) -> None:
     """ApiError from problem+json, or from whatever else stands between."""
     if not response.is_error:
         return
+    status, wait = response.status_code, response.headers.get("retry-after", "")
+    again = float(wait) if wait.isdigit() else 2.0 if status == 503 else None
     try:
         body = response.json()
-        raise ApiError(
-            response.status_code, body["title"], body["detail"], body.get("hint", ""), body.get("errors", ())
-        )
+        told = body["title"], body["detail"], body.get("hint", ""), body.get("errors", ()), body.get("code", "")
     except (ValueError, KeyError, TypeError):
-        raise ApiError(response.status_code, response.reason_phrase, response.text[:500]) from None
+        told = response.reason_phrase, response.text[:500], "", (), ""
+    raise ApiError(status, *told, again)

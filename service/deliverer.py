@@ -32,7 +32,8 @@ from service.errors import BadRequest
 from service.settings import Settings
 from service.store import Delivery, DeliveryState, Job, JobEvent, Store, Webhook
 from service.webhook_targets import Resolve, addresses, expect_url, request, resolve
-from service.webhooks import event_type, iso, new_id
+from service.webhook_views import event_type, iso
+from service.webhooks import new_id
 
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each URL, and that of a webhook may be a secret

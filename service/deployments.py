@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from service.errors import NotDeployed, Unavailable
+from service.model_views import DeploymentView
 from service.predictor import application
 from service.registry import Registry
 from service.settings import Settings
@@ -61,7 +62,7 @@ def decide(row: Deployment, app: ApplicationStatusOverview | None, *, asked: boo
     return Decision("none", "FAILED", reason_of(app))
 
 
-def view_of(row: Deployment) -> dict[str, Any]:
+def view_of(row: Deployment) -> DeploymentView:
     return {"model": f"{row.name}@{row.version}", "state": row.state, "reason": row.reason}
 
 
@@ -126,7 +127,7 @@ class Deployments:
             time.sleep(POLL_S)
         return row
 
-    def view(self, name: str) -> dict[str, Any] | None:
+    def view(self, name: str) -> DeploymentView | None:
         """The row as it was seen last, None where the model is not deployed."""
         row = self._store.get_deployment(name)
         return None if row is None else view_of(row)

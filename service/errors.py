@@ -1,22 +1,27 @@
-"""Everything that the service refuses or cannot do, as one tree.
+"""Everything that the service refuses or cannot do, as one tree: code, status, whether to ask again later.
 
     ServiceError
-    +-- NotFound             404  no such job, model, method
-    +-- InvalidSpec          422  a JobSpec or body that cannot run; lists each problem
-    +-- BadRequest           400  a request that means nothing: an empty batch, no base64
-    |   +-- BadImage         422  bytes that are no image, or too many pixels
-    +-- Unauthorised         401  no token
-    |   +-- InvalidToken     401  one that is unknown, expired or revoked
-    +-- Forbidden            403  a token whose role does not reach so far
-    +-- TooSlow              408  a body that does not arrive in time
-    +-- TooLarge             413  a body above the limit
-    +-- TooMany              429  requests above the rate of the token; may be tried again
-    +-- Conflict             409  the state does not allow it, or a key used for another body
-    |   +-- NotDeployed      409  the model is registered, but nobody serves it
-    +-- Unavailable          503  not now: starting, full, Ray not reachable; may be tried again
+    +-- BadRequest           400        a request that means nothing: an empty batch, no base64
+    |   +-- BadImage         422        bytes that are no image, or too many pixels
+    +-- Unauthorised         401        no token
+    |   +-- InvalidToken     401        one that is unknown, expired or revoked
+    +-- Forbidden            403        a token whose role does not reach so far
+    +-- NotFound             404        no such job, model, method, path
+    +-- MethodNotAllowed     405        a path that is there, but not for this method
+    +-- TooSlow              408        a body that does not arrive in time
+    +-- Conflict             409        the state does not allow it, or a key used for another body
+    |   +-- NotDeployed      409        the model is registered, but nobody serves it
+    +-- TooLarge             413        a body above the limit
+    +-- UnsupportedMedia     415        a body of another type than JSON
+    +-- InvalidRequest       422        parameters or a body of another form; lists each problem
+    |   +-- InvalidSpec      422        a JobSpec or SearchSpec that cannot run; lists each problem
+    +-- TooMany              429 retry  requests above the rate of the token
+    +-- InternalError        500        a fault of the service; its log has the cause
+    +-- Unavailable          503 retry  not now: starting, full, Ray or the database not reachable
 
-`service.app` turns each into `application/problem+json` (RFC 9457) in one place. They
-cross processes, so they pickle, and keep their cause.
+The name of a class is the `code` of its answers. `service.app` turns each into `application/problem+json`
+(`service.problems`) in one place; what is retryable says when by Retry-After. They cross processes, so they pickle,
+and keep their cause.
 """
 
 from __future__ import annotations
@@ -29,12 +34,15 @@ class ServiceError(Exception):
     """Base of the tree.
 
     Attributes:
+        status: of HTTP.
+        title: the same for all of a class.
+        retryable: the same request may succeed later.
         detail: what was got and expected.
         hint: what to do.
     """
 
-    status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
+    status: ClassVar[int]
+    title: ClassVar[str]
     retryable: ClassVar[bool] = False
 
     def __init__(self, detail: str, hint: str = "") -> None:
@@ -55,34 +63,16 @@ class ServiceError(Exception):
 
     def problem(self) -> dict[str, Any]:
         """The body of the answer."""
-        body = {
+        return {
             "type": f"urn:manta:error:{self.code}",
             "title": self.title,
             "status": self.status,
+            "code": self.code,
             "detail": self.detail,
+            "reason": self.detail,  # as jobs and deployments call it
             "hint": self.hint,
             "retryable": self.retryable,
         }
-        return body
-
-
-class NotFound(ServiceError):
-    status, title = 404, "Not found"
-
-
-class InvalidSpec(ServiceError):
-    status, title = 422, "The job cannot run"
-
-    def __init__(self, problems: list[dict[str, Any]]) -> None:
-        first = problems[0]
-        super().__init__(f"{'.'.join(map(str, first['loc']))}: {first['message']}", first.get("hint", ""))
-        self.problems = problems
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.problems,))
-
-    def problem(self) -> dict[str, Any]:
-        return super().problem() | {"errors": self.problems}
 
 
 class BadRequest(ServiceError):
@@ -113,12 +103,64 @@ class Forbidden(ServiceError):
     status, title = 403, "Forbidden"
 
 
+class NotFound(ServiceError):
+    status, title = 404, "Not found"
+
+
+class MethodNotAllowed(ServiceError):
+    """`headers` has Allow: the methods that there are."""
+
+    status, title = 405, "Method not allowed"
+
+    def __init__(self, detail: str, hint: str = "", allowed: str = "") -> None:
+        super().__init__(detail, hint)
+        self.args, self.allowed = (detail, hint, allowed), allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allowed}
+
+
 class TooSlow(ServiceError):
     status, title = 408, "Too slow"
 
 
+class Conflict(ServiceError):
+    status, title = 409, "Conflict"
+
+
+class NotDeployed(Conflict):
+    status, title = 409, "Not deployed"
+
+
 class TooLarge(ServiceError):
     status, title = 413, "Too large"
+
+
+class UnsupportedMedia(ServiceError):
+    status, title = 415, "Unsupported media type"
+
+
+class InvalidRequest(ServiceError):
+    """Lists each problem: `loc`, the path to it, `message` and `hint`."""
+
+    status, title = 422, "Invalid request"
+
+    def __init__(self, problems: list[dict[str, Any]]) -> None:
+        first = problems[0]
+        detail = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["message"]]))
+        super().__init__(detail, first.get("hint", ""))
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.problems,))
+
+    def problem(self) -> dict[str, Any]:
+        return super().problem() | {"errors": self.problems}
+
+
+class InvalidSpec(InvalidRequest):
+    status, title = 422, "The job cannot run"
 
 
 class TooMany(ServiceError):
@@ -133,12 +175,8 @@ class TooMany(ServiceError):
         return {"Retry-After": str(max(1, math.ceil(self.wait_s)))}
 
 
-class Conflict(ServiceError):
-    status, title = 409, "Conflict"
-
-
-class NotDeployed(Conflict):
-    status, title = 409, "Not deployed"
+class InternalError(ServiceError):
+    status, title = 500, "Internal error"
 
 
 class Unavailable(ServiceError):

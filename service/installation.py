@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from service.audit import Audit
 from service.client import Answer, ApiError
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.people import NewProject, NewToken, Quotas, entry_view, project_views, token_view
 from service.principal import ALL, Principal
 from service.projects import Projects
@@ -41,13 +41,13 @@ class Installation:
         self._store.close()
 
     def projects(self) -> list[Answer]:
-        return project_views(self._projects, self._projects.list(self._me))
+        return [dict(view) for view in project_views(self._projects, self._projects.list(self._me))]
 
     def create_project(self, name: str, **quotas: Any) -> Answer:
         new = _valid(NewProject, {"name": name, **quotas})
 
         def create() -> Answer:
-            return project_views(self._projects, [self._projects.create(self._me, new.name, new.quotas)])[0]
+            return dict(project_views(self._projects, [self._projects.create(self._me, new.name, new.quotas)])[0])
 
         return self._noted("POST /v1/projects", new.name, ALL, create)
 
@@ -55,19 +55,19 @@ class Installation:
         wanted = _valid(Quotas, quotas).quotas
 
         def change() -> Answer:
-            return project_views(self._projects, [self._projects.change(self._me, name, wanted)])[0]
+            return dict(project_views(self._projects, [self._projects.change(self._me, name, wanted)])[0])
 
         return self._noted("PATCH /v1/projects/{name}", name, name, change)
 
     def tokens(self) -> list[Answer]:
-        return [token_view(row) for row in self._tokens.list(self._me)]
+        return [dict(token_view(row)) for row in self._tokens.list(self._me)]
 
     def create_token(self, name: str, role: str, *, project: str, lifetime: float | str | None) -> Answer:
         new = _valid(NewToken, {"name": name, "role": role, "project": project, "lifetime": lifetime})
 
         def create() -> Answer:
             row, text = self._tokens.create(self._me, new.name, new.role, new.project, new.lifetime)
-            return token_view(row) | {"token": text}
+            return {**token_view(row), "token": text}
 
         return self._noted("POST /v1/tokens", new.name, new.project, create)
 
@@ -78,11 +78,11 @@ class Installation:
             "DELETE /v1/tokens/{token_id}",
             token_id,
             whose,
-            lambda: token_view(self._tokens.revoke(self._me, token_id)),
+            lambda: dict(token_view(self._tokens.revoke(self._me, token_id))),
         )
 
     def audit(self, *, limit: int = 50) -> list[Answer]:
-        return [entry_view(row) for row in self._audit.list(self._me, limit=limit)]
+        return [dict(entry_view(row)) for row in self._audit.list(self._me, limit=limit)]
 
     def _noted(self, action: str, target: str, project: str, change: Callable[[], Answer]) -> Answer:
         entry = self._audit.begin(self._me, action, target, project, secrets.token_hex(8))
@@ -90,7 +90,7 @@ class Installation:
             answer = change()
         except ServiceError as error:
             self._audit.finish(entry, error.status)
-            raise ApiError(error.status, error.title, error.detail, error.hint) from error
+            raise _as_answered(error) from error
         self._audit.finish(entry, 200, answer.get("id", ""))
         return answer
 
@@ -99,5 +99,9 @@ def _valid(model: type[Any], values: dict[str, Any]) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ApiError(422, "Invalid request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        problems = [{"loc": list(e["loc"]), "message": e["msg"], "hint": ""} for e in error.errors(include_url=False)]
+        raise _as_answered(InvalidRequest(problems)) from error
+
+
+def _as_answered(error: ServiceError) -> ApiError:
+    return ApiError(error.status, error.title, error.detail, error.hint, code=error.code)

@@ -12,21 +12,22 @@ are ISO 8601 in UTC.
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
 from service.errors import Conflict, NotFound
 from service.events import START, read_events
+from service.job_views import Comparison, EventView, JobView, QueueView
 from service.patches import differences
 from service.principal import ALL
 from service.registry import Registry
 from service.settings import Settings
-from service.standing import Standing
+from service.standing import Place, Standing
 from service.store import SETTLED, TERMINAL, Job, JobState, Store
 from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME, RETRY, Request
 from workloads.record import RunFolder
@@ -132,7 +133,7 @@ class Jobs:
         """
         return self._ask(job_id, RETRY)
 
-    def diff(self, job_id: str, other_id: str) -> dict[str, Any]:
+    def diff(self, job_id: str, other_id: str) -> Comparison:
         """Where the specs of two jobs differ, and what their runs were made of, so far as both have begun."""
         ids = job_id, other_id
         ours, theirs = (self.get(name).spec for name in ids)
@@ -145,16 +146,16 @@ class Jobs:
             "provenance": differences(made_of[0], made_of[1]) if len(made_of) == len(ids) else [],
         }
 
-    def events(self, job_id: str, after: str = START) -> list[dict[str, Any]]:
+    def events(self, job_id: str, after: str = START) -> list[EventView]:
         """What happened to a job, behind the cursor `after`."""
         return read_events(self._store, self.get(job_id), self.run_folder(job_id), after)
 
-    def views(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    def views(self, jobs: Sequence[Job]) -> list[JobView]:
         """Jobs as answers; the database is asked once for all of them."""
         models = self._registry.of_jobs([job.id for job in jobs])
         return [self._view(job, models[job.id]) for job in jobs]
 
-    def view(self, job: Job) -> dict[str, Any]:
+    def view(self, job: Job) -> JobView:
         return self.views([job])[0]
 
     def list(
@@ -174,11 +175,10 @@ class Jobs:
     def run_folder(self, job_id: str) -> RunFolder:
         return RunFolder(self._settings.runs / self.get(job_id).id)
 
-    def _view(self, job: Job, models: Sequence[str]) -> dict[str, Any]:
+    def _view(self, job: Job, models: builtins.list[str]) -> JobView:
         run, ran = RunFolder(self._settings.runs / job.id), job.attempt > 0  # else there is no folder to look into
         record = run.read_record() if ran else None
-        kind = next(kind for kind in ("search", "deploy", "method") if kind in job.spec)
-        found = read_found(run.artifact) if ran and kind == "search" else None
+        found = read_found(run.artifact) if ran and "search" in job.spec else None
         return {
             "id": job.id,
             "name": job.name,
@@ -191,12 +191,13 @@ class Jobs:
             "hint": job.hint,
             "priority": job.spec.get("priority", "normal"),
             "queue": _place(self._standing.of(job)),
-            **dict.fromkeys(("method", "search", "deploy")),
-            kind: job.spec[kind]["model" if kind == "deploy" else "name"],
+            "method": job.spec["method"]["name"] if "method" in job.spec else None,
+            "search": job.spec["search"]["name"] if "search" in job.spec else None,
+            "deploy": job.spec["deploy"]["model"] if "deploy" in job.spec else None,
             "origin": job.origin,
             "created_at": _iso(job.created_at),
-            "started_at": _iso(job.started_at),
-            "finished_at": _iso(job.finished_at),
+            "started_at": _iso_or_none(job.started_at),
+            "finished_at": _iso_or_none(job.finished_at),
             "progress": {"step": job.step, "total_steps": job.total_steps, "epoch": job.epoch},
             "ran_s": record.ran_s if record else 0.0,
             "skipped": record.skipped if record else [],
@@ -212,13 +213,17 @@ def no_such_job(job_id: str) -> NotFound:
     return NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
 
 
-def _place(place: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if place is None else place | {"expected_start": _iso(place["expected_start"])}
+def _place(place: Place | None) -> QueueView | None:
+    return None if place is None else {**place, "expected_start": _iso_or_none(place["expected_start"])}
 
 
 def _now() -> float:
     return datetime.now(UTC).timestamp()
 
 
-def _iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _iso_or_none(seconds: float | None) -> str | None:
+    return None if seconds is None else _iso(seconds)

@@ -113,8 +113,8 @@ def _refusals() -> Iterator[None]:
         raise BadRequest(detail, hint) from error
 
 
-async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> dict[str, Any]:
-    """Asks a predictor: `{"model": "name@version", "outputs": [...]}`.
+async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> Any:
+    """Asks a predictor: a dictionary of `service.model_views`.
 
     Args:
         handle: of the application.
@@ -128,8 +128,7 @@ async def ask(handle: DeploymentHandle[Any], verb: str, images: list[bytes]) -> 
     again = "try again in a few seconds"
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            answer: dict[str, Any] = await handle.options(method_name=verb).remote(images)
-            return answer
+            return await handle.options(method_name=verb).remote(images)
     except RayTaskError as error:
         if isinstance(error.cause, ServiceError):
             raise error.cause from None  # without the text of the traceback, which tells processes and addresses

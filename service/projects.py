@@ -11,12 +11,21 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict
 
 from service.errors import Conflict, Forbidden, TooMany
 from service.principal import ALL, Principal
 from service.queue import Quota
 from service.store import ACTIVE, TERMINAL, Job, Project, Store
 from service.tokens import no_such_project
+
+
+class Used(TypedDict):
+    """By the jobs of a project now; GPUs that they may grow to."""
+
+    gpus: float
+    running: int
+    unfinished: int
 
 
 class Projects:
@@ -68,16 +77,16 @@ class Projects:
             row = session.get(Project, name)
         return Quota() if row is None else quota_of(row)
 
-    def used(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    def used(self, names: Sequence[str]) -> dict[str, Used]:
         """What the jobs of each have now: `gpus`, `running` and `unfinished`."""
         counts = sa.select(Job.project, Job.state.in_(ACTIVE), sa.func.count(), sa.func.sum(Job.most_gpus))
         query = counts.where(Job.state.not_in(TERMINAL), Job.project.in_(names)).group_by(Job.project, sa.text("2"))
-        found = {name: {"gpus": 0.0, "running": 0, "unfinished": 0} for name in names}
+        found: dict[str, Used] = {name: {"gpus": 0.0, "running": 0, "unfinished": 0} for name in names}
         with self._store.session() as session:
             for name, active, jobs, gpus in session.execute(query):
                 found[name]["unfinished"] += jobs
                 if active:
-                    found[name] |= {"running": jobs, "gpus": gpus}
+                    found[name]["running"], found[name]["gpus"] = jobs, gpus
         return found
 
     def list(self, by: Principal) -> list[Project]:

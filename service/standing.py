@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
@@ -23,7 +23,14 @@ COLUMNS = (
     *(Job.cpus, Job.gpus, Job.custom, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
 )
 
-Place = dict[str, Any]
+
+class Place(TypedDict):
+    """`position` from 1 among `length`, None before that; `expected_start` in seconds since the epoch."""
+
+    position: int | None
+    length: int
+    expected_start: float | None
+    reason: str | None
 
 
 class Standing:
@@ -34,10 +41,7 @@ class Standing:
         self._read_at, self._places = -math.inf, dict[str, Place]()
 
     def of(self, job: Job) -> Place | None:
-        """`position` from 1 among `length`, `expected_start` in seconds since the epoch or None, and the `reason`.
-
-        None for a job that is not in the queue. One that waits for other jobs has no position yet.
-        """
+        """None for a job that is not in the queue; one that waits for other jobs has no position yet."""
         if job.state != "QUEUED":
             return None
         if job.id not in self._places or not 0 <= self._clock() - self._read_at < FRESH_S:
@@ -70,7 +74,7 @@ class Standing:
         }
         front = [] if away else queue[:FORESEEN]
         after = starts(front, running, Cluster.running(capacity, quotas, running))
-        found = {
+        found: dict[str, Place] = {
             entry.id: {
                 "position": i,
                 "length": len(queue),
@@ -79,8 +83,9 @@ class Standing:
             }
             for i, entry in enumerate(queue, 1)
         }
-        nowhere = {"position": None, "length": len(queue), "expected_start": None}
-        return found | {row.id: {**nowhere, "reason": row.reason} for row in held}
+        for row in held:
+            found[row.id] = {"position": None, "length": len(queue), "expected_start": None, "reason": row.reason}
+        return found
 
     def _remaining(self, row: Any, earlier: dict[str, float]) -> float:
         """Seconds that a running job goes on: by the steps of this attempt, else by earlier jobs that were alike."""

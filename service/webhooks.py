@@ -12,51 +12,17 @@ import base64
 import secrets
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import Conflict, NotFound
 from service.principal import ALL, Principal
 from service.settings import Settings
-from service.store import TERMINAL, Delivery, Job, JobEvent, JobState, Store, Webhook
-from service.webhook_targets import MOST_CHARACTERS, Resolve, addresses, expect_url, resolve
+from service.store import Delivery, Job, JobEvent, JobState, Store, Webhook
+from service.webhook_targets import Resolve, addresses, expect_url, resolve
+from service.webhook_views import DeliveryView, delivery_view
 
 MOST = 20  # of a project
-PING = "webhook.ping"
-
-
-class NewWebhook(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    url: str = Field(max_length=MOST_CHARACTERS, description="https; http on the machine of the service only.")
-    events: list[JobState] = Field(default=list(TERMINAL), min_length=1, description="States that jobs come into.")
-
-
-def event_type(kind: str | None) -> str:
-    """`type` of a message, by the kind of a JobEvent; None: a ping."""
-    return PING if kind is None else f"job.{kind}"
-
-
-def webhook_view(row: Webhook) -> dict[str, Any]:
-    """All that is known of it but the secret."""
-    return {
-        "id": row.id,
-        "project": row.project,
-        "url": row.url,
-        "events": row.states,
-        "created_by": row.created_by,
-        "created_at": iso(row.created_at),
-        "accepted_at": iso(row.accepted_at),
-        "disabled_at": iso(row.disabled_at),
-        "reason": row.reason,
-    }
-
-
-def iso(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 class Webhooks:
@@ -117,7 +83,7 @@ class Webhooks:
             session.execute(sa.delete(Delivery).filter_by(webhook_id=webhook_id))
             session.execute(sa.delete(Webhook).filter_by(id=webhook_id))
 
-    def test(self, webhook_id: str) -> dict[str, Any]:
+    def test(self, webhook_id: str) -> DeliveryView:
         """Has a ping sent, once; where it is accepted, a webhook that was disabled is told of events again."""
         now = self._clock()
         ping = Delivery(id=new_id(), webhook_id=self.get(webhook_id).id, created_at=now, next_try_at=now)
@@ -125,7 +91,7 @@ class Webhooks:
             session.add(ping)
         return delivery_view(ping, None, None)
 
-    def deliveries(self, webhook_id: str, *, limit: int, before: int | None = None) -> list[dict[str, Any]]:
+    def deliveries(self, webhook_id: str, *, limit: int, before: int | None = None) -> list[DeliveryView]:
         """The newest first; `before` is the number of the last one of the page before."""
         query = (
             sa.select(Delivery, JobEvent.kind, Job.id)
@@ -152,22 +118,6 @@ class Webhooks:
 def new_id() -> str:
     """Of a message; random, so that a database that was put back from a backup does not use one twice."""
     return f"msg_{secrets.token_hex(12)}"
-
-
-def delivery_view(row: Delivery, kind: str | None, job_id: str | None) -> dict[str, Any]:
-    return {
-        "number": row.number,
-        "id": row.id,
-        "type": event_type(kind),
-        "job": job_id,
-        "state": row.state,
-        "attempts": row.attempts,
-        "status": row.status,
-        "error": row.error,
-        "created_at": iso(row.created_at),
-        "next_try_at": iso(row.next_try_at) if row.state == "PENDING" else None,
-        "finished_at": iso(row.finished_at),
-    }
 
 
 def no_such_webhook(webhook_id: str) -> NotFound:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ class Problem(BaseModel):
     def __str__(self) -> str:
         return self.sentence + (f" ({self.hint})" if self.hint else "")
 
+
+MOST_SIZE = 2**24  # of an integer in the config of a network or a method: none of any paper comes near
+MOST_MODULES = 50_000  # of a network; a ViT of 100 blocks has 2,000
 
 Check = Callable[[AnySpec, Path], list[Problem]]
 
@@ -171,6 +176,33 @@ def _data(spec: AnySpec) -> list[Problem]:
     return problems
 
 
+def _largest(config: Any) -> int:
+    """The largest integer in a config, as far as it goes from 0."""
+    if isinstance(config, dict | list):
+        return max(map(_largest, config.values() if isinstance(config, dict) else config), default=0)
+    return abs(config) if isinstance(config, int) else 0
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Ends the construction of a network of a billion blocks by ValueError: on the meta device that takes days."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    thread, made = threading.get_ident(), 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread  # requests are checked at the same time
+        if made > MOST_MODULES:
+            raise ValueError(f"got a network of more than {MOST_MODULES:,} modules, expected fewer; take less depth")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _init(spec: BaseSpec, home: Path) -> list[Problem]:
     """Weights that are not there; a public name is looked up, not downloaded."""
     if spec.init is None:
@@ -193,15 +225,20 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
     from workloads.methods.base import DataInfo
     from workloads.models.encoders import build_encoder
 
+    if huge := [field for field in ("method", "model") if _largest(getattr(spec, field).config) > MOST_SIZE]:
+        message = f"got an integer above {MOST_SIZE:,}, expected sizes of networks that there are"
+        return [Problem(loc=[huge[0]], message=message)]
     size = height_width(assemble.image_size(spec))
     cls, _ = assemble.method_of(spec)
     indexed = not spec.data[cls.streams[0]].piped
     info = DataInfo(spec.batch_size, num_classes=2, shape=(3, *size), indexed=indexed)  # the data is not read yet
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded():
             assemble.build_method(spec.model_copy(update={"init": None}), info, home)
     except ValueError as error:
         return [Problem(loc=["method"], message=str(error))]
+    except RuntimeError as error:  # torch, of sizes whose product has no number or no memory
+        return [Problem(loc=["method"], message=f"got sizes that cannot be built: {str(error).splitlines()[0]}")]
     try:
         if spec.init is not None:
             with torch.device("meta"):

@@ -119,9 +119,10 @@ class BaseSpec(Strict):
         if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
             document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
         for holder in self._holders(document):
-            for stream in holder.get("data", {}).values():
+            streams = holder.get("data")
+            for stream in streams.values() if isinstance(streams, dict) else ():  # of an evaluation it may be anything
                 for field in ("shards", "scores"):
-                    if stream.get(field) is not None:
+                    if isinstance(stream, dict) and field in stream:
                         stream[field] = _absolute(stream[field], base)
         return type(self).model_validate(document)
 
@@ -223,7 +224,9 @@ class JobSpec(BaseSpec):
         return self._micro_batches // world_size
 
 
-def _absolute(shards: str | list[str], base: Path) -> str | list[str]:
+def _absolute(shards: Any, base: Path) -> Any:
     if isinstance(shards, list):
-        return [str(_absolute(one, base)) for one in shards]
+        return [_absolute(one, base) for one in shards]
+    if not isinstance(shards, str):
+        return shards
     return shards if "://" in shards or shards.startswith("pipe:") else str(base / shards)

@@ -11,9 +11,9 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Strict(BaseModel):
-    """Frozen, and a typo is an error rather than a default."""
+    """Frozen, and a typo is an error rather than a default; so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _seconds(value: object) -> object:
@@ -26,7 +26,7 @@ def _seconds(value: object) -> object:
     return sum(float(number) * _UNIT_S[unit] for number, unit in parts)
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+Seconds = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
 
 
 def _free(name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from service.errors import NotFound
 from workloads import catalog
@@ -12,7 +14,47 @@ from workloads import catalog
 router = APIRouter(prefix="/v1", tags=["catalog"])
 
 
-def _entry(kind: str, name: str) -> dict[str, Any]:
+class CatalogName(TypedDict):
+    name: str
+
+
+class WithPaper(CatalogName):
+    paper: Annotated[str, Field(description="Authors, year, arXiv id.")]
+
+
+class MethodList(TypedDict):
+    methods: list[WithPaper]
+
+
+class SearchList(TypedDict):
+    searches: list[WithPaper]
+
+
+class EvaluationList(TypedDict):
+    evaluations: list[CatalogName]
+
+
+class Entry(CatalogName):
+    """What a job may say beside the name."""
+
+    schema: Annotated[dict[str, Any], Field(description="JSON Schema of the config.")]
+    defaults: dict[str, Any]
+    summary: str
+
+
+class MethodEntry(Entry):
+    paper: str
+    streams: Annotated[list[str], Field(description="Names that `data` must have.")]
+    exports: Annotated[str, Field(description="Kind of model that it leaves.")]
+
+
+class SearchEntry(Entry):
+    paper: str
+    streams: Annotated[list[str], Field(description="Names that `data` must have.")]
+    islands: Annotated[bool, Field(description="Whether several populations may evolve beside each other.")]
+
+
+def _entry(kind: str, name: str) -> Any:
     """Schema, defaults and paper of one name."""
     try:
         cls = catalog.load(kind, name)
@@ -29,36 +71,37 @@ def _entry(kind: str, name: str) -> dict[str, Any]:
 
 
 @router.get("/methods")
-def methods() -> dict[str, Any]:
+def list_methods() -> MethodList:
     return {
         "methods": [{"name": name, "paper": catalog.load("method", name).paper} for name in sorted(catalog.METHODS)]
     }
 
 
 @router.get("/methods/{name}")
-def method(name: str) -> dict[str, Any]:
+def get_method(name: str) -> MethodEntry:
     """JSON Schema of the method's config, its defaults, its paper."""
     return _entry("method", name)
 
 
 @router.get("/searches")
-def searches() -> dict[str, Any]:
+def list_searches() -> SearchList:
     return {
         "searches": [{"name": name, "paper": catalog.load("search", name).paper} for name in sorted(catalog.SEARCHES)]
     }
 
 
 @router.get("/searches/{name}")
-def search(name: str) -> dict[str, Any]:
+def get_search(name: str) -> SearchEntry:
     """JSON Schema of the search's config, its defaults, its paper."""
     return _entry("search", name)
 
 
 @router.get("/evaluations")
-def evaluations() -> dict[str, Any]:
+def list_evaluations() -> EvaluationList:
     return {"evaluations": [{"name": name} for name in sorted(catalog.EVALUATIONS)]}
 
 
 @router.get("/evaluations/{name}")
-def evaluation(name: str) -> dict[str, Any]:
+def get_evaluation(name: str) -> Entry:
+    """JSON Schema of the evaluation's config, and its defaults."""
     return _entry("evaluation", name)

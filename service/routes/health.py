@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Annotated, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
+from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
+from typing_extensions import TypedDict
 
+from service.declarations import answers
 from service.parts import PartsDep
 
 logger = logging.getLogger(__name__)
@@ -16,13 +19,24 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
 
 
+class Alive(TypedDict):
+    status: Literal["ok"]
+
+
+class Readiness(TypedDict):
+    status: Literal["ready", "missing"]
+    missing: Annotated[dict[str, str], Field(description="database, reconciler, ray, catalog: what is the matter.")]
+
+
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
+async def check_health() -> Alive:
+    """The process lives."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
-def readyz(parts: PartsDep, response: Response) -> dict[str, Any]:
+@router.get("/readyz", responses=answers(503, Readiness, "Something is missing."))
+def check_readiness(parts: PartsDep, response: Response) -> Readiness:
+    """It can take requests, or what is missing."""
     missing = {}
     try:
         with parts.store.session() as session:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
 from service.curves import thinned
-from service.errors import NotFound
+from service.declarations import MOST_INT, Cursor, Limit, Shown, answers, refuses
+from service.documents import Document
+from service.errors import Conflict, NotFound
 from service.events import CURSOR, START
+from service.job_views import Comparison, Evaluations, EventPage, Forecast, JobList, JobPage, JobView, MetricsPage
 from service.jobs import no_such_job
 from service.logs import TAIL, Level, Wanted, lines, part
 from service.parts import JobsDep, PartsDep
@@ -23,57 +26,106 @@ from service.report_search import search_page
 from service.store import TERMINAL, JobState
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
+from workloads.spec_any import AnySpec
 from workloads.spec_training import Seconds
 
+Spec = Annotated[Document, Shown(AnySpec)]
 ProjectQuery = Annotated[ProjectName | None, Query(description="Default: that of the token.")]
+Key = Annotated[str | None, Header(min_length=1, max_length=200, description="One job for all requests that have it.")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 FOLLOW_POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
 MOST = 100  # jobs of one list
+MOST_BYTES = 10**12  # of a log; file systems refuse to look behind their own limits
+MADE = answers(201, Location="Of the job.") | refuses(Conflict)
+AGAIN = answers(200, JobView, "The job that the Idempotency-Key made before.", Location="Of the job.")
+LOG: dict[int | str, dict[str, Any]] = {
+    200: answers(200, X_Next_Offset="`offset` of what follows, where it is not followed.")[200]
+    | {
+        "content": {
+            "text/event-stream": {  # of each event
+                "schema": {
+                    "type": "object",
+                    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+                    "required": ["data"],
+                }
+            }
+        }
+    }
+}
+EXAMPLES: dict[str, Any] = {
+    "training": {
+        "value": {
+            "name": "digits-mae",
+            "method": {"name": "mae", "decoder_dim": 64, "decoder_depth": 1},
+            "model": {"name": "vit", "image_size": 32, "patch_size": 8, "dim": 96, "depth": 3, "heads": 4},
+            "data": {"train": {"shards": "/data/digits/train-{000000..000001}.tar"}},
+            "epochs": 20,
+            "batch_size": 32,
+            "register": "digits-mae",
+        }
+    },
+    "search": {
+        "value": {
+            "name": "small-network",
+            "search": {"name": "zen_nas", "budget": {"parameters": 2_000_000}},
+            "resources": {"workers": 2},
+        }
+    },
+}
 
 
 class Resume(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     max_duration: Seconds | None = Field(default=None, gt=0, description='In place of the job\'s own: 7200, "2h".')
 
 
-@router.post("", status_code=201)
-def submit(
-    body: Annotated[dict[str, Any], Body(description="A JobSpec, a SearchSpec, or a DeploySpec.")],
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobView,
+    responses=MADE
+    | answers(200, JobView | Forecast, "The job that the Idempotency-Key made before, or what a dry run found."),
+)
+def submit_job(
+    body: Annotated[Spec, Body(openapi_examples=EXAMPLES)],
     parts: PartsDep,
     caller: CallerDep,
     request: Request,
     response: Response,
     project: ProjectQuery = None,
-    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    idempotency_key: Key = None,
     dry_run: Annotated[
         bool, Query(description="Answers what the job would do and cost, 200, and stores none.")
     ] = False,
     gpu: Annotated[str | None, Query(max_length=80, description="Of a dry run: tells the time by its peak.")] = None,
-) -> dict[str, Any]:
+) -> JobView | JSONResponse:
     """Accepts a job: 201 means that it is stored and will run. The same Idempotency-Key answers the same job, 200."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
     if dry_run:
-        response.status_code = 200
-        return parts.submissions.dry_run(body, caller, chosen, gpu)
+        return JSONResponse(parts.submissions.dry_run(body, caller, chosen, gpu))
     job, created = parts.submissions.submit(body, idempotency_key, caller, chosen)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return parts.jobs.view(job)
 
 
-@router.post(":batch", status_code=201)
-def submit_all(
-    body: Annotated[list[dict[str, Any]], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
+@router.post(
+    ":batch",
+    status_code=201,
+    responses=refuses(Conflict) | answers(200, JobList, "The jobs that the Idempotency-Key made before."),
+)
+def submit_jobs(
+    body: Annotated[list[Spec], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
     parts: PartsDep,
     caller: CallerDep,
     request: Request,
     response: Response,
     project: ProjectQuery = None,
-    idempotency_key: Annotated[str | None, Header(max_length=190)] = None,
-) -> dict[str, Any]:
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=190)] = None,
+) -> JobList:
     """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
     jobs, created = parts.submissions.submit_all(body, idempotency_key, caller, chosen)
@@ -85,11 +137,11 @@ def submit_all(
 def list_jobs(
     parts: PartsDep,
     caller: CallerDep,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: Annotated[int | None, Query(ge=1)] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
     state: JobState | None = None,
     project: ProjectQuery = None,
-) -> dict[str, Any]:
+) -> JobPage:
     """Newest first, of one project or of all that the token sees; `next`: the following page's cursor, or null."""
     chosen = caller.project if project is None else parts.projects.chosen(caller, project)
     page = parts.jobs.list(limit=limit, before=cursor, state=state, project=chosen)
@@ -97,43 +149,48 @@ def list_jobs(
 
 
 @router.get("/{job_id}")
-def get(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+def get_job(job_id: str, jobs: JobsDep) -> JobView:
     return jobs.view(jobs.get(job_id))
 
 
 @router.post("/{job_id}:cancel", status_code=202)
-def cancel(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+def cancel_job(job_id: str, jobs: JobsDep) -> JobView:
     """Asks the job to write a last checkpoint and end. Repeating it, or cancelling a finished job, changes nothing."""
     return jobs.view(jobs.cancel(job_id))
 
 
-@router.post("/{job_id}:pause", status_code=202)
-def pause(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+@router.post("/{job_id}:pause", status_code=202, responses=refuses(Conflict))
+def pause_job(job_id: str, jobs: JobsDep) -> JobView:
     """Asks the job to write a checkpoint and give back what it runs on. Repeating it changes nothing."""
     return jobs.view(jobs.pause(job_id))
 
 
-@router.post("/{job_id}:resume", status_code=202)
-def resume(job_id: str, jobs: JobsDep, body: Resume | None = None) -> dict[str, Any]:
+@router.post("/{job_id}:resume", status_code=202, responses=refuses(Conflict))
+def resume_job(job_id: str, jobs: JobsDep, body: Resume | None = None) -> JobView:
     """Queues a paused job again; so too one that reached its `max_duration`, given a longer one. May be repeated."""
     return jobs.view(jobs.resume(job_id, body.max_duration if body else None))
 
 
-@router.post("/{job_id}:retry", status_code=202)
-def retry(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+@router.post("/{job_id}:retry", status_code=202, responses=refuses(Conflict))
+def retry_job(job_id: str, jobs: JobsDep) -> JobView:
     """Queues a job again that failed or was cancelled; it goes on from its checkpoint. Repeating it changes nothing."""
     return jobs.view(jobs.retry(job_id))
 
 
-@router.post("/{job_id}:clone", status_code=201)
-def clone(
+@router.post("/{job_id}:clone", status_code=201, responses=MADE | AGAIN)
+def clone_job(
     job_id: str,
-    patch: Annotated[dict[str, Any], Body(description="A JSON merge patch (RFC 7396) of the job's spec.")],
+    patch: Annotated[
+        Document,
+        Body(
+            description="A JSON merge patch (RFC 7396) of the job's spec.", examples=[{"optimizer": {"lr": 1e-3}}, {}]
+        ),
+    ],
     parts: PartsDep,
     caller: CallerDep,
     response: Response,
-    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
-) -> dict[str, Any]:
+    idempotency_key: Key = None,
+) -> JobView:
     """Accepts a new job: this one with changes; the rest is as of a submission. `{}` runs it once more."""
     job, created = parts.submissions.clone(job_id, patch, idempotency_key, caller)
     response.status_code = 201 if created else 200
@@ -142,7 +199,7 @@ def clone(
 
 
 @router.get("/{job_id}/diff/{other_id}")
-def diff(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -> dict[str, Any]:
+def compare_jobs(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -> Comparison:
     """Where two jobs differ: `path`, `a` and `b` of each place in their specs, and in what their runs were made of."""
     other = jobs.find(other_id)
     if other is None or not caller.sees(other.project):
@@ -151,35 +208,36 @@ def diff(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -> dict[s
 
 
 @router.get("/{job_id}/events")
-def events(job_id: str, jobs: JobsDep, after: Annotated[str, Query(pattern=CURSOR)] = START) -> dict[str, Any]:
+def get_job_events(job_id: str, jobs: JobsDep, after: Annotated[str, Query(pattern=CURSOR)] = START) -> EventPage:
     """What happened to the job: events behind `after`, the `cursor` of an earlier one."""
     return {"events": jobs.events(job_id, after)}
 
 
 @router.get("/{job_id}/metrics")
-def metrics(
+def get_job_metrics(
     job_id: str,
     jobs: JobsDep,
-    after_step: int = -1,
-    max_points: Annotated[int | None, Query(ge=4)] = None,
+    after_step: Annotated[int, Query(ge=-1, le=MOST_INT)] = -1,
+    max_points: Annotated[int | None, Query(ge=4, le=MOST_INT)] = None,
     by: Annotated[str, Query(max_length=80)] = "loss",
-) -> dict[str, Any]:
+) -> MetricsPage:
     """The curve: points with a step above `after_step`; with `max_points` those that show lows and highs of `by`."""
     points = list(jobs.run_folder(job_id).read_metrics(after_step=after_step))
     return {"points": points if max_points is None else thinned(points, max_points, by)}
 
 
 @router.get("/{job_id}/evaluations")
-def evaluations(job_id: str, jobs: JobsDep) -> dict[str, Any]:
+def get_job_evaluations(job_id: str, jobs: JobsDep) -> Evaluations:
     """Results of the finished model, and `online` those of checkpoints while it trained, in the order of steps."""
     run = jobs.run_folder(job_id)
     return {"evaluations": run.read_evaluations(), "online": run.read_online()}
 
 
 @router.get("/{job_id}/report", response_class=HTMLResponse)
-def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
+def get_job_report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     """One page for people: curves, evaluations, what the method draws, the JobSpec; of a job in any state."""
-    view, run = jobs.view(jobs.get(job_id)), jobs.run_folder(job_id)
+    view: dict[str, Any] = dict(jobs.view(jobs.get(job_id)))
+    run = jobs.run_folder(job_id)
     if view["deploy"] is not None:
         raise NotFound(f"got {job_id}, which deploys a model and has no report", f"GET /v1/models/{view['deploy']}")
     if view["search"] is not None:
@@ -199,16 +257,18 @@ def report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     return HTMLResponse(text)
 
 
-@router.get("/{job_id}/logs", response_class=PlainTextResponse)
-def logs(
+@router.get("/{job_id}/logs", response_class=PlainTextResponse, responses=LOG)
+def get_job_logs(
     job_id: str,
     parts: PartsDep,
     follow: bool = False,
-    offset: Annotated[int | None, Query(ge=0, description="Byte; default: the last `limit` bytes.")] = None,
+    offset: Annotated[
+        int | None, Query(ge=0, le=MOST_BYTES, description="Byte; default: the last `limit` bytes.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1 << 22, description="Bytes that are looked at.")] = TAIL,
     level: Annotated[Level | None, Query(description="At least.")] = None,
-    rank: Annotated[int | None, Query(ge=0, description="Of the worker that wrote the line.")] = None,
-    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+    rank: Annotated[int | None, Query(ge=0, le=MOST_INT, description="Of the worker that wrote the line.")] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, le=MOST_BYTES)] = None,
 ) -> Response:
     """A part of the log as text, `X-Next-Offset` being the byte behind it; `follow=true`: all of it, as it grows.
 

@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import UploadFile
 
+from service.declarations import MOST_INT, refuses
 from service.deployments import view_of
-from service.errors import BadRequest, TooLarge
+from service.errors import BadRequest, NotDeployed, TooLarge
+from service.model_views import DeploymentView, EmbedAnswer, PredictAnswer, ReconstructAnswer
 from service.parts import DeploymentsDep, PartsDep
 from service.predictor import ask
 
@@ -24,20 +26,15 @@ SHAPE = 'send {"images": ["<base64 of an encoded image>", ...]}, or files as mul
 
 
 class Deploy(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: int | None = Field(default=None, ge=1, description="None: the newest.")
+    version: int | None = Field(default=None, ge=1, le=MOST_INT, description="null: the newest.")
 
 
 class Images(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     images: list[str] = Field(description="Encoded images (JPEG, PNG, ...), each in base64.")
-
-
-class Answer(BaseModel):
-    model: str = Field(description="name@version of what answered.")
-    outputs: list[Any] = Field(description="One for each image, in the same order.")
 
 
 async def _served(name: str, deployments: DeploymentsDep) -> DeploymentHandle[Any]:
@@ -86,13 +83,20 @@ def parse(body: bytes, limit: int) -> list[bytes]:
 
 ServedDep = Annotated[DeploymentHandle[Any], Depends(_served)]
 ImagesDep = Annotated[list[bytes], Depends(_images)]
+REFUSES = refuses(NotDeployed)
 FORMS: dict[str, Any] = {  # FastAPI itself declares one form of a body only
     "requestBody": {
         "required": True,
         "content": {
             "application/json": {"schema": Images.model_json_schema()},
             "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+                    },
+                    "required": ["file"],
+                }
             },
         },
     }
@@ -100,32 +104,34 @@ FORMS: dict[str, Any] = {  # FastAPI itself declares one form of a body only
 
 
 @router.post("/{name}/deploy", status_code=202)
-def deploy(name: str, deployments: DeploymentsDep, body: Deploy | None = None, wait: bool = False) -> dict[str, Any]:
+def deploy_model(
+    name: str, deployments: DeploymentsDep, body: Deploy | None = None, wait: bool = False
+) -> DeploymentView:
     """Serves the model in this version or its newest, in place of another one; `wait=true` answers once it runs."""
     row = deployments.deploy(name, body.version if body else None)
     return view_of(deployments.wait(name, WAIT_S) if wait else row)
 
 
-@router.delete("/{name}/deploy", status_code=204)
-def undeploy(name: str, deployments: DeploymentsDep) -> Response:
+@router.delete("/{name}/deploy", status_code=204, responses=refuses(NotDeployed))
+def undeploy_model(name: str, deployments: DeploymentsDep) -> Response:
     """Ends the serving of the model; it stays registered."""
     deployments.undeploy(name)
     return Response(status_code=204)
 
 
-@router.post("/{name}:predict", openapi_extra=FORMS)
-async def predict(served: ServedDep, images: ImagesDep) -> Answer:
+@router.post("/{name}:predict", openapi_extra=FORMS, responses=REFUSES)
+async def predict(served: ServedDep, images: ImagesDep) -> PredictAnswer:
     """`outputs`: `{"label", "index", "probabilities": {label: p}}` of each image, the 5 most probable classes."""
-    return Answer(**await ask(served, "predict", images))
+    return await ask(served, "predict", images)
 
 
-@router.post("/{name}:embed", openapi_extra=FORMS)
-async def embed(served: ServedDep, images: ImagesDep) -> Answer:
+@router.post("/{name}:embed", openapi_extra=FORMS, responses=REFUSES)
+async def embed(served: ServedDep, images: ImagesDep) -> EmbedAnswer:
     """`outputs`: the features of each image, a list of numbers."""
-    return Answer(**await ask(served, "embed", images))
+    return await ask(served, "embed", images)
 
 
-@router.post("/{name}:reconstruct", openapi_extra=FORMS)
-async def reconstruct(served: ServedDep, images: ImagesDep) -> Answer:
+@router.post("/{name}:reconstruct", openapi_extra=FORMS, responses=REFUSES)
+async def reconstruct(served: ServedDep, images: ImagesDep) -> ReconstructAnswer:
     """`outputs`: what the method draws of each image, PNG in base64; of MAE `original`, `masked`, `reconstruction`."""
-    return Answer(**await ask(served, "reconstruct", images))
+    return await ask(served, "reconstruct", images)

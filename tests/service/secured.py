@@ -16,6 +16,7 @@ from service.settings import Settings
 from service.store import Deployment, ModelName, ModelVersion, Webhook
 from tests.service.fakes import FakeRay, local_client
 from tests.toy import TOY_MAE, TOY_MODEL
+from workloads.preflight import Check
 
 BODY: dict[str, Any] = {
     "name": "toy",
@@ -49,17 +50,17 @@ class NoServe:
 class Secured:
     """The app, its parts and its tokens; jobs are not looked at beyond their form, so they are made in milliseconds."""
 
-    def __init__(self, home: Path, **more: Any) -> None:
+    def __init__(
+        self, home: Path, check: Check = lambda *_: [], deployments: Any = None, root: str = "/data", **more: Any
+    ) -> None:
         self.now = 1_000_000.0
-        self.settings = Settings(
-            home=home, database_url="", reconcile_interval_s=3600, allowed_roots=("/data",), **more
-        )
+        self.settings = Settings(home=home, database_url="", reconcile_interval_s=3600, allowed_roots=(root,), **more)
         self.ray = FakeRay()
         self.parts = build_parts(
             self.settings,
             ray=self.ray,  # type: ignore[arg-type]
-            deployments=NoServe(),  # type: ignore[arg-type]
-            check=lambda *_: [],
+            deployments=deployments or NoServe(),
+            check=check,
             clock=lambda: self.now,
             wake=lambda: None,
         )

@@ -72,6 +72,23 @@ def test_an_answer_that_is_no_problem_document(text: str) -> None:
     assert caught.value.status == 502 and text in str(caught.value)
 
 
+@pytest.mark.parametrize(("status", "header", "waits"), [(429, "7", [7.0]), (503, "2", [2.0]), (503, None, [2.0])])
+def test_what_may_be_asked_again_is_asked_when_the_service_says(
+    monkeypatch: pytest.MonkeyPatch, status: int, header: str | None, waits: list[float]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(service.client.time, "sleep", slept.append)
+    problem = {"title": "Later", "detail": "got too much", "hint": "wait", "code": "TooMany", "retryable": True}
+    headers = {} if header is None else {"Retry-After": header}
+    answers = iter([httpx.Response(status, json=problem, headers=headers), httpx.Response(201, json={"id": "j"})])
+    assert client(lambda _: next(answers)).submit({}) == {"id": "j"} and slept == waits
+    with pytest.raises(ApiError) as caught:  # who only looks decides by itself
+        client(lambda _: httpx.Response(status, json=problem, headers=headers)).job("j")
+    error = caught.value
+    assert (error.code, error.reason, error.retryable) == ("TooMany", "got too much", True)
+    assert str(error) == f"Later: got too much\n  wait\n  it may succeed after {waits[0]:g} s"
+
+
 def test_nobody_there() -> None:
     def refuse(_: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")

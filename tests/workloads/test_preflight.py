@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from workloads import preflight
 from workloads.preflight import check
 from workloads.spec import JobSpec
 
@@ -34,6 +35,10 @@ from workloads.spec import JobSpec
         ({"init": "/nowhere/mae.safetensors"}, ["init"], "which is no file here"),
         ({"init": "mae_pretrain_vit_base.pth"}, ["init"], "a pickle"),
         ({"method": {"name": "mae", "mask_ratio": 0.99}}, ["method"], "one visible patch at least"),
+        ({"method": {"name": "mae", "decoder_depth": 2**40}}, ["method"], "got an integer above 16,777,216"),
+        ({"method": {"name": "mae", "view": {"size": [2**40, 32]}}}, ["method"], "got an integer above 16,777,216"),
+        ({"model": {"name": "vit", "depth": 2**62}}, ["model"], "got an integer above 16,777,216"),
+        ({"evaluate": [{"name": "knn", "data": "x"}]}, ["evaluate", 0, "data"], "valid dictionary"),
     ],
 )
 def test_refusals(
@@ -72,6 +77,16 @@ def test_shards_of_an_evaluation_are_looked_at_too(
     data = {"train": {"shards": toy_shards["train"]}, "test": {"shards": "/nowhere/t.tar"}}
     problems = check(toy_job(evaluate=[{"name": "knn", "data": data}]), tmp_path)
     assert [problem.loc for problem in problems] == [["evaluate", 0, "data", "test", "shards"]]
+
+
+def test_a_network_that_would_take_days_to_build_is_refused(
+    toy_job: Callable[..., JobSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "MOST_MODULES", 200)
+    deep = toy_job(model={"name": "vit", "image_size": 16, "patch_size": 4, "dim": 8, "depth": 10**6, "heads": 2})
+    (problem,) = check(deep, tmp_path)
+    assert problem.loc == ["method"] and "more than 200 modules" in problem.message
+    assert check(toy_job(), tmp_path) == []  # nothing is counted on
 
 
 def test_a_network_of_any_size_costs_no_memory(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
