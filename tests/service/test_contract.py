@@ -41,7 +41,7 @@ def test_every_operation_keeps_to_the_document(service: Contracted) -> None:
     found, asked = failures(service, examples=2, seed=SEED)
     assert not found, "\n".join(found)
     assert {label.split(" ", 1)[1] for label in asked} == RULES.keys() - {"GET /docs", "GET /openapi.json"}
-    assert {label.split(" ", 1)[0] for label in asked} == {"examples", "coverage", "fuzzing", "stateful"}
+    assert {label.split(" ", 1)[0] for label in asked} == {"examples", "coverage", "fuzzing", "stateful_testing"}
 
 
 def test_every_operation_says_what_it_does_takes_and_answers(document: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def test_every_operation_says_what_it_does_takes_and_answers(document: dict[str,
     assert found.keys() == RULES.keys() - {"GET /docs", "GET /openapi.json"}
     for key, operation in found.items():
         assert operation["operationId"].isidentifier() and set(operation["tags"]) <= tags and operation["tags"], key
-        assert operation["description"] or "list" in operation["operationId"], key
+        assert operation.get("description") or key.startswith("GET /v1/"), key  # else the summary says it all
         for status, answer in operation["responses"].items():
             if status >= "400" and "$ref" in answer:
                 assert answer["$ref"].startswith("#/components/responses/"), key
