@@ -25,11 +25,14 @@ from service.errors import ServiceError, Unavailable
 from service.gate import Gate
 from service.headers import SECURITY, SecurityHeaders
 from service.limits import BodyLimit, Rate
+from service.observe.requests import Observed
 from service.parts import Parts, build_parts
 from service.problems import answer, plain
-from service.routes import catalog, health, jobs, models, people, predict
+from service.routes import catalog, health, jobs, metrics, models, people, predict
 from service.settings import Settings
 from service.tokens import expect_tokens
+from workloads import tracing
+from workloads.log_lines import configure
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         parts.start()
         yield
         parts.stop()
+        tracing.stop()
 
     app = FastAPI(
         title="Manta",
@@ -60,7 +64,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         dependencies=[Depends(authorise)],
     )
     app.state.parts = parts
-    for module in (jobs, catalog, predict, models, people, health):
+    for module in (jobs, catalog, predict, models, people, health, metrics):
         app.include_router(module.router)
     _docs(app)
     _errors(app)
@@ -76,6 +80,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         headers = ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Observed, metrics=parts.exposition.requests)
     return app
 
 
@@ -121,7 +126,8 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:
         number = request.state.request_id
-        logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error)
+        about = {"request_id": number}  # those of the request's own layers are gone out here
+        logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error, extra=about)
         hint = "the service's log has the cause"
         return plain(500, "Internal error", f"request {number} failed", hint, SECURITY | {"X-Request-ID": number})
 
@@ -144,8 +150,10 @@ def deployment(settings: Settings | None) -> Any:
     from ray import serve
 
     def builder() -> FastAPI:
-        logging.basicConfig(level=logging.INFO)
-        return build(settings or Settings())
+        chosen = settings or Settings()
+        configure(chosen.log_format)
+        tracing.start("manta")
+        return build(chosen)
 
     return serve.deployment(
         name="api",

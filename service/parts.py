@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from service.audit import Audit
 from service.deployments import Deployments
 from service.jobs import Jobs
+from service.observe.exposition import Exposition
 from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
@@ -43,6 +44,7 @@ class Parts:
     tokens: Tokens
     projects: Projects
     audit: Audit
+    exposition: Exposition
     warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
 
     def start(self) -> None:
@@ -101,6 +103,7 @@ def build_parts(
         tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
         projects=Projects(store),
         audit=Audit(store, clock),
+        exposition=Exposition(settings, store, reconciler),
     )
 
 

@@ -23,11 +23,13 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.dependencies import lost, waiting, waits_for
 from service.errors import ServiceError, Unavailable
+from service.observe.rounds import Rounds
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
-from workloads import preflight
+from workloads import preflight, tracing
+from workloads.log_lines import about
 from workloads.preflight import Check
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
@@ -161,6 +163,7 @@ class Reconciler:
         self._wake = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+        self.rounds = Rounds()
         self.ray_error: str | None = "Ray has not been asked yet"
 
     def start(self) -> None:
@@ -183,7 +186,8 @@ class Reconciler:
         while not self._done.is_set():
             self._wake.clear()
             try:
-                self.round()
+                with self.rounds.timed():
+                    self.round()
             except Exception:
                 logger.exception("a round of the reconciler failed; the next one tries again")
             if self._wake.wait(self._settings.reconcile_interval_s):
@@ -227,19 +231,26 @@ class Reconciler:
 
     def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> bool:
         """Decides and acts for one job; True when it was submitted."""
+        with about(job_id=job.id, project=job.project):
+            return self._settled(job, ray, fits, parents)
+
+    def _settled(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> bool:
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
         alive = lives(record, now)
         most = self._settings.max_attempts
         decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
+        self.rounds.acted(decision.act)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, again=decision.act == "resubmit")
         elif decision.act == "stop":
             run.stop.touch()
-            self._ray.stop(job.id, job.attempt)
+            with tracing.span("stop attempt", {"manta.job.id": job.id}, parent=job.traceparent):
+                self._ray.stop(job.id, job.attempt)
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
-            self._register(job, run)
+            with tracing.span("register", {"manta.job.id": job.id}, parent=job.traceparent):
+                self._register(job, run)
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
         self._write(job, decision, record)
@@ -265,7 +276,9 @@ class Reconciler:
         write_atomic(run.spec, parse_spec(job.spec).model_dump_json(indent=1))
         run.stop.unlink(missing_ok=True)
         logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
-        self._ray.submit(job.id, job.attempt)
+        told = {"manta.job.id": job.id, "manta.job.attempt": job.attempt}
+        with tracing.span("submit attempt", told, parent=job.traceparent):
+            self._ray.submit(job.id, job.attempt)
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""

@@ -67,6 +67,7 @@ class Job(Base):
     gpus: Mapped[float] = mapped_column(default=0)
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(200))
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))
+    traceparent: Mapped[str | None] = mapped_column(sa.String(55))  # W3C: of the request that submitted it
     revision: Mapped[int] = mapped_column(default=0)
 
     events: WriteOnlyMapped[JobEvent] = sa.orm.relationship()

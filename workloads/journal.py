@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from workloads.record import HEARTBEAT_S, Record, RunFolder, RunState

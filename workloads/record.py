@@ -35,6 +35,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from workloads.log_lines import TextFormatter
+
 logger = logging.getLogger(__name__)
 
 RunState = Literal["STARTING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -140,7 +142,7 @@ class RunFolder:
     def logging(self, who: str = "") -> Iterator[None]:
         """Sends what this process logs into the job's log, marked with `who`."""
         handler = logging.FileHandler(self.log)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
             yield
