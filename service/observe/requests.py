@@ -27,11 +27,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"))
 NO_ROUTE = "none"  # refused before a route was looked for, or there is none such
-QUIET = (
-    "/healthz",
-    "/readyz",
-    "/metrics",
-)  # asked all the time by machines: no trace, and a line in the log on level DEBUG only
+QUIET = ("/healthz", "/readyz", "/metrics")  # machines ask all the time: no trace, no line above the level DEBUG
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
