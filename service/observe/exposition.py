@@ -23,7 +23,7 @@ class Exposition:
 
     def __init__(self, settings: Settings, store: Store, reconciler: Reconciler) -> None:
         self.requests = RequestMetrics()
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         for collector in (TableMetrics(store), RunMetrics(store, settings.runs), reconciler.rounds, self.requests):
             registry.register(collector)
         ProcessCollector(registry=registry)
@@ -38,4 +38,4 @@ class Exposition:
     def answer(self, accept: str) -> tuple[bytes, str]:
         """The text, and its content type, for a header `Accept`."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return encode(self.registry), content_type
