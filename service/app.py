@@ -17,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from fastapi.telemetry import TelemetryConfig
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
@@ -35,6 +36,9 @@ from workloads import tracing
 from workloads.log_lines import configure
 
 logger = logging.getLogger(__name__)
+
+# FastAPI's own spans hold the raw path and query, where people put secrets; `service.observe` has ours.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
 def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
@@ -62,6 +66,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(authorise)],
+        telemetry=NO_TELEMETRY,
     )
     app.state.parts = parts
     for module in (jobs, catalog, predict, models, people, health, metrics):
