@@ -23,6 +23,7 @@ from service.principal import ALL, Principal, Role
 from service.store import Job, ModelName, Token, Webhook
 from service.tokens import no_such_token
 from service.webhooks import no_such_webhook
+from workloads.log_lines import note
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,20 @@ class Rule:
     Attributes:
         least: the role, in the project of what the path names, or of the token; None: anybody, without a token.
         changes: it is written into the audit log.
+        whole: it tells of all projects, so the token must be of all.
         own: a submitter may do it to jobs of its own only.
     """
 
     least: Role | None
     changes: bool = False
+    whole: bool = False
     own: bool = False
 
 
 RULES: dict[str, Rule] = {
     "GET /healthz": Rule(None),
     "GET /readyz": Rule(None),
+    "GET /metrics": Rule("viewer", whole=True),
     "GET /docs": Rule(None),
     "GET /openapi.json": Rule(None),
     "GET /v1/methods": Rule("viewer"),
@@ -128,6 +132,11 @@ async def authorise(request: Request, parts: PartsDep, _: Bearer = None) -> None
     principal: Principal | None = getattr(request.state, "principal", None)
     if principal is None:
         raise Unauthorised("got no token", "send `Authorization: Bearer TOKEN`")
+    if rule.whole and principal.project != ALL:
+        detail = f"got a token of {principal.project}, expected one of all projects for {key}"
+        raise Forbidden(detail, "ask an admin of all projects for a viewer: manta token create NAME --all-projects")
+    if job_id := request.path_params.get("job_id"):
+        note(job_id=job_id)
     if rule.changes:
         await run_in_threadpool(_look, parts, principal, rule, key, request)
     elif request.path_params and principal.project != ALL:

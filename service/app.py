@@ -17,6 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
+from fastapi.telemetry import TelemetryConfig
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
@@ -35,13 +36,19 @@ from service.errors import (
 from service.gate import Gate
 from service.headers import SECURITY, SecurityHeaders
 from service.limits import BodyLimit, Rate
+from service.observe.requests import Observed
 from service.parts import Parts, build_parts
 from service.problems import answer
-from service.routes import catalog, health, jobs, models, people, predict, webhooks
+from service.routes import catalog, health, jobs, metrics, models, people, predict, webhooks
 from service.settings import Settings
 from service.tokens import expect_tokens
+from workloads import tracing
+from workloads.log_lines import configure
 
 logger = logging.getLogger(__name__)
+
+# FastAPI's own spans hold the raw path and query, where people put secrets; `service.observe` has ours.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
 def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
@@ -59,10 +66,11 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         parts.start()
         yield
         parts.stop()
+        tracing.stop()
 
-    app = Documented(lifespan=lifespan, dependencies=[Depends(authorise)])
+    app = Documented(lifespan=lifespan, dependencies=[Depends(authorise)], telemetry=NO_TELEMETRY)
     app.state.parts = parts
-    for module in (jobs, catalog, predict, models, webhooks, people, health):
+    for module in (jobs, catalog, predict, models, webhooks, people, health, metrics):
         app.include_router(module.router)
     _docs(app)
     _errors(app)
@@ -78,6 +86,7 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         headers = ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Observed, metrics=parts.exposition.requests)
     return app
 
 
@@ -129,7 +138,8 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> Response:
         number = request.state.request_id
-        logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error)
+        about = {"request_id": number}  # those of the request's own layers are gone out here
+        logger.error("request %s %s %s failed", number, request.method, request.url.path, exc_info=error, extra=about)
         failed = InternalError(f"request {number} failed", "the service's log has the cause")
         return answer(failed, SECURITY | {"X-Request-ID": number})
 
@@ -152,8 +162,10 @@ def deployment(settings: Settings | None) -> Any:
     from ray import serve
 
     def builder() -> FastAPI:
-        logging.basicConfig(level=logging.INFO)
-        return build(settings or Settings())
+        chosen = settings or Settings()
+        configure(chosen.log_format)
+        tracing.start("manta")
+        return build(chosen)
 
     return serve.deployment(
         name="api",

@@ -25,6 +25,7 @@ from service.principal import LOCAL, Principal
 from service.problems import answer
 from service.settings import is_loopback
 from service.tokens import Tokens
+from workloads import log_lines
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Gate:
         headers, state = Headers(scope=scope), dict(scope.get("state", {}))
         scope["state"] = state  # of this request: servers may give all the same one
         state["request_id"] = _request_id(headers)
+        log_lines.note(request_id=state["request_id"])
         noted = False
 
         async def note(status: int, made: str = "") -> None:
@@ -70,6 +72,7 @@ class Gate:
                 )  # PostgreSQL takes none
             if scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_FOLDER):
                 state["principal"] = await self._who(scope, headers)
+                log_lines.note(token=state["principal"].name)
             await self._app(scope, receive, numbered)
         except ServiceError as error:
             logger.info("request %s of %s is refused: %s", state["request_id"], scope.get("client"), error.detail)

@@ -78,15 +78,16 @@ def down(head: Head) -> None:
 
 def _expect_tokens(settings: Settings) -> None:
     """The app looks again; here it costs a second less, and a person reads the reason."""
+    from service.errors import ServiceError
     from service.store import Store
     from service.tokens import NoToken, Tokens, expect_tokens
 
-    if settings.local and settings.first_admin_token_file is None:
+    if settings.local and settings.first_admin_token_file is settings.metrics_token_file is None:
         return
     store = Store(settings.database)
     try:
         expect_tokens(settings, Tokens(store, required=settings.tokens == "required"))
-    except (NoToken, ValueError, OSError) as error:
+    except (NoToken, ServiceError, ValueError, OSError) as error:
         raise ClusterError(str(error)) from error
     finally:
         store.close()

@@ -15,6 +15,7 @@ from service.audit import Audit
 from service.deliverer import Deliverer
 from service.deployments import Deployments
 from service.jobs import Jobs
+from service.observe.exposition import Exposition
 from service.projects import Projects
 from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
@@ -49,6 +50,7 @@ class Parts:
     audit: Audit
     webhooks: Webhooks
     deliverer: Deliverer
+    exposition: Exposition
     warm: threading.Event = field(default_factory=threading.Event)  # the catalog is imported: the first POST is fast
 
     def start(self) -> None:
@@ -113,6 +115,7 @@ def build_parts(
         audit=Audit(store, clock),
         webhooks=Webhooks(settings, store, clock),
         deliverer=Deliverer(settings, store, clock),
+        exposition=Exposition(settings, store, reconciler),
     )
 
 

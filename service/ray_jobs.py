@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from service.errors import Unavailable
 from service.settings import Settings
+from workloads import tracing
 from workloads.spec_any import read_spec
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,11 @@ class RayJobs:
             "MANTA_JOB_ID": job_id,
             "MANTA_ATTEMPT": str(attempt),
             "RAY_JOB_STOP_WAIT_TIME_S": str(self._settings.stop_grace_s),
+            "MANTA_LOG_FORMAT": self._settings.log_format,
             "PYTHONUNBUFFERED": "1",
         }
+        if (here := tracing.traceparent()) is not None:
+            environment["TRACEPARENT"] = here
         try:
             self._call(
                 "submit_job",

@@ -18,6 +18,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from service.decisions import STALE_S, Decision, decide, ended, lives, reached, said, stalled_after, stands
 from service.errors import ServiceError, Unavailable
 from service.lead import Lead
+from service.observe.rounds import Rounds
 from service.projects import quota_of
 from service.queue import Cluster, Entry, admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
@@ -25,7 +26,8 @@ from service.registry import Registry
 from service.releases import Releases
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
-from workloads import preflight
+from workloads import preflight, tracing
+from workloads.log_lines import about
 from workloads.preflight import Check
 from workloads.record import Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
@@ -72,6 +74,7 @@ class Reconciler:
         self._wake = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+        self.rounds = Rounds()
         self.ray_error: str | None = "Ray has not been asked yet"
 
     def start(self) -> None:
@@ -97,7 +100,8 @@ class Reconciler:
             self._wake.clear()
             try:
                 if self.lead.held():
-                    self.round()
+                    with self.rounds.timed():
+                        self.round()
                 else:
                     self.stand_by()
             except Exception:
@@ -169,22 +173,29 @@ class Reconciler:
 
     def _settle(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
         """Decides and acts for one job."""
-        if is_deploy(job.spec):
-            self._write(job, self._releases.settle(job, parents), None)
-            return
+        with about(job_id=job.id, project=job.project):
+            if is_deploy(job.spec):
+                self._write(job, self._releases.settle(job, parents), None)
+            else:
+                self._settle_run(job, ray, fits, parents)
+
+    def _settle_run(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
         run = RunFolder(self._settings.runs / job.id)
         record = run.read_record()
         now = self._clock()
         alive = self._alive(job.id, record, now)
         most = self._settings.max_attempts
         decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
+        self.rounds.acted(decision.act)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, record, again=decision.act == "resubmit")
         elif decision.act == "stop":
             run.stop.touch()
-            self._ray.stop(job.id, job.attempt)
+            with tracing.span("stop attempt", {"manta.job.id": job.id}, parent=job.traceparent):
+                self._ray.stop(job.id, job.attempt)
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
-            self._register(job, run)
+            with tracing.span("register", {"manta.job.id": job.id}, parent=job.traceparent):
+                self._register(job, run)
         elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
             decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
         if decision.state in ("FAILED", "CANCELLED", "PAUSED") and job.attempt:
@@ -224,7 +235,9 @@ class Reconciler:
         write_atomic(run.spec, parse_spec(job.spec).model_dump_json(indent=1))
         run.stop.unlink(missing_ok=True)
         logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
-        self._ray.submit(job.id, job.attempt)
+        told = {"manta.job.id": job.id, "manta.job.attempt": job.attempt}
+        with tracing.span("submit attempt", told, parent=job.traceparent):
+            self._ray.submit(job.id, job.attempt)
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""

@@ -12,9 +12,10 @@ from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cluster.job_environment import OF_JOBS, foreign
+from workloads.log_lines import LogFormat
 
 # Another node of the cluster may have these.
-OURS = ("MANTA_DATABASE_URL", "MANTA_FIRST_ADMIN_TOKEN_FILE", "MANTA_TOKEN")
+OURS = ("MANTA_DATABASE_URL", "MANTA_FIRST_ADMIN_TOKEN_FILE", "MANTA_METRICS_TOKEN_FILE", "MANTA_TOKEN")
 
 
 def _words(value: Any) -> Any:
@@ -40,8 +41,11 @@ class Settings(BaseSettings):
         preemption: a job for which there is no room pauses running ones of lower priority.
         cluster_custom: the same of custom resources of Ray, as JSON: {"h100": 8}.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
+        log_format: text: lines for people; json: an object a line, for what collects logs; also of jobs.
         host: address the front end listens on. Beyond loopback it does not start without a token.
         tokens: auto: asked for as soon as there is one; required: always, so that an empty database opens nothing.
+        metrics_token_file: holds a token that becomes a viewer of all projects: the one that Prometheus sends. When it
+            changes, the one before is revoked.
         first_admin_token_file: holds a token (32 characters or more, of a secret store) that becomes an admin of all
             projects when the database has none yet.
         allowed_roots: folders and URL prefixes (`/data, s3://bucket/prefix`) that jobs may name, `*` for any. Not set:
@@ -72,9 +76,11 @@ class Settings(BaseSettings):
     cluster_custom: dict[str, Annotated[float, Field(ge=0)]] = {}
     predictor_cpus: float = Field(default=0, ge=0)
 
+    log_format: LogFormat = "text"
     host: str = "127.0.0.1"
     tokens: Literal["auto", "required"] = "auto"
     first_admin_token_file: Path | None = None
+    metrics_token_file: Path | None = None
     allowed_roots: Words | None = None
     job_credentials: Words = OF_JOBS
     cors_origins: Words = ()

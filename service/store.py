@@ -78,6 +78,7 @@ class Job(Base):
     workload: Mapped[str | None] = mapped_column(sa.String(64), index=True)  # alike in jobs that take equally long
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(200))
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))
+    traceparent: Mapped[str | None] = mapped_column(sa.String(55))  # W3C: of the request that submitted it
     revision: Mapped[int] = mapped_column(default=0)
 
     events: WriteOnlyMapped[JobEvent] = sa.orm.relationship()

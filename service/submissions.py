@@ -25,7 +25,7 @@ from service.queue import RANKS
 from service.settings import Settings
 from service.store import Job, Store
 from service.validation import Validation
-from workloads import preflight
+from workloads import preflight, tracing
 from workloads.spec_any import AnySpec
 from workloads.spec_deploy import DeploySpec
 
@@ -69,7 +69,10 @@ class Submissions:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
         """
-        jobs, created = self._accept([body], [idempotency_key], asked or body, by, project)
+        with tracing.span("submit job", {"manta.project": project}) as span:
+            jobs, created = self._accept([body], [idempotency_key], asked or body, by, project)
+            if span is not None:
+                span.set_attribute("manta.job.id", jobs[0].id)
         return jobs[0], created
 
     def submit_all(
@@ -86,7 +89,8 @@ class Submissions:
             Conflict: the key was used for another list.
         """
         keys = [None if idempotency_key is None else f"{idempotency_key}/{i}" for i in range(len(bodies))]
-        return self._accept(bodies, keys, bodies, by, project)
+        with tracing.span("submit jobs", {"manta.project": project, "manta.jobs": len(bodies)}):
+            return self._accept(bodies, keys, bodies, by, project)
 
     def _accept(
         self, bodies: Sequence[dict[str, Any]], keys: Sequence[str | None], asked: Any, by: Principal, project: str
@@ -98,7 +102,7 @@ class Submissions:
         ids = [f"job-{uuid.uuid4().hex[:12]}" for _ in bodies]
         jobs = self._rows(named(bodies, ids), ids, by, project)
         for job, key in zip(jobs, keys, strict=True):
-            job.idempotency_key, job.body_hash = key, digest
+            job.idempotency_key, job.body_hash, job.traceparent = key, digest, tracing.traceparent()
         try:
             with self._store.session() as session:
                 for job in jobs:

@@ -157,14 +157,27 @@ class Tokens:
         with self._store.session() as session:
             if _any(session):
                 return
-        text = file.read_text().strip()
-        if len(text) < MIN_CHARACTERS or not text.isascii() or any(c.isspace() for c in text):
-            raise ValueError(
-                f"got {len(text)} characters in {file}, expected a token of {MIN_CHARACTERS} or more without spaces; "
-                "write one by `openssl rand -hex 32`"
-            )
+        text = _read(file)
         with suppress(IntegrityError):  # another front end, which starts at the same moment, was faster
             self.create(Principal("first-admin-token-file"), "admin", "admin", ALL, None, text)
+
+    def adopt_scraper(self, file: Path) -> None:
+        """Makes the token in `file` a viewer of all projects, in place of the one that it held before.
+
+        Raises:
+            Conflict: there is no admin yet.
+            ValueError: it holds too few characters to be one.
+            OSError: it cannot be read.
+        """
+        text, by = _read(file), Principal("metrics-token-file")
+        with self._store.session() as session:
+            rows = list(session.scalars(sa.select(Token).filter_by(created_by=by.name, revoked_at=None)))
+        for row in rows:
+            if row.hash != digest(text):
+                self.revoke(by, row.id)
+        if digest(text) not in {row.hash for row in rows}:
+            with suppress(IntegrityError):  # another front end was faster, or somebody revoked it, which stands
+                self.create(by, "metrics", "viewer", ALL, None, text)
 
     def list(self, by: Principal) -> list[Token]:
         """Those of the projects that `by` sees, the newest first."""
@@ -195,6 +208,16 @@ class Tokens:
         return row
 
 
+def _read(file: Path) -> str:
+    text = file.read_text().strip()
+    if len(text) < MIN_CHARACTERS or not text.isascii() or any(c.isspace() for c in text):
+        raise ValueError(
+            f"got {len(text)} characters in {file}, expected a token of {MIN_CHARACTERS} or more without spaces; "
+            "write one by `openssl rand -hex 32`"
+        )
+    return text
+
+
 def _any(session: Session) -> bool:
     """Whether there is a token, or was one."""
     return bool(session.scalar(sa.select(sa.exists().select_from(Token))))
@@ -220,6 +243,8 @@ def expect_tokens(settings: Settings, tokens: Tokens) -> None:
     """Raises NoToken where the service would listen beyond loopback and ask nobody who it is."""
     if settings.first_admin_token_file is not None:
         tokens.adopt(settings.first_admin_token_file)
+    if settings.metrics_token_file is not None:
+        tokens.adopt_scraper(settings.metrics_token_file)
     if not settings.local and not tokens.needed():
         raise NoToken(
             f"got host {settings.host} and no token, expected one before other machines can reach the service; make it "

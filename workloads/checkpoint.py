@@ -197,12 +197,15 @@ class Checkpoints:
 
     def _write(self, step: int, put: Callable[[], dict[str, FileSum]], metric: float | None) -> None:
         self._next_waits.clear()
+        began = time.perf_counter()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             sums = put()
             if self._ranks.rank == 0:
                 finite = metric if metric is not None and math.isfinite(metric) else None
-                files.complete(self._folder, Seal(step=step, files=sums, metric=finite, time=time.time()))
+                took = round(time.perf_counter() - began, 3)
+                seal = Seal(step=step, files=sums, metric=finite, time=time.time(), seconds=took)
+                files.complete(self._folder, seal)
                 files.prune(self._folder, self._policy, step)
         except (OSError, RuntimeError) as error:  # torch's zip writer answers a full disk with a RuntimeError
             raise CheckpointError(

@@ -3,6 +3,7 @@
     checkpoints/step-00000050.pt     the state (or the folder step-00000050/ when it is sharded)
     checkpoints/step-00000050.json   its seal: size and SHA-256 of each file, written after them
     checkpoints/latest               the name of the newest sealed one, replaced by rename
+    checkpoints/mirrored             the newest step up to which the mirror has all, where there is a mirror
 
 What has no seal, or does not agree with it, is not a checkpoint.
 """
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from workloads.record import write_atomic
 from workloads.spec_training import CheckpointPolicy
 
+MIRRORED = "mirrored"
 _NAME = re.compile(r"step-(\d{8,})(\.[a-z]+)?")
 
 
@@ -53,6 +55,7 @@ class Seal(BaseModel):
         files: by path below the folder of checkpoints.
         metric: what `keep_best` goes by; None: never among the best.
         time: of writing, seconds since the epoch.
+        seconds: that writing took, beside training.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,6 +64,7 @@ class Seal(BaseModel):
     files: dict[str, FileSum]
     metric: float | None
     time: float
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -163,6 +167,14 @@ def steps(folder: Path) -> list[int]:
     if latest is None:
         return sorted((step for step, paths in found if any(path.suffix == ".json" for path in paths)), reverse=True)
     return sorted((step for step, _ in found if step <= latest), reverse=True)
+
+
+def mirrored_step(folder: Path) -> int | None:
+    """The newest step that the mirror had when it was last brought up to date; None where it never was."""
+    try:
+        return int((folder / MIRRORED).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def complete(folder: Path, seal: Seal) -> None:

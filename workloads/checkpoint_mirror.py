@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workloads.checkpoint_folder import Seal, complete, kept, latest_step, remove, seals, stem, step_of
+from workloads.checkpoint_folder import MIRRORED, Seal, complete, kept, latest_step, remove, seals, stem, step_of
+from workloads.record import write_atomic
 from workloads.spec_training import CheckpointPolicy
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Mirror:
             return True
         try:
             self._tried(lambda: self._update(folder, newest))
+            write_atomic(folder / MIRRORED, str(newest))
         except (OSError, ValueError) as error:  # pyarrow: a URL that it does not know
             logger.warning(
                 "checkpoint of step %d is on the disk of the run but not yet in %s; it is sent with the next one (%s)",

@@ -7,21 +7,18 @@ record from the files that workers append to, so no training step waits for it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from workloads.record import HEARTBEAT_S, Record, RunFolder, RunState
 
 logger = logging.getLogger(__name__)
 
-_TAIL_BYTES = 4096
 _MAX_SKIPPED = 1000  # listed in the record; `skipped.txt` has all
 
 
@@ -133,7 +130,7 @@ class Journal:
     def _seen(self) -> dict[str, Any]:
         """Progress and skipped samples from the files of the workers."""
         seen: dict[str, Any] = {}
-        point = _last_point(self._run.metrics)
+        point = self._run.last_point()
         if point is not None:
             seen |= {"step": point["step"], "epoch": point["epoch"]}
         if self._run.total_steps.exists():
@@ -141,21 +138,8 @@ class Journal:
             if self._record.state == "STARTING":
                 seen["state"] = "RUNNING"
         if self._run.skipped.exists():
-            seen["skipped"] = sorted(set(self._run.skipped.read_text().splitlines()))[:_MAX_SKIPPED]
+            skipped = sorted(set(self._run.skipped.read_text().splitlines()))
+            seen |= {"skipped": skipped[:_MAX_SKIPPED], "skipped_samples": len(skipped)}
         if self._run.warnings.exists():
             seen["warnings"] = self._run.warnings.read_text().splitlines()
         return seen
-
-
-def _last_point(path: Path) -> dict[str, Any] | None:
-    """The last whole line of `metrics.jsonl`, read from its end."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
-    if len(lines) < 2 and path.stat().st_size > _TAIL_BYTES:
-        return None
-    point: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-    return point

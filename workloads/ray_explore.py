@@ -22,6 +22,7 @@ import ray
 import torch
 from ray import tune
 
+from workloads import log_lines
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.shards import DataError
 from workloads.explore import (
@@ -146,8 +147,8 @@ class Curve(tune.Callback):
 
 def island(config: dict[str, Any]) -> None:
     """What a trial runs."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     spec, run = SearchSpec.model_validate_json(config["spec"]), RunFolder(Path(config["run"]))
+    log_lines.from_environment(job_id=run.path.name)
     with run.logging(f"[island {config['island']}] "):
         try:
             _island(spec, run, Path(config["home"]), config["island"])

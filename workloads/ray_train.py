@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from workloads import assemble, checkpoint
+from workloads import assemble, checkpoint, log_lines
 from workloads.data.allocator import keep_freed_memory
 from workloads.data.manifest import DataError
 from workloads.guards import CollapseError, DivergenceError
@@ -74,7 +74,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     if is_at_work(run):
         run.event("workers_left", "the process that ran the job was gone, and its workers with it")
     resources = spec.resources
-    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "MANTA_LOG_"))}
     group = Group(run, resources.min_workers)
     trainer = partial(
         Trainer,
@@ -122,8 +122,8 @@ def worker(spec_json: str, run: RunFolder, home: Path, variables: dict[str, str]
     from workloads.ray_group import give_up
     from workloads.train import train
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.environ.update(variables)  # else there are only those of the node
+    log_lines.from_environment(job_id=os.environ.get("MANTA_JOB_ID", run.path.name))
     spec = JobSpec.model_validate_json(spec_json)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()

@@ -35,10 +35,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from workloads.log_lines import TextFormatter
+
 logger = logging.getLogger(__name__)
 
 RunState = Literal["STARTING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 HEARTBEAT_S = 5.0  # a living run renews `updated_at` at least this often
+_TAIL_BYTES = 4096
 
 
 class Record(BaseModel):
@@ -58,7 +61,8 @@ class Record(BaseModel):
     epoch: int = 0
     total_steps: int = 0
     ran_s: float = 0  # of training, over all attempts
-    skipped: list[str] = []  # damaged or not decoded: "file: member at offset: why"
+    skipped: list[str] = []  # damaged or not decoded: "file: member at offset: why"; the first thousand
+    skipped_samples: int = 0  # how many they are in all
     warnings: list[str] = []
     pid: int = 0
     host: str = ""
@@ -138,7 +142,7 @@ class RunFolder:
     def logging(self, who: str = "") -> Iterator[None]:
         """Sends what this process logs into the job's log, marked with `who`."""
         handler = logging.FileHandler(self.log)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         try:
             yield
@@ -162,6 +166,20 @@ class RunFolder:
         """
         points = {point["step"]: point for point, _ in _documents(self.metrics)}
         yield from (points[step] for step in sorted(points) if step > after_step)
+
+    def last_point(self) -> dict[str, Any] | None:
+        """The last whole line of `metrics.jsonl`, read from its end."""
+        try:
+            with open(self.metrics, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(0, size - _TAIL_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return None
+        if len(lines) < 2 and size > _TAIL_BYTES:
+            return None
+        point: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+        return point
 
     def event(self, kind: str, message: str) -> None:
         """Appends an event, a line that is whole also when several processes of a machine write at once.

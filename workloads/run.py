@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from workloads import log_lines, tracing
 from workloads.artifact import ArtifactError
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
@@ -122,7 +123,8 @@ def execute(
                 journal.finish("FAILED", "; ".join(problem.sentence for problem in problems), "; ".join(hints) or None)
                 return FAILED
             work = Work(spec, run, home, job_id, ray, should_stop=stop, connected=stop.install)
-            done = work.go(journal, on_point)
+            with tracing.span("work"):
+                done = work.go(journal, on_point)
             if journal.out_of_time:
                 run.stop.unlink(missing_ok=True)  # what is trained is still exported and evaluated
                 if not done:
@@ -133,7 +135,9 @@ def execute(
             if not done or stop():
                 journal.finish("STOPPED", "stopped on request; the checkpoint is kept")
                 return STOPPED
-            if not work.conclude():
+            with tracing.span("conclude"):
+                concluded = work.conclude()
+            if not concluded:
                 journal.finish("STOPPED", "stopped on request between evaluations")
                 return STOPPED
         except Exception as error:
@@ -220,8 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workloads.run", description=__doc__.split("\n")[0])
     parser.add_argument("spec", type=Path, help="job.yaml or job.json")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    job_id = _job_id()
+    job_id, attempt = _job_id(), int(os.environ.get("MANTA_ATTEMPT", "1"))
+    log_lines.from_environment(job_id=job_id, attempt=str(attempt))
     home = os.environ.get("MANTA_HOME")
     if home is None:
         raise SystemExit("MANTA_HOME is not set in this cluster; start it by `manta up`, or set it on every node")
@@ -230,7 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         raise SystemExit(f"{arguments.spec} is no job: {error}") from error
     run = RunFolder(Path(home) / "runs" / job_id)
-    return execute(spec, run, Path(home), job_id=job_id, attempt=int(os.environ.get("MANTA_ATTEMPT", "1")), ray=True)
+    tracing.start("manta-run")
+    about = {"manta.job.id": job_id, "manta.job.attempt": attempt}
+    try:
+        with tracing.span("run", about, parent=os.environ.get("TRACEPARENT")) as span:
+            code = execute(spec, run, Path(home), job_id=job_id, attempt=attempt, ray=True)
+            if span is not None:
+                span.set_attribute("process.exit.code", code)
+        return code
+    finally:
+        tracing.stop()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.access import RULES
 from service.app import application
 from service.settings import Settings
 from tests.helm import kuberay
@@ -352,3 +353,55 @@ def test_the_names_in_the_readme_are_those_of_its_release() -> None:
         "originated-from-cr-name=manta`" in readme.replace("\n", "")
         and one(docs, "RayService")["metadata"]["name"] == "manta"
     )
+
+
+def test_prometheus_scrapes_the_front_end_with_a_viewers_token() -> None:
+    """The token stands in the secret, in the pod that adopts it, and in the ServiceMonitor; the head alone is asked."""
+    docs = render("high-availability")
+    (endpoint,) = one(docs, "ServiceMonitor", "-frontend")["spec"]["endpoints"]
+    assert (endpoint["path"], endpoint["authorization"]["type"]) == ("/metrics", "Bearer")
+    assert RULES["GET /metrics"].least == "viewer"
+    credentials = endpoint["authorization"]["credentials"]
+    assert credentials["key"] in one(docs, "Secret", credentials["name"])["data"]
+    service = one(docs, "Service", "-frontend-metrics")
+    assert service["spec"]["ports"] == [{"name": endpoint["port"], "port": 8000}]
+    wanted = one(docs, "ServiceMonitor", "-frontend")["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= service["metadata"]["labels"].items()
+    assert [pod.role for pod in pods(docs) if service["spec"]["selector"].items() <= pod.labels.items()] == ["head"]
+    config = yaml.safe_load(one(docs, "RayService")["spec"]["serveConfigV2"])
+    file = config["applications"][0]["runtime_env"]["env_vars"]["MANTA_METRICS_TOKEN_FILE"]
+    (head,) = [pod for pod in pods(docs) if pod.labels.get("manta-head") == "service"]
+    (volume,) = [volume for volume in head.spec["volumes"] if volume["name"] == "admin-token"]
+    paths = {f"/etc/manta/{item['path']}" for item in volume["secret"]["items"] if item["key"] == credentials["key"]}
+    assert paths == {file}
+
+
+def test_without_prometheus_there_is_no_scraper() -> None:
+    docs = render("minimal")
+    assert not of_kind(docs, "ServiceMonitor") and "METRICS_TOKEN" not in str(docs)
+    assert "'path': 'metrics_token'" not in str(docs)  # an existing secret need not have one
+
+
+def test_rules_are_of_the_release_alone() -> None:
+    (group,) = one(render("high-availability"), "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        assert f'namespace="{NAMESPACE}"' in rule["expr"] and "=~" not in rule["expr"].split("namespace")[1][:3]
+    assert any("{{ $labels.job_id }}" in rule["annotations"]["summary"] for rule in group["rules"])
+
+
+def test_traces_are_sent_where_a_collector_is_named() -> None:
+    def variables(docs: list[Any]) -> list[dict[str, Any]]:
+        found = [v for pod in pods(docs) for c in pod.spec["containers"] for v in c.get("env", [])]
+        return [variable for variable in found if variable["name"].startswith("OTEL_")]
+
+    assert variables(render("minimal")) == []
+    tracing = {
+        "endpoint": "http://collector.observability:4318",
+        "headersSecret": "collector",
+        "variables": {"OTEL_TRACES_SAMPLER": "parentbased_always_on"},
+    }
+    docs = render("gpu-spot", f"tracing={json.dumps(tracing)}")
+    nodes = [pod for pod in pods(docs) if pod.role in ("head", "worker")]
+    names = ["ENDPOINT", "HEADERS"]
+    assert len(variables(docs)) == 4 * len(nodes) and len(nodes) > 3
+    assert {v["name"] for v in variables(docs)} >= {f"OTEL_EXPORTER_OTLP_{name}" for name in names}

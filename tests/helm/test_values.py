@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import start as ray_start
 
+from service.parts import build_parts
 from service.settings import Settings
 from tests.helm.chart import CASES, CHART, values
 
@@ -114,10 +118,62 @@ def test_rules_and_dashboard_ask_for_metrics_that_ray_has() -> None:
     assert {name for name in metrics if name not in known and name.removeprefix("ray_") not in known} == set()
 
 
+def exported() -> set[str]:
+    """Names of samples of a front end, whatever stands in its database; histograms by their three."""
+    with tempfile.TemporaryDirectory() as home:
+        parts = build_parts(Settings(home=Path(home)))
+        found = [(m.name, m.type) for m in parts.exposition.registry.collect()]
+        parts.store.close()
+    behind = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "info": ("_info",)}
+    return {name + suffix for name, kind in found for suffix in behind.get(kind, ("",))}
+
+
+@pytest.mark.parametrize("file", ["rules.yaml", "manta.json"])
+def test_rules_and_dashboard_ask_for_metrics_that_the_service_exports(file: str) -> None:
+    asked = set(re.findall(r"\bmanta_[a-z_]+", (CHART / "dashboards" / file).read_text()))
+    assert len(asked) > 10 and asked - exported() == set()
+
+
+def test_the_dashboard_shows_every_family_of_jobs_and_runs() -> None:
+    """But for names, what a unit is counted in, and what another panel says already."""
+    shown = set(re.findall(r"\bmanta_[a-z_]+", (CHART / "dashboards" / "manta.json").read_text()))
+    families = {name for name in exported() if name.startswith(("manta_job", "manta_queue", "manta_run"))}
+    elsewhere = {
+        "manta_run_checkpoint_step",
+        "manta_run_step_seconds",
+        "manta_run_training_seconds_total",
+        "manta_run_warnings",
+    }
+    assert families - shown == elsewhere
+
+
+def test_files_of_the_dashboard_and_the_rules_work_without_the_chart() -> None:
+    """They are plain JSON and YAML, and choose series that have no namespace as well."""
+    (group,) = yaml.safe_load((CHART / "dashboards" / "rules.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        metrics = re.findall(r"\b(?:manta|ray_(?!io_))[a-z_]+", rule["expr"])
+        assert rule["expr"].count('namespace=~".*"') == len(metrics) > 0, rule["alert"]
+        assert {"severity"} == set(rule["labels"]) and {"summary", "description"} == set(rule["annotations"])
+    board = json.loads((CHART / "dashboards" / "manta.json").read_text())
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert all(variables[name]["allValue"] == ".*" for name in ("namespace", "project", "job"))
+
+
+def test_promtool_takes_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; it comes with Prometheus (apt install prometheus)")
+    done = subprocess.run(
+        [promtool, "check", "rules", CHART / "dashboards" / "rules.yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_dashboard_is_one() -> None:
     board = json.loads((CHART / "dashboards" / "manta.json").read_text())
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) > 9
-    assert all(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    drawn = [panel for panel in board["panels"] if panel["type"] != "row"]
+    assert all(target["expr"] for panel in drawn for target in panel["targets"])
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
     assert len(set(places)) == len(places)
 

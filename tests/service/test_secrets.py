@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy.exc import OperationalError
 
 from cluster.job_environment import foreign, without_foreign
@@ -24,6 +26,8 @@ from service.ray_jobs import RayJobs
 from service.settings import Settings
 from service.store import Store
 from tests.service.secured import BODY, Secured
+from workloads import tracing
+from workloads.log_lines import json_formatter
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-5e1f"
@@ -134,6 +138,11 @@ def test_canaries_in_everything_that_the_service_wrote(
 ) -> None:
     """Requests that succeed, are refused and break, with secrets in each place where somebody may put one."""
     caplog.set_level(logging.DEBUG)
+    lines, spans = io.StringIO(), InMemorySpanExporter()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(json_formatter())
+    logging.getLogger().addHandler(handler)
+    tracing.start("test", spans)
     monkeypatch.setattr(ray_jobs.RayJobs, "_connected", lambda _: pytest.fail("Ray is not asked here"))
     token = service.token("root", "admin")
     client = service.client(token)
@@ -167,7 +176,12 @@ def test_canaries_in_everything_that_the_service_wrote(
         answers.append(client.get("/v1/jobs"))
     assert [answer.status_code for answer in answers[-2:]] == [500, 503]
     service.parts.reconciler.round()
+    answers.append(client.get("/metrics"))
     service.store.close()
+    tracing.stop()
+    logging.getLogger().removeHandler(handler)
+    told = lines.getvalue() + "".join(span.to_json() for span in spans.get_finished_spans())
+    assert '"token": "root"' in told and '"http.route": "/v1/jobs"' in told
 
     secrets = (CANARY, token, token.removeprefix("manta_"), made["token"])
     written = [path for path in service.settings.home.rglob("*") if path.is_file()]
@@ -175,7 +189,7 @@ def test_canaries_in_everything_that_the_service_wrote(
     for secret in secrets:
         for path in written:
             assert secret.encode() not in path.read_bytes(), path
-        assert secret not in caplog.text
+        assert secret not in caplog.text and secret not in told
         for answer in answers:
             assert secret not in answer.text + str(answer.headers), answer.request.url
 

@@ -144,12 +144,14 @@ def test_a_store_that_stays_away_costs_no_checkpoint_and_is_brought_up_to_date(
         save(writer, 2)
         writer.wait()
         assert checkpoint.latest_step(tmp_path / "a") == 2
+        assert files.mirrored_step(tmp_path / "a") == 1  # what `manta_run_mirror_backlog_checkpoints` counts from
         (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert "step 2 is on the disk of the run but not yet in" in warning.getMessage()
         s3_server.come_back()
         assert listed(frail) == both(1)
         save(writer, 3)
-    assert listed(frail) == both(2, 3)
+    assert listed(frail) == both(2, 3) and files.mirrored_step(tmp_path / "a") == 3
+    assert all(seal.seconds is not None for seal in files.seals(tmp_path / "a"))
 
 
 def test_training_does_not_wait_for_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,7 @@ def test_journal_tells_the_life_of_a_run(tmp_path: Path) -> None:
         record = run.read_record()
         assert record is not None and record.state == "RUNNING"
         assert (record.step, record.epoch, record.total_steps, record.skipped) == (10, 1, 100, ["a", "b"])
+        assert record.skipped_samples == 2
         assert record.finished_at is None
         journal.finish("FAILED", "no luck", "try again")
     record = run.read_record()

@@ -48,6 +48,19 @@ imagePullSecrets:
 - {name: RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, value: "2147483647"}
 - {name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, value: "0"}
 - {name: RAY_worker_niceness, value: "0"}
+{{- with $v.tracing }}
+{{- if .endpoint }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .endpoint | quote }}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: "k8s.namespace.name={{ $.Release.Namespace }},service.namespace={{ include "manta.name" $ }}"}
+{{- if .headersSecret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom: {secretKeyRef: {name: {{ .headersSecret }}, key: headers}}
+{{- end }}
+{{- range $name, $value := .variables }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with $v.storage.objectStore }}
 {{- if .endpoint }}
 - {name: AWS_ENDPOINT_URL, value: {{ .endpoint | quote }}}
@@ -171,7 +184,11 @@ template:
         secret:
           secretName: {{ include "manta.tokensSecret" .root }}
           defaultMode: 0440
-          items: [{key: admin_token, path: admin_token}]
+          items:
+            - {key: admin_token, path: admin_token}
+            {{- if $v.monitoring.serviceMonitor }}
+            - {key: metrics_token, path: metrics_token}
+            {{- end }}
       {{- else }}
       - name: job
         downwardAPI:

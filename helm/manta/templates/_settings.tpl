@@ -13,6 +13,10 @@
 MANTA_HOST: 0.0.0.0
 MANTA_TOKENS: required
 MANTA_FIRST_ADMIN_TOKEN_FILE: /etc/manta/admin_token
+{{- if $v.monitoring.serviceMonitor }}
+MANTA_METRICS_TOKEN_FILE: /etc/manta/metrics_token
+{{- end }}
+MANTA_LOG_FORMAT: {{ $v.frontend.logFormat }}
 MANTA_ALLOWED_ROOTS: {{ join " " $v.frontend.allowedRoots | quote }}
 # What the groups may grow to: jobs for more are refused, others wait.
 MANTA_CLUSTER_CPUS: {{ $cpus | quote }}

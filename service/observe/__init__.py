@@ -1,0 +1,1 @@
+"""What the service tells those who watch it: numbers for Prometheus, log lines, traces."""
