@@ -10,6 +10,7 @@ job from running twice: nothing is submitted while the run's heartbeat is fresh,
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -159,6 +160,7 @@ class Reconciler:
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self.lead = Lead(store.engine)
+        self._known: set[str] = set()  # ids in the table, whose rows are never deleted
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._wake = threading.Event()
         self._done = threading.Event()
@@ -319,11 +321,12 @@ class Reconciler:
         """Rows for runs that came by `ray job submit`."""
         if not self._settings.runs.is_dir():
             return
+        new = set(os.listdir(self._settings.runs)) - self._known - self._unreadable  # noqa: PTH208 ten thousand names
+        if not new:
+            return
         with self._store.session() as session:
-            known = set(session.scalars(sa.select(Job.id)))
-        for path in sorted(self._settings.runs.iterdir()):
-            if path.name in known or path.name in self._unreadable:
-                continue
+            self._known = set(session.scalars(sa.select(Job.id)))
+        for path in (self._settings.runs / name for name in sorted(new - self._known)):
             run = RunFolder(path)
             try:
                 record = run.read_record()
