@@ -7,6 +7,7 @@ holds a lock on its folder.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,7 @@ class Reconciler:
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self.lead = Lead(store.engine)
+        self._known: set[str] = set()  # ids in the table, whose rows are never deleted
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
@@ -277,11 +279,12 @@ class Reconciler:
         """Rows for runs that came by `ray job submit`."""
         if not self._settings.runs.is_dir():
             return
+        new = set(os.listdir(self._settings.runs)) - self._known - self._unreadable  # noqa: PTH208 ten thousand names
+        if not new:
+            return
         with self._store.session() as session:
-            known = set(session.scalars(sa.select(Job.id)))
-        for path in sorted(self._settings.runs.iterdir()):
-            if path.name in known or path.name in self._unreadable:
-                continue
+            self._known = set(session.scalars(sa.select(Job.id)))
+        for path in (self._settings.runs / name for name in sorted(new - self._known)):
             run = RunFolder(path)
             try:
                 record = run.read_record()

@@ -424,7 +424,8 @@ def test_a_queue_that_waits_costs_no_statements(world: World) -> None:
     world.ray.cpus = 1
     for _ in range(3):
         world.submissions.submit(BODY)
-    world.reconciler.round()  # one starts, two wait
+    for _ in range(2):
+        world.reconciler.round()  # one starts, two wait; then its new folder is known
 
     def statements() -> int:
         seen: list[Any] = []
