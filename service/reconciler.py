@@ -23,11 +23,13 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from service.dependencies import lost, waiting, waits_for
 from service.errors import ServiceError, Unavailable
+from service.logs import Wanted, part
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Store
 from workloads import preflight
+from workloads.log_file import append
 from workloads.preflight import Check
 from workloads.record import HEARTBEAT_S, Record, RunFolder, write_atomic
 from workloads.spec_any import parse_spec, spec_of
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
+LAST_WORDS = 1 << 14  # characters
 MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
 
 
@@ -132,6 +135,11 @@ def _stands(job: Job, decision: Decision, record: Record | None) -> bool:
     known = seen or (progress == (job.step, job.epoch, job.total_steps) and job.started_at is not None)
     same = (job.state, job.reason, job.hint) == (decision.state, decision.reason, decision.hint)
     return known and same and decision.act != "check"
+
+
+def _spoke(job: Job, record: Record | None) -> bool:
+    """Whether the run said how its newest attempt ended."""
+    return record is not None and record.attempt >= job.attempt and record.state not in ("STARTING", "RUNNING")
 
 
 class Reconciler:
@@ -243,6 +251,8 @@ class Reconciler:
         alive = lives(record, now)
         most = self._settings.max_attempts
         decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
+        if job.state in ACTIVE and (decision.act == "submit" or decision.state == "FAILED") and not _spoke(job, record):
+            self._keep_last_words(job, run)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, again=decision.act == "resubmit")
         elif decision.act == "stop":
@@ -276,6 +286,18 @@ class Reconciler:
         run.stop.unlink(missing_ok=True)
         logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
         self._ray.submit(job.id, job.attempt)
+
+    def _keep_last_words(self, job: Job, run: RunFolder) -> None:
+        """What a process printed that could not say why it ended goes into the log: Ray's own is lost with its head."""
+        title = f"attempt {job.attempt} ended without giving a reason; what its process printed last:"
+        try:
+            words = self._ray.log_tail(job.id, job.attempt)[-LAST_WORDS:]
+            if not words or title in part(run.log, None, 4 * LAST_WORDS, Wanted())[0]:
+                return  # it was said, and the service died before it had written the row
+            run.path.mkdir(parents=True, exist_ok=True)
+            append(run.log, logger.name, f"{title}\n{words}")
+        except (ServiceError, OSError) as error:  # no reason to keep the job from its next attempt
+            logger.warning("job %s: the last words of attempt %d are not kept: %s", job.id, job.attempt, error)
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""

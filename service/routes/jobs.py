@@ -15,7 +15,7 @@ from service.curves import thinned
 from service.errors import NotFound
 from service.events import CURSOR, START
 from service.jobs import no_such_job
-from service.logs import TAIL, Level, Wanted, lines, part
+from service.logs import TAIL, Level, Wanted, part
 from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
@@ -23,6 +23,7 @@ from service.report_search import search_page
 from service.store import TERMINAL, JobState
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
+from workloads.log_file import lines
 from workloads.spec_training import Seconds
 
 ProjectQuery = Annotated[ProjectName | None, Query(description="Default: that of the token.")]
@@ -204,13 +205,13 @@ def logs(
     job_id: str,
     parts: PartsDep,
     follow: bool = False,
-    offset: Annotated[int | None, Query(ge=0, description="Byte; default: the last `limit` bytes.")] = None,
+    offset: Annotated[int | None, Query(ge=0, description="`X-Next-Offset`, or 0; default: the last bytes.")] = None,
     limit: Annotated[int, Query(ge=1, le=1 << 22, description="Bytes that are looked at.")] = TAIL,
     level: Annotated[Level | None, Query(description="At least.")] = None,
     rank: Annotated[int | None, Query(ge=0, description="Of the worker that wrote the line.")] = None,
     last_event_id: Annotated[int | None, Header(ge=0)] = None,
 ) -> Response:
-    """A part of the log as text, `X-Next-Offset` being the byte behind it; `follow=true`: all of it, as it grows.
+    """A part of the log as text, `X-Next-Offset` being the place behind it; `follow=true`: all of it, as it grows.
 
     Followed, it comes as server-sent events until the job ends; their ids are offsets, so `Last-Event-ID` goes on.
     """
