@@ -6,6 +6,7 @@ import fcntl
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -108,7 +109,10 @@ def test_a_stop_file_checkpoints_and_the_next_call_continues(toy_job: Callable[.
     assert execute(spec, run, tmp_path, job_id="j", attempt=2) == SUCCEEDED
 
 
-def test_with_a_mirror_the_log_goes_on_on_another_disk(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+def test_with_a_mirror_the_log_goes_on_on_another_disk(
+    toy_job: Callable[..., JobSpec], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     spec = toy_job(checkpoint={"mirror": str(tmp_path / "mirror")})
     runs = [RunFolder(tmp_path / name) for name in ("lost", "new")]
 
