@@ -1,16 +1,16 @@
-"""The log of a job in bounded parts: whole lines from a byte on, those of a level or a rank, never the whole file."""
+"""The log of a job in bounded parts: whole lines from a place on, those of a level or a rank, never the whole."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workloads.log_file import STRIDE, lines, segment, segments
+
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 ORDER = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-CHUNK = 1 << 16  # bytes that are read at a time; a longer line comes in parts
 TAIL = 1 << 18  # bytes of an answer that asks for none in particular
 _HEAD = re.compile(rb"^\d{4}-\d\d-\d\d [\d:,]+ ([A-Z]+) (?:\[rank (\d+)\] )?")
 
@@ -37,36 +37,22 @@ class Wanted:
         return self._last
 
 
-def lines(path: Path, start: int, stop: int | None = None) -> Iterator[tuple[bytes, int]]:
-    """Whole lines from byte `start` on, each with the byte behind it, while they begin before `stop`.
-
-    Half a line at the end is still being written. A missing file has no lines.
-    """
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        file.seek(start)
-        while stop is None or start < stop:
-            line = file.readline(CHUNK)
-            if not line.endswith(b"\n") and len(line) < CHUNK:
-                return
-            start += len(line)
-            yield line, start
-
-
-def begin(path: Path, offset: int | None, limit: int) -> int:
+def begin(log: Path, offset: int | None, limit: int) -> int:
     """Where to read from: `offset`, or the first whole line of the last `limit` bytes."""
-    if offset is not None or not path.exists():
-        return offset or 0
-    size = path.stat().st_size
-    if size <= limit:
-        return 0
-    return next((end for _, end in lines(path, size - limit - 1)), size)
+    if offset is not None:
+        return offset
+    for number in reversed(segments(log)):
+        size = segment(log, number).stat().st_size
+        if size > limit:
+            after = number * STRIDE + size - limit - 1
+            return next((end for _, end in lines(log, after)), number * STRIDE + size)
+        limit -= size
+    return 0
 
 
-def part(path: Path, offset: int | None, limit: int, wanted: Wanted) -> tuple[str, int]:
-    """Lines among `limit` bytes from `offset` on, by default the last ones, and the byte behind them."""
-    start = begin(path, offset, limit)
-    seen = list(lines(path, start, start + limit))
+def part(log: Path, offset: int | None, limit: int, wanted: Wanted) -> tuple[str, int]:
+    """Lines among `limit` bytes from `offset` on, by default the last ones, and the place behind them."""
+    start = begin(log, offset, limit)
+    seen = list(lines(log, start, limit))
     text = b"".join(line for line, _ in seen if wanted.takes(line))
     return text.decode(errors="replace"), seen[-1][1] if seen else start

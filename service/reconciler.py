@@ -19,6 +19,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from service.decisions import STALE_S, Decision, decide, ended, lives, reached, said, stalled_after, stands
 from service.errors import ServiceError, Unavailable
 from service.lead import Lead
+from service.logs import Wanted, part
 from service.observe.rounds import Rounds
 from service.projects import quota_of
 from service.queue import Cluster, Entry, admitted, giving_way, ordered
@@ -28,6 +29,7 @@ from service.releases import Releases
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
 from workloads import preflight, tracing
+from workloads.log_file import append
 from workloads.log_lines import about
 from workloads.preflight import Check
 from workloads.record import Record, RunFolder, write_atomic
@@ -37,6 +39,7 @@ from workloads.spec_deploy import is_deploy
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
+LAST_WORDS = 1 << 14  # characters
 
 
 class Reconciler:
@@ -189,6 +192,9 @@ class Reconciler:
         most = self._settings.max_attempts
         decision = decide(job, ray, record, now, alive=alive, fits=fits, max_attempts=most, parents=parents)
         self.rounds.acted(decision.act)
+        ends = decision.act == "submit" or decision.state == "FAILED"
+        if job.state in ACTIVE and ends and not ended(job, record):
+            self._keep_last_words(job, run)
         if decision.act in ("submit", "resubmit"):
             self._submit(job, run, record, again=decision.act == "resubmit")
         elif decision.act == "stop":
@@ -240,6 +246,18 @@ class Reconciler:
         told = {"manta.job.id": job.id, "manta.job.attempt": job.attempt}
         with tracing.span("submit attempt", told, parent=job.traceparent):
             self._ray.submit(job.id, job.attempt)
+
+    def _keep_last_words(self, job: Job, run: RunFolder) -> None:
+        """What a process printed that could not say why it ended goes into the log: Ray's own is lost with its head."""
+        title = f"attempt {job.attempt} ended without giving a reason; what its process printed last:"
+        try:
+            words = self._ray.log_tail(job.id, job.attempt)[-LAST_WORDS:]
+            if not words or title in part(run.log, None, 4 * LAST_WORDS, Wanted())[0]:
+                return  # it was said, and the service died before it had written the row
+            run.path.mkdir(parents=True, exist_ok=True)
+            append(run.log, logger.name, f"{title}\n{words}")
+        except (ServiceError, OSError) as error:  # no reason to keep the job from its next attempt
+            logger.warning("job %s: the last words of attempt %d are not kept: %s", job.id, job.attempt, error)
 
     def _register(self, job: Job, run: RunFolder) -> None:
         """Registers what the job left, before its row says SUCCEEDED."""

@@ -32,6 +32,7 @@ from workloads.checkpoint_newest import Found, first_line, in_parts, newest
 from workloads.checkpoint_state import Buffers, broadcast, load, write
 from workloads.data.sources import RETRY_DELAYS_S
 from workloads.ranks import Ranks
+from workloads.record import RunFolder
 from workloads.spec_training import CheckpointPolicy
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "latest_step", "restore_weights"]
@@ -151,7 +152,7 @@ class Checkpoints:
         self._next_waits.set()
         self._written = self._thread.submit(self._write, step, put, metric)
         if self._mirror is not None:
-            self._mirrored = self._thread.submit(self._mirror.update, self._folder)
+            self._mirrored = self._thread.submit(self._send, self._mirror)
 
     def wait(self) -> None:
         """Until all that was saved is on the disk, and in the mirror unless that stays away.
@@ -212,6 +213,9 @@ class Checkpoints:
                 f"checkpoint of step {step} could not be written to {self._folder}: {error}",
                 "free disk space, then submit again: the run continues from the checkpoint before",
             ) from error
+
+    def _send(self, mirror: Mirror) -> bool:
+        return mirror.update(self._folder) and mirror.send_log(RunFolder(self._folder.parent).log)
 
     def _wait_for_write(self) -> None:
         written, self._written = self._written, None

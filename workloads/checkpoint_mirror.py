@@ -1,4 +1,4 @@
-"""A copy of the checkpoints elsewhere, for nodes that share no disk: same files, same names, in a folder or a bucket.
+"""A copy of checkpoints and log elsewhere, for when the disk is lost: same files, same names, in a folder or a bucket.
 
 The disk of the run is the truth: a store that is away costs no checkpoint and ends no run. What it missed is sent
 with the next one.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
 from workloads.checkpoint_folder import MIRRORED, Seal, complete, kept, latest_step, remove, seals, stem, step_of
+from workloads.log_file import segment, segments
 from workloads.record import write_atomic
 from workloads.spec_training import CheckpointPolicy
 
@@ -61,6 +63,23 @@ class Mirror:
             )
             return False
         return True
+
+    def send_log(self, log: Path) -> bool:
+        """Sends the files of the log that have grown, removes those that are gone, and says whether all is here."""
+        try:
+            if segments(log):
+                self._tried(lambda: self._send_log(log))
+        except (OSError, ValueError) as error:
+            logger.warning("the log is not yet in %s; it is sent again at the end (%s)", self._url, _one_line(error))
+            return False
+        return True
+
+    def fetch_log(self, log: Path) -> None:
+        """Brings the log of earlier attempts to a disk that has none, where it goes on; a warning where that fails."""
+        try:
+            self._tried(lambda: self._fetch_log(log))
+        except (OSError, ValueError) as error:
+            logger.warning("the log of earlier attempts is not fetched from %s (%s)", self._url, _one_line(error))
 
     def steps(self) -> list[int]:
         """Steps up to its latest, newest first.
@@ -139,6 +158,33 @@ class Mirror:
             if step not in stay:
                 for name in sorted(names, key=lambda name: not name.endswith(".json")):  # the seal first
                     self._delete(name)
+
+    def _send_log(self, log: Path) -> None:
+        from pyarrow import fs
+
+        here = self._log_files(log)
+        there = [path for number in segments(log) if (path := segment(log, number)).exists()]
+        for path in there:
+            if here.pop(path.name, None) != path.stat().st_size:
+                fs.copy_files(str(path), path.name, fs.LocalFileSystem(), self._store, chunk_size=CHUNK_BYTES)
+        for name in here:
+            self._delete(name)
+
+    def _fetch_log(self, log: Path) -> None:
+        from pyarrow import fs
+
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for name in sorted(self._log_files(log)):
+            path = str(log.with_name(name))
+            fs.copy_files(name, path, self._store, fs.LocalFileSystem(), chunk_size=CHUNK_BYTES)
+
+    def _log_files(self, log: Path) -> dict[str, int]:
+        """Name -> bytes of the log's files that are here."""
+        from pyarrow import fs
+
+        infos = self._store.get_file_info(fs.FileSelector("", allow_not_found=True))
+        of_log = f"{log.stem}.*"  # `log.txt`, `log.00001.txt`
+        return {info.base_name: info.size for info in infos if fnmatchcase(info.base_name, of_log)}
 
     def _steps(self) -> list[int]:
         try:

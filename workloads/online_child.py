@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workloads import catalog
+from workloads.log_file import segment, segments
 from workloads.online import config_of, left, pinned
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
@@ -88,7 +89,7 @@ class ChildProcess:
 
     def __init__(self, run: RunFolder, step: int, home: Path, job_id: str) -> None:
         arguments = [str(run.path), str(step), str(home), job_id, str(os.getpid())]
-        with open(run.log, "ab") as log:
+        with open(segment(run.log, max(segments(run.log), default=0)), "ab") as log:
             # a group of its own: what it starts ends with it, and Ctrl-C at a terminal is for the training. No session
             # of its own: in that its priority would not count against the training
             self._process = subprocess.Popen(

@@ -7,7 +7,7 @@
         total_steps      written when training starts: tells the journal that the job is RUNNING
         skipped.txt      a line for each sample that could not be decoded, appended by every rank
         warnings.txt     what the person who submitted the job should know, a line each
-        log.txt          the log of the job, all attempts
+        log.txt          the log of the job, all attempts and ranks; bounded, see `workloads.log_file`
         events.jsonl     what happened to the run: workers joined and left, preemptions, hangs; one JSON object a line
         online.jsonl     results of evaluations of checkpoints while training goes on, a line each
         online/          the checkpoint that is evaluated right now
@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from workloads.log_lines import TextFormatter
+from workloads.log_file import LogFile
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +141,7 @@ class RunFolder:
     @contextlib.contextmanager
     def logging(self, who: str = "") -> Iterator[None]:
         """Sends what this process logs into the job's log, marked with `who`."""
-        handler = logging.FileHandler(self.log)
-        handler.setFormatter(TextFormatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
+        handler = LogFile(self.log, who)
         logging.getLogger().addHandler(handler)
         try:
             yield

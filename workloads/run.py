@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,13 @@ from types import FrameType
 
 from workloads import log_lines, tracing
 from workloads.artifact import ArtifactError
+from workloads.checkpoint_mirror import Mirror
+from workloads.data.sources import RETRY_DELAYS_S
 from workloads.journal import Journal
 from workloads.metrics import OnPoint
 from workloads.preflight import look
 from workloads.record import RunFolder, write_atomic
+from workloads.spec import JobSpec
 from workloads.spec_any import AnySpec, read_spec, spec_of
 from workloads.winner import settled
 from workloads.work import Work
@@ -102,6 +106,7 @@ def execute(
         if not stack.enter_context(_locked(run.path / "lock")):
             logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
             return FAILED
+        stack.enter_context(_log_in_mirror(spec, run))
         stack.enter_context(run.logging())
         if ray and (before := run.read_record()) is not None and before.state == "SUCCEEDED":
             logger.info("an earlier attempt, of which nobody had heard, has succeeded meanwhile")
@@ -150,6 +155,21 @@ def execute(
         journal.finish("SUCCEEDED")
         logger.info("succeeded; the artifact is %s", run.artifact)
         return SUCCEEDED
+
+
+@contextlib.contextmanager
+def _log_in_mirror(spec: AnySpec, run: RunFolder) -> Iterator[None]:
+    """Where checkpoints are mirrored, the log comes from there to an empty disk, and goes there as it is at the end."""
+    if not isinstance(spec, JobSpec) or spec.checkpoint.mirror is None:
+        yield
+        return
+    mirror = Mirror(spec.checkpoint.mirror, spec.checkpoint, wait=threading.Event().wait, delays_s=RETRY_DELAYS_S)
+    if not run.log.exists():
+        mirror.fetch_log(run.log)
+    try:
+        yield
+    finally:
+        mirror.send_log(run.log)
 
 
 def _claim(spec: AnySpec, run: RunFolder, home: Path) -> str | None:

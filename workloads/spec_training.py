@@ -191,7 +191,7 @@ class CheckpointPolicy(Strict):
         keep_best: and so many of the best by `metric`, a name of the curve.
         metric: less is better, or more with `mode: max`.
         mode: of the metric.
-        mirror: folder or `s3://` prefix that holds a copy of those that stay, for nodes that share no disk.
+        mirror: folder or `s3://` prefix that holds a copy of the log and those that stay, for nodes that share no disk.
     """
 
     every_steps: int = Field(default=500, ge=1)

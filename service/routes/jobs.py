@@ -18,7 +18,7 @@ from service.errors import Conflict, NotFound
 from service.events import CURSOR, START
 from service.job_views import Comparison, Evaluations, EventPage, Forecast, JobList, JobPage, JobView, MetricsPage
 from service.jobs import no_such_job
-from service.logs import TAIL, Level, Wanted, lines, part
+from service.logs import TAIL, Level, Wanted, part
 from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
@@ -26,6 +26,7 @@ from service.report_search import search_page
 from service.store import TERMINAL, JobState
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
+from workloads.log_file import lines
 from workloads.spec_any import AnySpec
 from workloads.spec_training import Seconds
 
@@ -37,7 +38,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 FOLLOW_POLL_S = 0.25
 KEEP_ALIVE_S = 15.0
 MOST = 100  # jobs of one list
-MOST_BYTES = 10**12  # of a log; file systems refuse to look behind their own limits
 MADE = answers(201, Location="Of the job.") | refuses(Conflict)
 AGAIN = answers(200, JobView, "The job that the Idempotency-Key made before.", Location="Of the job.")
 LOG: dict[int | str, dict[str, Any]] = {
@@ -263,14 +263,14 @@ def get_job_logs(
     parts: PartsDep,
     follow: bool = False,
     offset: Annotated[
-        int | None, Query(ge=0, le=MOST_BYTES, description="Byte; default: the last `limit` bytes.")
+        int | None, Query(ge=0, le=MOST_INT, description="`X-Next-Offset`, or 0; default: the last bytes.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1 << 22, description="Bytes that are looked at.")] = TAIL,
     level: Annotated[Level | None, Query(description="At least.")] = None,
     rank: Annotated[int | None, Query(ge=0, le=MOST_INT, description="Of the worker that wrote the line.")] = None,
-    last_event_id: Annotated[int | None, Header(ge=0, le=MOST_BYTES)] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, le=MOST_INT)] = None,
 ) -> Response:
-    """A part of the log as text, `X-Next-Offset` being the byte behind it; `follow=true`: all of it, as it grows.
+    """A part of the log as text, `X-Next-Offset` being the place behind it; `follow=true`: all of it, as it grows.
 
     Followed, it comes as server-sent events until the job ends; their ids are offsets, so `Last-Event-ID` goes on.
     """

@@ -67,6 +67,9 @@ class Fleet:
     def statuses(self) -> dict[str, RayStatus]:
         return dict(self.statuses_)
 
+    def log_tail(self, job_id: str, attempt: int) -> str:
+        return ""  # processes that say nothing
+
     def capacity(self) -> dict[str, float]:
         return {"CPU": 12.0 * GPUS * self.nodes, "GPU": float(GPUS * self.nodes)}
 

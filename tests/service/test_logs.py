@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.curves import thinned
-from service.logs import CHUNK, Wanted, lines, part
+from service.logs import Wanted, part
 from tests.service.rest import Service
+from workloads.log_file import CHUNK, lines
 
 T = "2026-11-22 06:00:00,123"
 LOG = f"{T} INFO workloads.run: a\n{T} ERROR [rank 1] workloads.train: b\nTraceback\n{T} WARNING [rank 11] x: c\n"

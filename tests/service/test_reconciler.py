@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import Conflict
+from service.errors import Conflict, Unavailable
 from service.ray_jobs import RayStatus, submission_id
 from service.store import TERMINAL, Job
 from tests.service.fakes import write_record
@@ -141,6 +141,41 @@ def test_it_is_given_up_after_attempts_without_progress_but_not_with(world: Worl
     failed = world.jobs.get(job.id)
     assert failed.state == "FAILED" and failed.reason is not None and "5 times in a row" in failed.reason
     assert failed.attempt == 13
+
+
+def test_the_last_words_of_a_process_that_died_without_a_log_outlive_ray(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    world.status(job, "FAILED")
+    world.ray.refuse_submit = True
+    world.reconciler.round()
+    log = world.folder(job) / "log.txt"
+    told = "attempt 1 ended without giving a reason; what its process printed last:\nlast words of " + job.id
+    assert told in log.read_text() and " WARNING service.reconciler: " in log.read_text()
+    with world.store.session() as session:  # the service died before the row was written: it is not said twice
+        row = session.get(Job, job.number)
+        assert row is not None
+        row.attempt, row.state = 1, "RUNNING"
+    world.reconciler.round()
+    assert log.read_text().count(told) == 1
+    write_record(world.folder(job), "FAILED", 2, reason="why")  # the next one says itself why it ended
+    world.ray.refuse_submit = False
+    world.status(job, "FAILED")
+    world.reconciler.round()
+    assert log.read_text().count("ended without giving a reason") == 1
+
+
+def test_a_ray_that_does_not_tell_them_keeps_no_job_from_its_next_attempt(world: World) -> None:
+    job, _ = world.submissions.submit(BODY)
+    world.reconciler.round()
+    world.status(job, "FAILED")
+
+    def away(*_: Any) -> str:
+        raise Unavailable("Ray does not answer")
+
+    world.ray.log_tail = away  # type: ignore[method-assign]
+    world.reconciler.round()
+    assert world.jobs.get(job.id).attempt == 2 and not (world.folder(job) / "log.txt").exists()
 
 
 def test_first_come_first_served_within_what_the_cluster_has(world: World) -> None:

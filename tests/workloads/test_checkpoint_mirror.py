@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow import fs
 from torch import nn
 from torch.optim import Optimizer
 
 from tests.s3 import S3
-from workloads import checkpoint
+from workloads import checkpoint, log_file
 from workloads import checkpoint_folder as files
 from workloads.checkpoint import CheckpointError, Checkpoints
 from workloads.checkpoint_mirror import Mirror
 from workloads.ranks import Ranks
+from workloads.record import RunFolder
 from workloads.spec_training import CheckpointPolicy
 
 
@@ -206,3 +208,32 @@ def test_a_write_that_failed_sends_nothing(tmp_path: Path, monkeypatch: pytest.M
         save(writer, 1)
     assert writer._mirrored is not None and writer._mirrored.result()
     assert not (tmp_path / "m").exists()
+
+
+def test_the_log_goes_there_with_each_checkpoint_bounded_as_it_is(
+    tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_file, "SEGMENT_BYTES", 300)
+    run, (model, optimizer) = RunFolder(tmp_path), made()
+    there = Mirror(mirror, CheckpointPolicy(), wait=lambda _: True, delays_s=())
+    for round_ in range(3):
+        for i in range(20):
+            log_file.append(run.log, "n", f"{round_} {i}")
+        with checkpoints(run.checkpoints, mirror) as some:
+            some.save(round_ + 1, model, optimizer, extra={}, metric=None)
+        names = [log_file.segment(run.log, number).name for number in log_file.segments(run.log)]
+        assert {name: there._read(name) for name in names} == {name: (tmp_path / name).read_bytes() for name in names}
+        listed = there._store.get_file_info(fs.FileSelector(""))
+        assert sorted(info.base_name for info in listed if info.base_name.startswith("log.")) == sorted(names)
+    assert len(names) == 1 + log_file.KEEP
+    there.fetch_log(tmp_path / "elsewhere" / "log.txt")  # a node with an empty disk goes on with it
+    assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == {
+        name: (tmp_path / name).read_bytes() for name in names
+    }
+
+
+def test_a_store_that_is_away_does_not_hold_up_the_end_of_a_log(tmp_path: Path, caplog: Any) -> None:
+    log_file.append(tmp_path / "log.txt", "n", "x")
+    (tmp_path / "file").write_text("no folder")
+    away = Mirror(str(tmp_path / "file" / "x"), CheckpointPolicy(), wait=lambda _: True, delays_s=())
+    assert not away.send_log(tmp_path / "log.txt") and "is not yet in" in caplog.text
