@@ -23,7 +23,7 @@ import torch
 from tests.toy import TOY_MAE, TOY_MODEL, write_shards
 from workloads import checkpoint
 from workloads.journal import Journal
-from workloads.record import RunFolder
+from workloads.record import Record, RunFolder
 from workloads.run import FAILED, STOPPED, SUCCEEDED, _job_id, execute, run_local
 from workloads.spec import JobSpec
 
@@ -342,3 +342,14 @@ def test_shards_of_images_only_train_without_labels(toy_job: Callable[..., JobSp
                 bare.addfile(member, io.BytesIO(extracted.read()))
     spec = toy_job(data={"train": {"shards": str(tmp_path / "bare-000000.tar")}})
     assert run_local(spec, tmp_path / "run") == SUCCEEDED
+
+
+def test_an_attempt_after_one_that_succeeded_unseen_changes_nothing(
+    toy_job: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.write_record(Record(job_id="j", state="SUCCEEDED", step=7, started_at=1.0, updated_at=1.0))
+    before = run.record.read_bytes()
+    assert execute(toy_job(), run, tmp_path, job_id="j", attempt=2, ray=True) == SUCCEEDED
+    assert run.record.read_bytes() == before and not run.checkpoints.exists()
