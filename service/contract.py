@@ -26,8 +26,9 @@ TAGS = [
     {"name": "jobs", "description": "Submit, follow, pause, resume, cancel, retry, clone, compare."},
     {"name": "catalog", "description": "What a job may name, with the schema of its config."},
     {"name": "models", "description": "What jobs have registered; deploy it, and ask it."},
+    {"name": "webhooks", "description": "Who is told when jobs change their states."},
     {"name": "access", "description": "Projects, tokens, and the log of changes."},
-    {"name": "health", "description": "For probes; they take no token."},
+    {"name": "health", "description": "For probes, which take no token, and for Prometheus."},
 ]
 BODY_ERRORS = (errors.TooSlow, errors.TooLarge, errors.UnsupportedMedia, errors.InvalidRequest)
 HEADERS: dict[int, dict[str, str]] = {  # status -> header -> what it tells

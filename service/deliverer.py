@@ -112,7 +112,8 @@ class Deliverer:
         if sending := self._sending:
             loop, task = sending
             loop.call_soon_threadsafe(task.cancel)
-        self._thread.join(timeout=DEADLINE_S)  # not for ever: a look at a name cannot be broken off
+        if self._thread.is_alive():
+            self._thread.join(timeout=DEADLINE_S)  # not for ever: a look at a name cannot be broken off
 
     def _run(self) -> None:
         while not self._done.is_set():

@@ -89,7 +89,8 @@ class Reconciler:
         """Ends after the round that it is in. Runs are left alone; another front end may lead from now on."""
         self._done.set()
         self._wake.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self.lead.release()
 
     @property

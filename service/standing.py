@@ -38,24 +38,26 @@ class Standing:
 
     def __init__(self, store: Store, ray: RayJobs, clock: Callable[[], float] = time.time) -> None:
         self._store, self._ray, self._clock = store, ray, clock
-        self._read_at, self._places = -math.inf, dict[str, Place]()
+        self._read_at, self._places = -math.inf, dict[str, Place | None]()
 
     def of(self, job: Job) -> Place | None:
         """None for a job that is not in the queue; one that waits for other jobs has no position yet."""
-        if job.state != "QUEUED":
+        if job.state != "QUEUED" or not (job.cpus or job.held):
             return None
-        if job.id not in self._places or not 0 <= self._clock() - self._read_at < FRESH_S:
+        places = self._places
+        if job.id not in places or not 0 <= self._clock() - self._read_at < FRESH_S:
             self._read_at = self._clock()
-            self._places = self._read()
-        return self._places.get(job.id)
+            self._places = places = {job.id: None, **self._read()}  # it may have left the queue at this moment
+        return places[job.id]
 
     def _read(self) -> dict[str, Place]:
         with self._store.session() as session:
             rows = session.execute(sa.select(*COLUMNS).where(Job.state.in_(("QUEUED", *ACTIVE)))).all()
             known = {row.workload for row in rows if row.workload is not None}
-            took = sa.func.avg(Job.finished_at - Job.started_at)
-            earlier = sa.select(Job.workload, took).where(Job.state == "SUCCEEDED", Job.workload.in_(known))
-            seconds = {name: found for name, found in session.execute(earlier.group_by(Job.workload))} if known else {}
+            took = Job.finished_at - Job.started_at
+            alike = sa.select(Job.workload, sa.func.avg(took)).where(Job.state == "SUCCEEDED", took >= 0)
+            earlier = alike.where(Job.workload.in_(known)).group_by(Job.workload)
+            seconds = {name: found for name, found in session.execute(earlier)} if known else {}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         held = [row for row in rows if row.held and row.state == "QUEUED"]
         waiting = [

@@ -147,9 +147,8 @@ def simulate(
     settings = Settings(home=folder, database_url=url)
     store = Store(settings.database)
     fleet = Fleet(nodes, settings, time.time(), random.Random(nodes), dying)
-    reconciler = Reconciler(
-        settings, store, fleet, NoArtifacts(settings, store), lambda: None, lambda: fleet.now, releases=None
-    )  # type: ignore[arg-type]
+    registry = NoArtifacts(settings, store)
+    reconciler = Reconciler(settings, store, fleet, registry, lambda: None, lambda: fleet.now, releases=None)  # type: ignore[arg-type]
     document = SPEC.model_dump(mode="json")
     resources = {"cpus": SPEC.resources.cpus, "gpus": SPEC.resources.gpus}
     with store.session() as session:

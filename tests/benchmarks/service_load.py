@@ -56,8 +56,11 @@ class Engine:
                 del self._running[name]
         return dict(self._known)
 
+    def nodes(self) -> list[dict[str, float]]:
+        return [self.capacity()]
+
     def capacity(self) -> dict[str, float]:
-        return {"CPU": float(CPUS), "GPU": 0.0}
+        return {"CPU": float(CPUS)}
 
     def submit(self, job_id: str, attempt: int) -> None:
         name = submission_id(job_id, attempt)
@@ -247,7 +250,8 @@ def round_s(home: str, url: str, rounds: int = 7) -> float:
 
     settings = Settings(home=Path(home), database_url=url)
     with closing(Store(settings.database)) as store:
-        reconciler = Reconciler(settings, store, Engine(settings, 1.0), Registry(settings, store), lambda: None)  # type: ignore[arg-type]
+        registry, engine = Registry(settings, store), Engine(settings, 1.0)
+        reconciler = Reconciler(settings, store, engine, registry, lambda: None, releases=None)  # type: ignore[arg-type]
         took = []
         for _ in range(rounds):
             began = time.perf_counter()

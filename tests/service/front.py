@@ -28,8 +28,14 @@ class FolderRay:
     def statuses(self) -> dict[str, RayStatus]:
         return {path.name: "RUNNING" for path in self._attempts.iterdir()}
 
+    def nodes(self) -> list[dict[str, float]]:
+        return [self.capacity()]
+
     def capacity(self) -> dict[str, float]:
-        return {"CPU": 1000.0, "GPU": 0.0}
+        return {"CPU": 1000.0}
+
+    def log_tail(self, job_id: str, attempt: int) -> str:
+        return ""
 
     def submit(self, job_id: str, attempt: int) -> None:
         with open(self._calls, "a") as file:
@@ -51,7 +57,8 @@ def reconciler(home: Path, url: str, ray: FolderRay) -> Reconciler:
     """Of a front end that has nothing else: it is imported in a moment."""
     settings = Settings(home=home, database_url=url, reconcile_interval_s=0.02)
     store = Store(settings.database)
-    return Reconciler(settings, store, ray, Registry(settings, store), lambda: None)  # type: ignore[arg-type]
+    registry = Registry(settings, store)
+    return Reconciler(settings, store, ray, registry, lambda: None, releases=None)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ JOB = {
     "queue": None,
     "method": "mae",
     "search": None,
+    "deploy": None,
     "found": None,
     "attempt": 1,
     "created_at": "2026-11-21T00:00:00+00:00",

@@ -15,6 +15,7 @@ from service import predictor
 from service.app import build
 from service.audit import Audit
 from service.errors import BadImage, NotDeployed, NotFound, Unavailable
+from service.observe.requests import RequestMetrics
 from service.registry import Registry
 from service.settings import Settings
 from service.store import Deployment, Store
@@ -82,6 +83,7 @@ def client(fake: FakeDeployments, tmp_path: Path) -> Iterator[TestClient]:
         registry=Registry(settings, store),
         tokens=Tokens(store),
         audit=Audit(store),
+        exposition=SimpleNamespace(requests=RequestMetrics()),
         start=lambda: None,
         stop=store.close,
     )

@@ -66,7 +66,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 def submission(settings: Settings, job_id: str = "job-1") -> dict[str, Any]:
     """What Ray is told of a job."""
     jobs, client = RayJobs(settings), FakeSubmission()
-    jobs._client = client
+    jobs._client, jobs._reserved = client, lambda _: {}  # type: ignore[method-assign]  # no spec was written
     jobs.submit(job_id, 1)
     return client.told[0]
 
