@@ -18,6 +18,7 @@ from service.observe.families import counter, gauge
 from service.store import Job, Store
 from workloads.checkpoint_folder import latest_step, mirrored_step, read_seal, steps
 from workloads.record import RunFolder
+from workloads.spec_deploy import is_deploy
 
 MOST = 500  # runs of a scrape: those that started last
 GAUGES = {
@@ -58,7 +59,7 @@ class RunMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._store.session() as session:
             running = sa.select(Job).where(Job.state == "RUNNING").order_by(Job.submitted_at.desc())
-            jobs = list(session.scalars(running.limit(MOST)))
+            jobs = [job for job in session.scalars(running.limit(MOST)) if not is_deploy(job.spec)]  # which has no run
         labels = {job.id: (job.project, job.id) for job in jobs}
         said = {job.id: of_run(RunFolder(self._runs / job.id), job.spec) for job in jobs}
         info = {(*labels[job.id], job.name, _kind(job.spec)): 1.0 for job in jobs}

@@ -155,6 +155,9 @@ def test_only_runs_at_work_have_series_and_a_broken_one_hides_no_other(service: 
         a_run(service, job_id)
     (service.settings.runs / "c" / "record.json").write_text("{")
     shutil.rmtree(service.settings.runs / "d")
+    add(service, "release", "RUNNING")
+    with service.store.session() as session:  # an entry of a list, which has no run
+        session.query(Job).filter_by(id="release").one().spec = {"name": "go", "deploy": {"model": "digits"}}
     text = scrape(service)
     steps = {sample.labels["job_id"] for sample in families(text)["manta_run_step"].samples}
     info = {sample.labels["job_id"] for sample in families(text)["manta_run_info"].samples}
