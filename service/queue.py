@@ -3,7 +3,7 @@
 Of the jobs that wait the one goes first whose priority is highest; among those one of the project that uses least of
 the cluster for its share (of CPUs, GPUs or others, whichever is most: dominant resource fairness, NSDI 2011); among
 those the one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can
-take that away; one that its project's quota holds back keeps nothing.
+take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster.
 """
 
 from __future__ import annotations
@@ -164,13 +164,15 @@ def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, 
         queue: by `ordered`.
         cluster: changed as entries start.
     """
-    free = cluster.free
+    free, promised = cluster.free, Counter[str]()  # GPUs of the quotas of projects, to those that wait for them
     for entry in queue:
         use, quota = cluster.used[entry.project], cluster.quota(entry.project)
         if quota.running is not None and use.running >= quota.running:
             yield entry, Wait(f"project {entry.project} runs {use.running} jobs, as many as it may", by_quota=True)
             continue
-        if quota.gpus is not None and use.most_gpus + entry.most_gpus > quota.gpus + EPS:
+        most = use.most_gpus + promised[entry.project] + entry.most_gpus
+        if quota.gpus is not None and entry.most_gpus and most > quota.gpus + EPS:
+            promised[entry.project] += entry.most_gpus  # type: ignore[assignment]  # typeshed counts by int
             said = f"project {entry.project} has {use.most_gpus:g} of the {quota.gpus:g} GPUs that it may have"
             yield entry, Wait(said, by_quota=True)
             continue

@@ -75,6 +75,12 @@ def test_a_quota_holds_back_its_own_project_only() -> None:
     assert wait is not None and wait.reason == "project a has 1 of the 4 GPUs that it may have"
 
 
+def test_a_large_job_is_not_overtaken_in_its_quota() -> None:
+    queue = [gpus("a0", 4), gpus("a1", 1), entry("a2"), gpus("b3", 1, "b")]
+    on = cluster(cpus=9, gpus=8, running=(gpus("a9", 2),), a=Quota(gpus=4))
+    assert starting(queue, on) == "a2 b3"
+
+
 FLOATS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 8.0])
 JOBS = st.lists(
     st.builds(
