@@ -144,8 +144,8 @@ class Reconciler:
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
         cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
-        waiting_ = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
-        queue = ordered(map(Entry.of, waiting_), cluster)
+        unheld = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
+        queue = ordered(map(Entry.of, unheld), cluster)
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
