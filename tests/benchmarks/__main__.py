@@ -1,7 +1,11 @@
-"""`make bench`: every figure in one run, as ratios and medians, into RESULTS.md beside this file."""
+"""`make bench`: every figure in one run, as ratios and medians, into RESULTS.md beside this file.
+
+python -m tests.benchmarks search load        # these groups only; the others stay on the page with their date
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -19,6 +23,7 @@ from tests.benchmarks import apart, contrast, data, engine, gpu, loop, masked, s
 from tests.benchmarks.table import Row, markdown
 from workloads.data.pack import pack_digits
 
+HEAD = "# Benchmarks\n\n`make bench` writes this page: medians; each ratio is of one run.\n"
 TRAIN = "digits/train-{000000..000001}.tar"
 
 
@@ -31,7 +36,6 @@ def machine() -> str:
 
 def rows(folder: Path) -> list[Row]:
     """(what, measured, wanted, reached)."""
-    pack_digits(folder / "digits")
     shards = str(folder / TRAIN)
     with tarfile.open(folder / "digits" / "test-000000.tar") as tar:
         member = next(m for m in tar if m.name.endswith(".png"))
@@ -70,35 +74,51 @@ def rows(folder: Path) -> list[Row]:
     ]
 
 
+def groups(folder: Path) -> dict[str, Callable[[], list[Row]]]:
+    """What is measured, by the headings of the page."""
+    shards = str(folder / TRAIN)
+    return {
+        "service": partial(rows, folder),
+        "load": partial(service_load.rows, folder, shards),
+        "engine": partial(engine.rows, folder, shards),
+        "masked": masked.rows,
+        "contrast": contrast.rows,
+        "data": partial(data.rows, folder),
+        "search": partial(search.rows, folder),
+        "gpu": gpu.rows,
+    }
+
+
+def sections(page: str) -> dict[str, str]:
+    """Text below each heading of RESULTS.md, by heading."""
+    parts = (part.partition("\n") for part in page.split("\n## ")[1:])
+    return {heading: text.strip() for heading, _, text in parts}
+
+
+def section(measured: list[Row]) -> str:
+    """A group, with what it was measured on and when."""
+    lines = [f"{machine()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", ""]
+    lines += ["| figure | measured | wanted | |", "| --- | --- | --- | --- |", *map(markdown, measured)]
+    return "\n".join(lines)
+
+
 def main() -> None:
+    page = Path(__file__).parent / "RESULTS.md"
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = name
         folder = Path(name)
-        groups: list[Callable[[], list[Row]]] = [
-            partial(rows, folder),
-            partial(service_load.rows, folder, str(folder / TRAIN)),
-            partial(engine.rows, folder, str(folder / TRAIN)),
-            masked.rows,
-            contrast.rows,
-            partial(data.rows, folder),
-            partial(search.rows, folder),
-            gpu.rows,
-        ]
-        measured: list[Row] = []
-        for group in groups:
-            measured += group()
-            print("\n".join(markdown(row) for row in measured), flush=True)  # a later one may fail
-    lines = ["# Benchmarks", "", "`make bench` writes this page: one run, medians.", "", machine() + ".", ""]
-    lines += [
-        f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
-        "",
-        "| figure | measured | wanted | |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [markdown(row) for row in measured]
-    text = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "RESULTS.md").write_text(text)
-    print(text)
+        known = groups(folder)
+        parser = argparse.ArgumentParser(description="Measures, and writes RESULTS.md.")
+        parser.add_argument("group", nargs="*", help=f"one of {', '.join(known)}; default: all")
+        wanted = parser.parse_args().group or [*known]
+        if unknown := set(wanted) - set(known):
+            parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
+        pack_digits(folder / "digits")
+        for group in wanted:
+            found = sections(page.read_text()) | {group: section(known[group]())}  # at once: a later group may fail
+            text = "\n".join(f"## {one}\n\n{found[one]}\n" for one in known if one in found)
+            page.write_text(f"{HEAD}\n{text}")
+            print(found[group], flush=True)
 
 
 if __name__ == "__main__":
