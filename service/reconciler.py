@@ -249,14 +249,17 @@ class Reconciler:
             self._ray.submit(job.id, job.attempt)
 
     def _keep_last_words(self, job: Job, run: RunFolder) -> None:
-        """What a process printed that could not say why it ended goes into the log: Ray's own is lost with its head."""
+        """What a process printed that could not say why it ended goes into the log: Ray's own is lost with its head.
+
+        Of that, what is not in the log already; nothing where all is, as after a crash of the service at this place.
+        """
         title = f"attempt {job.attempt} ended without giving a reason; what its process printed last:"
         try:
-            words = self._ray.log_tail(job.id, job.attempt)[-LAST_WORDS:]
-            if not words or title in part(run.log, None, 4 * LAST_WORDS, Wanted())[0]:
-                return  # it was said, and the service died before it had written the row
-            run.path.mkdir(parents=True, exist_ok=True)
-            append(run.log, logger.name, f"{title}\n{words}")
+            words = self._ray.log_tail(job.id, job.attempt)[-LAST_WORDS:].splitlines()
+            known, _ = part(run.log, None, 4 * LAST_WORDS, Wanted())
+            if fresh := [line for line in words if line.strip() not in known]:
+                run.path.mkdir(parents=True, exist_ok=True)
+                append(run.log, logger.name, "\n".join([title, *fresh]))
         except (ServiceError, OSError) as error:  # no reason to keep the job from its next attempt
             logger.warning("job %s: the last words of attempt %d are not kept: %s", job.id, job.attempt, error)
 

@@ -74,7 +74,7 @@ def test_a_short_log_is_one_file_and_a_place_is_a_byte(tmp_path: Path) -> None:
     assert names(tmp_path) == ["log.txt"] and text.endswith(" WARNING n: short\n")
     assert [end for _, end in lines(run.log, 0)] == [len(text)]
     append(run.log, "service", "one more\nand its rest")
-    assert run.log.read_text().removeprefix(text).endswith("WARNING service: one more\nand its rest\n")
+    assert run.log.read_text().removeprefix(text).endswith("WARNING service: one more\n    and its rest\n")
     assert list(lines(tmp_path / "none.txt", 0)) == [] and segments(tmp_path / "none.txt") == []
 
 

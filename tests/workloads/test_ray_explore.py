@@ -25,7 +25,7 @@ from workloads.run import FAILED, STOPPED, SUCCEEDED, execute
 from workloads.winner import read_found
 
 pytestmark = pytest.mark.ray
-LONG = {"iterations": 1200, "population": 16, "batch_size": 8, "image_size": 16}
+LONG = {"iterations": 3000, "population": 16, "batch_size": 8, "image_size": 16}
 
 
 def kept(run: RunFolder) -> list[dict[str, Any]]:
