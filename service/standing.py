@@ -16,6 +16,7 @@ from service.ray_jobs import RayJobs
 from service.store import ACTIVE, Job, Project, Store
 
 FRESH_S = 2.0  # an answer may be so old: a long list of jobs reads the queue once
+REST = 20  # times as long as a reading took, before a job that came since then has the queue read again
 FORESEEN = 200  # jobs at the front, whose start is worked out
 COLUMNS = (
     *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload),
@@ -39,15 +40,21 @@ class Standing:
     def __init__(self, store: Store, ray: RayJobs, clock: Callable[[], float] = time.time) -> None:
         self._store, self._ray, self._clock = store, ray, clock
         self._read_at, self._places = -math.inf, dict[str, Place | None]()
+        self._ended, self._took = -math.inf, 0.0  # of the last reading
 
     def of(self, job: Job) -> Place | None:
         """None for a job that is not in the queue; one that waits for other jobs has no position yet."""
         if job.state != "QUEUED" or not (job.cpus or job.held):
             return None
         places = self._places
-        if job.id not in places or not 0 <= self._clock() - self._read_at < FRESH_S:
-            self._read_at = self._clock()
+        rested = time.perf_counter() - self._ended > REST * self._took
+        if not 0 <= self._clock() - self._read_at < FRESH_S or (job.id not in places and rested):
+            began, self._read_at = time.perf_counter(), self._clock()
             self._places = places = {job.id: None, **self._read()}  # it may have left the queue at this moment
+            self._ended = time.perf_counter()
+            self._took = self._ended - began
+        if job.id not in places:
+            return {"position": None, "length": len(places), "expected_start": None, "reason": "came this moment"}
         return places[job.id]
 
     def _read(self) -> dict[str, Place]:

@@ -139,6 +139,23 @@ def test_place_reason_and_start_in_the_answer(secured: Secured, admin: TestClien
     assert place(second) == {"position": 1, "length": 2, "expected_start": None, "reason": "Ray does not answer"}
 
 
+def test_a_burst_has_the_queue_read_seldom(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    standing, read = secured.parts.jobs._standing, 0
+
+    def slow() -> dict[str, Any]:
+        nonlocal read
+        read += 1
+        return {}
+
+    monkeypatch.setattr(standing, "_read", slow)
+    now = iter(float(i) for i in range(1000))
+    monkeypatch.setattr("service.standing.time.perf_counter", lambda: next(now))  # a reading takes a second
+    views = [secured.parts.jobs.view(secured.parts.jobs.get(secured.job())) for _ in range(20)]
+    assert read == 1 and views[-1]["queue"] == {
+        "position": None, "length": 1, "expected_start": None, "reason": "came this moment",
+    }  # fmt: skip
+
+
 def test_the_steps_of_a_run_tell_when_it_ends(secured: Secured, admin: TestClient) -> None:
     secured.ray.cpus = 1
     first = secured.job()
