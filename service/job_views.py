@@ -75,9 +75,7 @@ OnlineResults = Annotated[list[Any], Shown(list[OnlineResult])]
 class QueueView(TypedDict):
     """Where a job that waits stands."""
 
-    position: Annotated[
-        int | None, Field(description="From 1; null: it waits for other jobs, or just came.")
-    ]
+    position: Annotated[int | None, Field(description="From 1; null: it waits for other jobs, or just came.")]
     length: Annotated[int, Field(description="Of the queue.")]
     expected_start: Annotated[str | None, Field(description="null: the jobs before it tell too little.")]
     reason: Annotated[str | None, Field(description="What it waits for.")]
