@@ -67,9 +67,7 @@ class Gate:
 
         try:
             if "\0" in scope["path"]:
-                raise BadRequest(
-                    "got a NUL in the path, expected none", "see /docs for the paths"
-                )  # PostgreSQL takes none
+                raise BadRequest("got a NUL in the path, expected none", "PostgreSQL takes none; see /docs")
             if scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_FOLDER):
                 state["principal"] = await self._who(scope, headers)
                 log_lines.note(token=state["principal"].name)

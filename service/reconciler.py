@@ -235,7 +235,6 @@ class Reconciler:
                 row.stalled = 0 if row.state == "QUEUED" else stalled_after(row, record)
                 row.best_step = max(row.best_step, reached(row, record))
                 row.attempt += 1
-                row.gives_way = False
                 row.become("STARTING", f"attempt {row.attempt}")
                 row.submitted_at = self._clock()
                 session.flush()
@@ -284,6 +283,7 @@ class Reconciler:
             if row.state != decision.state:
                 row.become(decision.state, decision.reason or said(row, decision))
             row.reason, row.hint = decision.reason, decision.hint
+            row.gives_way = row.gives_way and decision.state == "PAUSING"
             if decision.act == "check":
                 row.held = False
                 self._wake.set()  # it is submitted in the next round

@@ -40,19 +40,21 @@ class Standing:
     def __init__(self, store: Store, ray: RayJobs, clock: Callable[[], float] = time.time) -> None:
         self._store, self._ray, self._clock = store, ray, clock
         self._read_at, self._places = -math.inf, dict[str, Place | None]()
-        self._ended, self._took = -math.inf, 0.0  # of the last reading
+        self._rests_until = -math.inf  # before that no job that is new to it has the queue read again
 
     def of(self, job: Job) -> Place | None:
         """None for a job that is not in the queue; one that waits for other jobs has no position yet."""
         if job.state != "QUEUED" or not (job.cpus or job.held):
             return None
-        places = self._places
-        rested = time.perf_counter() - self._ended > REST * self._took
-        if not 0 <= self._clock() - self._read_at < FRESH_S or (job.id not in places and rested):
-            began, self._read_at = time.perf_counter(), self._clock()
-            self._places = places = {job.id: None, **self._read()}  # it may have left the queue at this moment
-            self._ended = time.perf_counter()
-            self._took = self._ended - began
+        places, began = self._places, time.perf_counter()
+        stale = not 0 <= self._clock() - self._read_at < FRESH_S
+        if stale or (job.id not in places and began > self._rests_until):
+            self._read_at, self._rests_until = self._clock(), math.inf  # other threads do not read meanwhile
+            try:
+                self._places = places = {job.id: None, **self._read()}  # it may have left the queue at this moment
+            finally:
+                ended = time.perf_counter()
+                self._rests_until = ended + REST * (ended - began)
         if job.id not in places:
             return {"position": None, "length": len(places), "expected_start": None, "reason": "came this moment"}
         return places[job.id]
@@ -60,11 +62,11 @@ class Standing:
     def _read(self) -> dict[str, Place]:
         with self._store.session() as session:
             rows = session.execute(sa.select(*COLUMNS).where(Job.state.in_(("QUEUED", *ACTIVE)))).all()
-            known = {row.workload for row in rows if row.workload is not None}
-            took = Job.finished_at - Job.started_at
-            alike = sa.select(Job.workload, sa.func.avg(took)).where(Job.state == "SUCCEEDED", took >= 0)
-            earlier = alike.where(Job.workload.in_(known)).group_by(Job.workload)
-            seconds = {name: found for name, found in session.execute(earlier)} if known else {}
+            took, unfinished = Job.finished_at - Job.started_at, sa.orm.aliased(Job)
+            wanted = sa.select(unfinished.workload).where(unfinished.state.in_(("QUEUED", *ACTIVE)))
+            earlier = sa.select(Job.workload, sa.func.avg(took)).where(Job.state == "SUCCEEDED", took >= 0)
+            earlier = earlier.where(Job.workload.in_(wanted)).group_by(Job.workload)
+            seconds = {name: found for name, found in session.execute(earlier)}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         held = [row for row in rows if row.held and row.state == "QUEUED"]
         waiting = [

@@ -74,7 +74,7 @@ class Job(Base):
     custom: Mapped[dict[str, Any]] = mapped_column(default=dict)  # other resources of Ray
     most_gpus: Mapped[float] = mapped_column(default=0)  # that it may grow to
     rank: Mapped[int] = mapped_column(default=0)  # of its priority
-    gives_way: Mapped[bool] = mapped_column(default=False)  # it is paused for another, and goes on by itself
+    gives_way: Mapped[bool] = mapped_column(default=False)  # PAUSING for another, to go on by itself
     workload: Mapped[str | None] = mapped_column(sa.String(64), index=True)  # alike in jobs that take equally long
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(200))
     body_hash: Mapped[str | None] = mapped_column(sa.String(64))

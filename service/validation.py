@@ -68,9 +68,8 @@ class Validation:
             found = problems_of(error, kind)
             raise InvalidSpec([{"loc": list(loc), "message": text, "hint": ""} for loc, text in found]) from None
         parents: dict[str, JobState | None] = {}
-        problems = (
-            _unfit_for_a_service(spec) or _too_urgent(spec, by) or self._not_allowed(spec, by, siblings)
-        )  # before what it names is opened
+        # before what it names is opened
+        problems = _unfit_for_a_service(spec) or _too_urgent(spec, by) or self._not_allowed(spec, by, siblings)
         if not problems:
             parents = self._parents(spec, project, siblings)
             checked = preflight.form(spec) if waits_for(parents) else self._check(spec, self._settings.home)

@@ -125,11 +125,10 @@ class Life(RuleBasedStateMachine):
     def another(self, n: int, clone: bool) -> None:
         """A copy of a job, or one that comes after it."""
         job_id = self.jobs[n % len(self.jobs)]
-        if clone:
-            self.accepted(self.world.submissions.clone(job_id, {"name": "clone"})[0].id)
-            return
-        with contextlib.suppress(InvalidSpec):  # it has failed
-            self.accepted(self.world.submissions.submit(BODY | {"after": [job_id]})[0].id)
+        accepts = self.world.submissions
+        with contextlib.suppress(InvalidSpec):  # what it comes after has failed
+            job, _ = accepts.clone(job_id, {"name": "b"}) if clone else accepts.submit(BODY | {"after": [job_id]})
+            self.accepted(job.id)
 
     @rule(n=SOME, verb=st.sampled_from(VERBS), fuse=FUSE)
     def ask(self, n: int, verb: str, fuse: int | None) -> None:

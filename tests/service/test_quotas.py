@@ -194,6 +194,7 @@ def test_a_job_gives_way_and_goes_on_by_itself(preemptive: World) -> None:
         world.reconciler.round()
     assert [world.state(job) for job in (low, normal, high)] == ["QUEUED", "RUNNING", "STARTING"]
     later, _ = world.submissions.submit(BODY | {"priority": "low"})
+    assert world.jobs.resume(low.id).resumed_at is None  # it stands in the queue already, where it came
     write_record(world.folder(high), "SUCCEEDED")
     world.status(high, "SUCCEEDED")
     for _ in range(2):
