@@ -18,7 +18,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -28,17 +28,15 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, aliased
 from standardwebhooks import Webhook as Signer
 
-from service.errors import BadRequest
 from service.settings import Settings
 from service.store import Delivery, DeliveryState, Job, JobEvent, Store, Webhook
-from service.webhook_targets import Resolve, addresses, expect_url, request, resolve
+from service.webhook_sender import DEADLINE_S, Message, Outcome, Sender
+from service.webhook_targets import Resolve, resolve
 from service.webhook_views import event_type, iso
 from service.webhooks import new_id
 
 logger = logging.getLogger(__name__)
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each URL, and that of a webhook may be a secret
 
-DEADLINE_S = 10.0  # from the look at the name to the head of the answer
 LEASE_S = 60.0  # of a claim; well above the deadline
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 3600.0
 GIVE_UP_S = 3 * 86400.0
@@ -56,17 +54,7 @@ class Claim:
     number: int
     attempt: int
     webhook_id: str
-    url: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it; `error` is None where it was accepted."""
-
-    status: int | None = None
-    error: str | None = None
+    message: Message
 
 
 def pause(attempt: int, rng: random.Random) -> float:
@@ -96,11 +84,10 @@ class Deliverer:
             find: resolves names.
         """
         self._settings, self._store, self._clock = settings, store, clock
-        self._transport, self._find = transport, find
+        self._sender = Sender(settings.webhook_hosts, transport, find)
         self._rng = random.Random()
         self._tidy_at = 0.0
         self._done = threading.Event()
-        self._sending: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._thread = threading.Thread(target=self._run, name="deliverer", daemon=True)
 
     def start(self) -> None:
@@ -109,9 +96,7 @@ class Deliverer:
     def stop(self) -> None:
         """Leaves requests that are under way; they are sent again by whoever comes next."""
         self._done.set()
-        if sending := self._sending:
-            loop, task = sending
-            loop.call_soon_threadsafe(task.cancel)
+        self._sender.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=DEADLINE_S)  # not for ever: a look at a name cannot be broken off
 
@@ -132,7 +117,7 @@ class Deliverer:
         self._fan_out()
         claims = self._claim()
         if claims:
-            for claim, outcome in zip(claims, asyncio.run(self._send_all(claims)), strict=True):
+            for claim, outcome in zip(claims, self._sender.send([one.message for one in claims]), strict=True):
                 self._settle(claim, outcome)
         self._tidy()
         return len(claims)
@@ -182,49 +167,6 @@ class Deliverer:
                 if taken.rowcount:
                     claims.append(_message(delivery, hook, event, job, now, attempt))
         return claims
-
-    async def _send_all(self, claims: Sequence[Claim]) -> list[Outcome]:
-        """Sends them at the same time."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._sending = (asyncio.get_running_loop(), task)
-        if self._done.is_set():
-            task.cancel()
-        try:
-            # trust_env: a proxy would resolve the name once more
-            async with httpx.AsyncClient(transport=self._transport, trust_env=False, follow_redirects=False) as client:
-                return await asyncio.gather(*(self._send(client, claim) for claim in claims))
-        finally:
-            self._sending = None
-
-    async def _send(self, client: httpx.AsyncClient, claim: Claim) -> Outcome:
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await self._post(client, claim)
-        except TimeoutError:
-            return Outcome(error=f"no answer in {DEADLINE_S:g} s")
-        except BadRequest as error:
-            return Outcome(error=error.detail)
-        except (httpx.HTTPError, OSError, ValueError) as error:
-            return Outcome(error=f"{type(error).__name__}: {error}"[:200])
-
-    async def _post(self, client: httpx.AsyncClient, claim: Claim) -> Outcome:
-        """Sends to the first address that can be connected to. The body of the answer is not read."""
-        url = expect_url(claim.url)
-        *others, last = await addresses(url, self._settings.webhook_hosts, self._find)
-        for address in (*others, last):
-            try:
-                answer = await client.send(request(url, address, claim.body, claim.headers), stream=True)
-            except httpx.ConnectError:
-                if address == last:
-                    raise
-                continue
-            await answer.aclose()
-            if answer.is_success:
-                return Outcome(answer.status_code)
-            more = "; redirects are not followed" if answer.is_redirect else ""
-            return Outcome(answer.status_code, f"got {answer.status_code}, expected 2xx{more}")
-        raise AssertionError
 
     def _settle(self, claim: Claim, outcome: Outcome) -> None:
         """Writes what came of a delivery, unless its lease had ended and another one has it."""
@@ -310,7 +252,7 @@ def _message(
         "webhook-timestamp": str(int(now)),
         "webhook-signature": signature,
     }
-    return Claim(delivery.number, attempt, hook.id, hook.url, headers, text.encode())
+    return Claim(delivery.number, attempt, hook.id, Message(hook.url, headers, text.encode()))
 
 
 def _disable(session: Session, hook: Webhook, reason: str, now: float) -> None:

@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from standardwebhooks import Webhook as Signer
 
-import service.deliverer
-from service.deliverer import GIVE_UP_S, KEEP_S, LEASE_S, Deliverer, Outcome, pause
+import service.webhook_sender
+from service.deliverer import GIVE_UP_S, KEEP_S, LEASE_S, LONGEST_PAUSE_S, Deliverer, pause
 from service.principal import LOCAL
 from service.settings import Settings
 from service.store import Delivery, Job, JobEvent, JobState, Store, Webhook
+from service.webhook_sender import Outcome
 from service.webhooks import Webhooks
 
 STATES: tuple[JobState, ...] = ("QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED")
@@ -96,7 +97,7 @@ class Stage:
         dying._fan_out()
         claims = dying._claim()
         if sent and claims:
-            asyncio.run(dying._send_all(claims))
+            dying._sender.send([claim.message for claim in claims])
 
     def settle(self) -> None:
         """The receiver is well, and time goes by."""
@@ -273,7 +274,7 @@ def test_who_accepts_nothing_for_three_days_is_disabled_until_a_ping_arrives(sta
     number = stage.job()
     began = stage.now
     while stage.row(hook).disabled_at is None:
-        assert stage.now < began + GIVE_UP_S + 7200
+        assert stage.now < began + GIVE_UP_S + 3 * LONGEST_PAUSE_S  # the last pause, half longer, and a step
         stage.answers = ["500"]
         stage.turn()
         stage.now += 3700
@@ -331,9 +332,9 @@ def test_a_name_that_turns_private_is_not_asked(stage: Stage) -> None:
     async def rebound(host: str, port: int) -> list[str]:
         return ["93.184.216.34", "169.254.169.254"]
 
-    stage.services[0]._find = rebound
+    stage.services[0]._sender._find = rebound
     stage.turn()
-    assert stage.got == [] and "all public" in stage.hooks.deliveries(hook.id, limit=1)[0]["error"]
+    assert stage.got == [] and "all public" in str(stage.hooks.deliveries(hook.id, limit=1)[0]["error"])
 
 
 def test_a_second_address_is_tried(stage: Stage) -> None:
@@ -343,7 +344,7 @@ def test_a_second_address_is_tried(stage: Stage) -> None:
     async def two(host: str, port: int) -> list[str]:
         return ["2606:4700::1111", "93.184.216.34"]
 
-    stage.services[0]._find = two
+    stage.services[0]._sender._find = two
     stage.answers = ["down", "200"]
     stage.turn()
     assert [request.url.host for request in stage.got] == ["93.184.216.34"]
@@ -357,8 +358,8 @@ def test_a_receiver_that_never_answers_is_left(stage: Stage, monkeypatch: pytest
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr(service.deliverer, "DEADLINE_S", 0.01)
-    stage.services[0]._transport = httpx.MockTransport(never)
+    monkeypatch.setattr(service.webhook_sender, "DEADLINE_S", 0.01)
+    stage.services[0]._sender._transport = httpx.MockTransport(never)
     stage.turn()
     assert stage.hooks.deliveries(hook.id, limit=1)[0]["error"] == "no answer in 0.01 s"
 
@@ -374,7 +375,7 @@ def test_the_thread_stops_in_the_middle_of_a_request(stage: Stage) -> None:
         raise AssertionError
 
     deliverer = stage.services[0]
-    deliverer._transport = httpx.MockTransport(never)
+    deliverer._sender._transport = httpx.MockTransport(never)
     deliverer.start()
     assert reached.wait(10)
     deliverer.stop()

@@ -139,7 +139,7 @@ def test_the_secret_is_told_once(service: Secured, caplog: pytest.LogCaptureFixt
     def receive(got: httpx.Request) -> httpx.Response:
         return httpx.Response(500, text=secret)
 
-    service.parts.deliverer._transport = httpx.MockTransport(receive)
+    service.parts.deliverer._sender._transport = httpx.MockTransport(receive)
     path = f"/v1/webhooks/{hook['id']}"
     answers = [ask.post(f"{path}:test"), ask.get(path), ask.get("/v1/webhooks")]
     service.parts.deliverer.round()
