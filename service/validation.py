@@ -188,6 +188,6 @@ def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    fields = ("model", "init", "data", "evaluate", "search")
+    fields = ("model", "init", "data", "evaluate", "search", "checkpoint")
     found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]

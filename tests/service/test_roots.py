@@ -187,6 +187,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
         {"init": "/etc/x.safetensors"},
         {"checkpoint": {"mirror": "s3://evil/x"}},
         {"checkpoint": {"mirror": "relative/x"}},
+        {"checkpoint": {"mirror": "registry"}},
         {"model": {"name": "local-dir:/etc"}},
         {"method": {"name": "dmae", "teacher": "/etc/x"}},
         {"evaluate": [{"name": "knn", "data": {"train": {"shards": "/etc/x.tar"}}}]},
