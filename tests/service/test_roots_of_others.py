@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from braceexpand import UnbalancedBracesError, braceexpand
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.roots import Kind, Roots
 from tests.service.secured import BODY
@@ -120,3 +125,25 @@ def test_who_sees_all_projects_is_asked_nothing() -> None:
         "../x.tar",
     ):
         assert check(text, "*", readable=lambda *_: True) == []
+
+
+PIECES = st.sampled_from([*"/////{},*?[]~:", "..", ".", "var", "manta", "runs", "run", "s", "theirs", "job-1", "a"])
+
+
+@given(
+    st.lists(PIECES, max_size=12).map("".join), st.sampled_from(["", "/", "/var/", "/var/manta/", "/var/manta/runs/"])
+)
+def test_no_pattern_that_passes_expands_to_a_run_of_others(tail: str, start: str) -> None:
+    """The check against what the libraries that read a pattern make of it, from wherever they are started."""
+    if check(start + tail):
+        return
+    try:
+        found = [start + tail, *braceexpand(start + tail)]
+    except UnbalancedBracesError:
+        found = [start + tail]
+    for path in found:
+        for folder in ("/", "/var", "/var/manta"):
+            parts = Path(os.path.normpath(Path(folder) / path)).parts
+            theirs = (HOME / "runs" / "theirs").parts
+            leads = len(parts) >= len(theirs) and all(map(fnmatchcase, theirs, parts))
+            assert not leads, (start + tail, path, folder)
