@@ -9,6 +9,7 @@ write into an allowed folder is trusted with what its links point to later.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,7 @@ class Roots:
             spec: the job.
             readable: whether its submitter may read the weights of a job or a model; of `*`, of all of them.
         """
-        found = []
+        found, readable = [], functools.cache(readable)  # a list of shards asks the same again and again
         for loc, text in texts(spec.model_dump(mode="json"), []):
             if problem := self._unsafe(text) or self._misplaced(loc, text, readable):
                 found.append(Problem(loc=loc, message=problem[0], hint=problem[1]))

@@ -114,6 +114,18 @@ def test_nor_by_a_link(root: str, tmp_path: Path) -> None:
             assert check(f"{tmp_path}/{way}", root, tmp_path / home) != [], (way, home)
 
 
+def test_a_long_list_of_shards_asks_the_database_once() -> None:
+    asked = []
+
+    def readable(kind: Kind, name: str) -> bool:
+        asked.append((kind, name))
+        return False
+
+    data = {"train": {"shards": [f"/data/{i}.tar" for i in range(100)]}}
+    assert Roots(("/data",), None, HOME).problems(JobSpec.model_validate(BODY | {"data": data}), readable) == []
+    assert asked == [("job", "*")]
+
+
 def test_who_sees_all_projects_is_asked_nothing() -> None:
     """On a laptop everything is allowed, and all runs are one person's."""
     for text in (
