@@ -133,7 +133,7 @@ def run(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Run folder; a second call on it continues.")] = None,
     base: Base = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder and its mirror hold.")] = False,
     replay: Annotated[
         str | None, typer.Option(metavar="JOB", help="Run folder or job id: make --steps again, is it equal?")
     ] = None,

@@ -48,8 +48,10 @@ class Settings(BaseSettings):
             changes, the one before is revoked.
         first_admin_token_file: holds a token (32 characters or more, of a secret store) that becomes an admin of all
             projects when the database has none yet.
-        allowed_roots: folders and URL prefixes (`/data, s3://bucket/prefix`) that jobs may name, `*` for any. Not set:
+        allowed_roots: folders and URL prefixes (`/data, s3://bucket/prefix`) that jobs may read, `*` for any. Not set:
             any while there are no tokens, none afterwards.
+        mirror_roots: the same of those that `checkpoint.mirror` may name, which jobs write to; nothing else is written
+            by name. Not set: any while there are neither tokens nor `allowed_roots`, none afterwards.
         job_credentials: patterns of variables that jobs may have although they look like secrets; others that do are
             kept from them.
         cors_origins: web pages of other origins whose scripts may call the service.
@@ -82,6 +84,7 @@ class Settings(BaseSettings):
     first_admin_token_file: Path | None = None
     metrics_token_file: Path | None = None
     allowed_roots: Words | None = None
+    mirror_roots: Words | None = None
     job_credentials: Words = OF_JOBS
     cors_origins: Words = ()
     webhook_hosts: Words = ()

@@ -130,9 +130,9 @@ class Validation:
 
     def _not_allowed(self, spec: AnySpec, by: Principal, siblings: Mapping[str, Job]) -> list[preflight.Problem]:
         """Paths outside of the roots, and weights of projects that `by` does not see."""
-        roots = self._settings.allowed_roots
+        roots, mirrors = self._settings.allowed_roots, self._settings.mirror_roots
         if roots is None and by == LOCAL:
-            roots = (ANY,)
+            roots, mirrors = (ANY,), (ANY,) if mirrors is None else mirrors
 
         def readable(kind: Kind, name: str) -> bool:
             if by.project == ALL or name in siblings:
@@ -140,7 +140,7 @@ class Validation:
             row = self._jobs.find(name) if kind == "job" else self._registry.owner(name)
             return kind == "model" if row is None else by.sees(row.project)  # else a name of public weights
 
-        return Roots(roots, self._settings.home).problems(spec, readable)
+        return Roots(roots, mirrors, self._settings.home).problems(spec, readable)
 
     def claimed(self, spec: Entry, project: str) -> list[preflight.Problem]:
         """Names in the registry that another project has; the others are the project's own from now on."""
@@ -188,6 +188,6 @@ def _unfit_for_a_service(spec: AnySpec) -> list[preflight.Problem]:
     absolute = spec.absolute(Path("/"))
     message = "got a relative path, expected absolute ones, as the workers see them"
     hint = "`manta submit` makes those of a file absolute"
-    fields = ("model", "init", "data", "evaluate", "search")
+    fields = ("model", "init", "data", "evaluate", "search", "checkpoint")
     found = [name for name in fields if getattr(spec, name, None) != getattr(absolute, name, None)]
     return [preflight.Problem(loc=[name], message=message, hint=hint) for name in found]

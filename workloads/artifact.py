@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 PICTURES = "pictures.png"
+_NAME = re.compile(r"[\w-][\w.-]*")  # never `..`, which would climb out of registry or runs
+_REFERENCE = re.compile(rf"{_NAME.pattern}(@\d+)?")
 
 
 class Card(BaseModel):
@@ -71,6 +73,18 @@ def read_card(folder: Path) -> Card:
         ) from None
 
 
+def of_job(reference: str, home: Path) -> Path:
+    """`job:<id>` -> the folder of the artifact that the job leaves.
+
+    Raises:
+        ArtifactError: no id, but a path.
+    """
+    job_id = reference.removeprefix("job:")
+    if not _NAME.fullmatch(job_id):
+        raise ArtifactError(f"got {reference!r}, which names no finished job, expected job:<id>; correct the id")
+    return home / "runs" / job_id / "artifact"
+
+
 def resolve(reference: str, home: Path) -> Path:
     """`name@version`, `name` (its newest version), `job:<id>` or a folder -> the artifact's folder.
 
@@ -78,8 +92,8 @@ def resolve(reference: str, home: Path) -> Path:
         ArtifactError: there is no such artifact.
     """
     if reference.startswith("job:"):
-        folder = home / "runs" / reference.removeprefix("job:") / "artifact"
-    elif re.fullmatch(r"[\w.-]+(@\d+)?", reference) and (home / "registry" / reference.partition("@")[0]).is_dir():
+        folder = of_job(reference, home)
+    elif _REFERENCE.fullmatch(reference) and (home / "registry" / reference.partition("@")[0]).is_dir():
         name, _, version = reference.partition("@")
         versions = (home / "registry" / name).iterdir()
         newest = max((int(path.name) for path in versions if path.name.isdigit()), default=0)

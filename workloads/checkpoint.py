@@ -74,7 +74,7 @@ class Checkpoints:
         """Starts nothing but, when sharded, a process group.
 
         Args:
-            folder: of the run; all ranks see it when sharded, else only rank 0 needs to.
+            folder: `checkpoints` of the run; all ranks see it when sharded, else only rank 0 needs to.
             policy: which checkpoints stay, and where their copies are.
             ranks: those of the run.
             sharded: the parameters of the method are shared out (FSDP).
@@ -87,7 +87,8 @@ class Checkpoints:
         self._next_waits = Event()  # then a mirror that does not answer must not hold it up
         self._mirror = None
         if policy.mirror is not None and ranks.rank == 0:
-            self._mirror = Mirror(policy.mirror, policy, wait=self._next_waits.wait, delays_s=mirror_delays_s)
+            name, wait = folder.parent.name, self._next_waits.wait
+            self._mirror = Mirror(policy.mirror, name, policy, wait=wait, delays_s=mirror_delays_s)
         self._buffers = Buffers()
         self._sharded = None
         if sharded and ranks.world_size > 1:

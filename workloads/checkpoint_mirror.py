@@ -1,11 +1,15 @@
 """A copy of checkpoints and log elsewhere, for when the disk is lost: same files, same names, in a folder or a bucket.
 
+Each run has a folder of its own there, by the name of its run folder (in the service the id of the job): the same job
+finds its copy from any node, and jobs that name the same mirror have nothing to do with each other.
+
 The disk of the run is the truth: a store that is away costs no checkpoint and ends no run. What it missed is sent
 with the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +18,7 @@ from typing import Any, TypeVar
 
 from workloads.checkpoint_folder import MIRRORED, Seal, complete, kept, latest_step, remove, seals, stem, step_of
 from workloads.log_file import segment, segments
-from workloads.record import write_atomic
+from workloads.record import RunFolder, write_atomic
 from workloads.spec_training import CheckpointPolicy
 
 logger = logging.getLogger(__name__)
@@ -26,21 +30,23 @@ CHUNK_BYTES = 8 << 20  # pyarrow's own 1 MiB is slow over a network
 
 class Mirror:
     def __init__(
-        self, url: str, policy: CheckpointPolicy, *, wait: Callable[[float], bool], delays_s: Sequence[float]
+        self, url: str, name: str, policy: CheckpointPolicy, *, wait: Callable[[float], bool], delays_s: Sequence[float]
     ) -> None:
         """Opens nothing yet.
 
         Args:
             url: a folder, or a prefix that pyarrow knows: `s3://`, `gs://`, `hdfs://`.
+            name: of the run, whose folder there this is.
             policy: which checkpoints stay here too.
             wait: waits so many seconds before the next try, and says whether to leave it at that.
             delays_s: pauses between tries.
         """
-        self._url, self._policy, self._wait, self._delays_s = url, policy, wait, delays_s
+        self._url, self._name, self._policy = url, name, policy
+        self._wait, self._delays_s = wait, delays_s
         self._opened: Any = None
 
     def __str__(self) -> str:
-        return self._url
+        return f"{self._url.rstrip('/')}/{self._name}"
 
     def update(self, folder: Path) -> bool:
         """Sends what is missing here of the checkpoints in `folder`, then the pointer; removes what does not stay.
@@ -58,7 +64,7 @@ class Mirror:
             logger.warning(
                 "checkpoint of step %d is on the disk of the run but not yet in %s; it is sent with the next one (%s)",
                 newest,
-                self._url,
+                self,
                 _one_line(error),
             )
             return False
@@ -70,16 +76,28 @@ class Mirror:
             if segments(log):
                 self._tried(lambda: self._send_log(log))
         except (OSError, ValueError) as error:
-            logger.warning("the log is not yet in %s; it is sent again at the end (%s)", self._url, _one_line(error))
+            logger.warning("the log is not yet in %s; it is sent again at the end (%s)", self, _one_line(error))
             return False
         return True
 
-    def fetch_log(self, log: Path) -> None:
-        """Brings the log of earlier attempts to a disk that has none, where it goes on; a warning where that fails."""
+    def fetch_story(self, run: RunFolder) -> None:
+        """Brings job and log of earlier attempts to a disk that has none, to go on; a warning where that fails."""
         try:
-            self._tried(lambda: self._fetch_log(log))
+            if not run.log.exists():
+                self._tried(lambda: self._fetch_log(run.log))
+            if not run.spec.exists():
+                self._tried(lambda: self._fetch_job(run.spec))
         except (OSError, ValueError) as error:
-            logger.warning("the log of earlier attempts is not fetched from %s (%s)", self._url, _one_line(error))
+            logger.warning("job and log of earlier attempts are not fetched from %s (%s)", self, _one_line(error))
+
+    def clear(self) -> None:
+        """Removes all that is here of the run.
+
+        Raises:
+            OSError: some may be left, but nothing that would be continued from.
+            ValueError: a URL of an unknown kind.
+        """
+        self._tried(self._clear)
 
     def steps(self) -> list[int]:
         """Steps up to its latest, newest first.
@@ -120,7 +138,7 @@ class Mirror:
             except OSError as error:
                 if delay_s is None:
                     raise
-                logger.info("mirror %s does not answer (%s); again in %s s", self._url, _one_line(error), delay_s)
+                logger.info("mirror %s does not answer (%s); again in %s s", self, _one_line(error), delay_s)
                 if self._wait(delay_s):
                     raise
         raise AssertionError
@@ -133,14 +151,18 @@ class Mirror:
             if "://" in self._url:
                 store, path = fs.FileSystem.from_uri(self._url)
             else:
-                Path(self._url).mkdir(parents=True, exist_ok=True)
                 store, path = fs.LocalFileSystem(), str(Path(self._url).absolute())
+            path = f"{path.rstrip('/')}/{self._name}"  # not in the URL, where a name would have to be quoted
+            if store.type_name == "local":
+                store.create_dir(path)
             self._opened = fs.SubTreeFileSystem(path, store)
         return self._opened
 
     def _update(self, folder: Path, newest: int) -> None:
         from pyarrow import fs
 
+        if (job := RunFolder(folder.parent).spec).exists():
+            self._write(job.name, job.read_text())  # says whose all this is
         here = {seal.step: seal for step in self._listed() if (seal := self._sealed(step))}
         there = {seal.step: seal for seal in seals(folder)}
         stay = kept((here | there).values(), self._policy, newest)
@@ -177,6 +199,17 @@ class Mirror:
         for name in sorted(self._log_files(log)):
             path = str(log.with_name(name))
             fs.copy_files(name, path, self._store, fs.LocalFileSystem(), chunk_size=CHUNK_BYTES)
+
+    def _fetch_job(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            write_atomic(path, self._read(path.name).decode())
+
+    def _clear(self) -> None:
+        from pyarrow import fs
+
+        infos = self._store.get_file_info(fs.FileSelector("", allow_not_found=True))
+        for name in sorted((info.base_name for info in infos), key=lambda name: name != "latest"):
+            self._delete(name)
 
     def _log_files(self, log: Path) -> dict[str, int]:
         """Name -> bytes of the log's files that are here."""

@@ -106,7 +106,7 @@ def execute(
         if not stack.enter_context(_locked(run.path / "lock")):
             logger.error("another process runs the job in %s; wait for it, or cancel it", run.path)
             return FAILED
-        stack.enter_context(_log_in_mirror(spec, run))
+        stack.enter_context(_story_in_mirror(spec, run))
         stack.enter_context(run.logging())
         if ray and (before := run.read_record()) is not None and before.state == "SUCCEEDED":
             logger.info("an earlier attempt, of which nobody had heard, has succeeded meanwhile")
@@ -157,15 +157,22 @@ def execute(
         return SUCCEEDED
 
 
-@contextlib.contextmanager
-def _log_in_mirror(spec: AnySpec, run: RunFolder) -> Iterator[None]:
-    """Where checkpoints are mirrored, the log comes from there to an empty disk, and goes there as it is at the end."""
+def _mirror_of(spec: AnySpec, run: RunFolder) -> Mirror | None:
+    """Where the run has a copy of its checkpoints, if it has one."""
     if not isinstance(spec, JobSpec) or spec.checkpoint.mirror is None:
+        return None
+    policy, wait = spec.checkpoint, threading.Event().wait
+    return Mirror(spec.checkpoint.mirror, run.path.name, policy, wait=wait, delays_s=RETRY_DELAYS_S)
+
+
+@contextlib.contextmanager
+def _story_in_mirror(spec: AnySpec, run: RunFolder) -> Iterator[None]:
+    """Where there is a mirror, job and log come from there to an empty disk, and the log goes there at the end."""
+    mirror = _mirror_of(spec, run)
+    if mirror is None:
         yield
         return
-    mirror = Mirror(spec.checkpoint.mirror, spec.checkpoint, wait=threading.Event().wait, delays_s=RETRY_DELAYS_S)
-    if not run.log.exists():
-        mirror.fetch_log(run.log)
+    mirror.fetch_story(run)
     try:
         yield
     finally:
@@ -206,15 +213,21 @@ def run_local(spec: AnySpec, out: Path, *, fresh: bool = False, on_point: OnPoin
     Args:
         spec: the job; `resources.workers` above 1 become micro-batches of one process.
         out: the run folder.
-        fresh: forget what the folder holds of an earlier run.
+        fresh: forget what the folder, and its copy in a mirror, hold of an earlier run.
         on_point: gets each point of the curve.
+
+    Raises:
+        ValueError: the mirror is the run folder; `fresh` finds something else there, or a mirror that does not answer.
     """
-    out = out.absolute()
+    out = out.resolve()  # also `..`: its name is that of the run in a mirror
     run = RunFolder(out)
-    if fresh and out.exists():
-        if any(out.iterdir()) and not run.spec.exists():
+    mirror = _mirror_of(spec, run)
+    if mirror is not None and Path(str(mirror)).resolve() == out:
+        raise ValueError(f"got a mirror whose folder for this run is {out} itself, expected one on another disk")
+    if fresh:
+        if out.exists() and any(out.iterdir()) and not run.spec.exists():
             raise ValueError(f"got --fresh for {out}, which holds files but no run; choose an empty folder")
-        shutil.rmtree(out)
+        _forget(run, mirror)
     run.stop.unlink(missing_ok=True)
     before = run.read_record()
     if before is None:
@@ -225,6 +238,17 @@ def run_local(spec: AnySpec, out: Path, *, fresh: bool = False, on_point: OnPoin
             logger.info("%s is complete; --fresh runs it again", out)
     home = Path(os.environ.get("MANTA_HOME", out))
     return execute(spec, run, home, job_id=job_id, attempt=attempt, on_point=on_point)
+
+
+def _forget(run: RunFolder, mirror: Mirror | None) -> None:
+    """Removes a run, first its copy in the mirror, from which it would be continued."""
+    if mirror is not None:
+        try:
+            mirror.clear()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"got --fresh, but {mirror} cannot be emptied ({error}); see that it answers") from error
+    if run.path.exists():
+        shutil.rmtree(run.path)
 
 
 def _job_id() -> str:

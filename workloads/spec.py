@@ -114,7 +114,7 @@ class BaseSpec(Strict):
         raise NotImplementedError(f"{type(self).__name__} must define about")
 
     def absolute(self, base: Path) -> Self:
-        """The spec with relative paths (shards and scores, `init`, tables) taken from `base`."""
+        """The spec with relative paths (shards and scores, `init`, tables, the mirror) taken from `base`."""
         document = self.model_dump()
         if self.init is not None and ("/" in self.init or self.init.endswith(".safetensors")):
             document["init"] = self.init if self.init.startswith("timm:") else str(base / self.init)
@@ -207,9 +207,13 @@ class JobSpec(BaseSpec):
 
     def absolute(self, base: Path) -> Self:
         spec = super().absolute(base)
-        if "/" not in self.model.name:
-            return spec
-        return spec.model_copy(update={"model": self.model.model_copy(update={"name": str(base / self.model.name)})})
+        if self.checkpoint.mirror is not None:
+            policy = self.checkpoint.model_copy(update={"mirror": _absolute(self.checkpoint.mirror, base)})
+            spec = spec.model_copy(update={"checkpoint": policy})
+        if "/" in self.model.name:
+            model = self.model.model_copy(update={"name": str(base / self.model.name)})
+            spec = spec.model_copy(update={"model": model})
+        return spec
 
     def _holders(self, document: dict[str, Any]) -> list[dict[str, Any]]:
         return [document, *document["evaluate"]]

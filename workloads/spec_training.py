@@ -191,7 +191,8 @@ class CheckpointPolicy(Strict):
         keep_best: and so many of the best by `metric`, a name of the curve.
         metric: less is better, or more with `mode: max`.
         mode: of the metric.
-        mirror: folder or `s3://` prefix that holds a copy of the log and those that stay, for nodes that share no disk.
+        mirror: folder or `s3://` prefix that holds a copy of the log and those that stay, for nodes that share no disk:
+            in a folder of this run there, by the id of the job, or the name of the `--out` of `manta run --local`.
     """
 
     every_steps: int = Field(default=500, ge=1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from workloads.artifact import ArtifactError, read_card
+from workloads.artifact import ArtifactError, of_job, read_card
 from workloads.record import write_atomic
 from workloads.spec import JobSpec, Named
 from workloads.spec_any import AnySpec
@@ -71,9 +71,13 @@ def read_found(folder: Path) -> Found | None:
 
 
 def folder_of(reference: str, home: Path) -> Path | None:
-    """Where the artifact of `job:<id>` lies, or the folder that is named; None: it is a name of something else."""
+    """Where the artifact of `job:<id>` lies, or the folder that is named; None: it is a name of something else.
+
+    Raises:
+        ArtifactError: `job:` with what is no id.
+    """
     if reference.startswith("job:"):
-        return home / "runs" / reference.removeprefix("job:") / "artifact"
+        return of_job(reference, home)
     return Path(reference) if "/" in reference else None
 
 

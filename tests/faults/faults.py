@@ -148,7 +148,7 @@ def mirror_is_complete(s3: S3) -> Callable[[Trial], None]:
     def check(trial: Trial) -> None:
         mirror = trial.spec.checkpoint.mirror
         assert mirror is not None
-        with s3.store().open_input_file(mirror.removeprefix("s3://") + "/latest") as file:
+        with s3.store().open_input_file(f"{mirror.removeprefix('s3://')}/{trial.run.path.name}/latest") as file:
             assert file.readall() == (trial.run.checkpoints / "latest").read_bytes()
 
     return check

@@ -166,6 +166,7 @@ def test_the_settings_that_the_front_end_gets_are_read_by_it(monkeypatch: pytest
     assert settings.cluster_custom == {"h100": 4 * 8}
     assert (settings.host, settings.tokens, settings.stop_grace_s) == ("0.0.0.0", "required", 90)
     assert settings.allowed_roots == ("s3://training-data", "/data/imagenet")
+    assert settings.mirror_roots == ("s3://checkpoints",)
     assert str(settings.first_admin_token_file) == "/etc/manta/admin_token"
 
 

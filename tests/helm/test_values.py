@@ -194,6 +194,7 @@ def test_the_dashboard_is_one() -> None:
         (("frontend", "settings"), {"database_url": "postgresql://u:p@h/d"}),
         (("frontend", "settings"), {"requests_per_s": 0}),
         (("frontend", "allowedRoots"), ["data"]),
+        (("frontend", "mirrorRoots"), ["data"]),
         (("storage", "home", "accessMode"), "ReadOnlyMany"),
         (("storage", "home", "size"), "much"),
         (("storage", "objectStore", "endpoint"), "https://key:secret@minio"),

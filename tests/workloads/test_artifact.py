@@ -70,6 +70,18 @@ def test_references(tmp_path: Path) -> None:
             artifact.resolve(wrong, tmp_path)
 
 
+def test_a_reference_does_not_climb_out_of_registry_and_runs(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for folder in ("registry/digits/1", "runs/j7/artifact"):
+        artifact.write(home / folder, encoder(), card(), None)
+    for outside in ("1", "artifact", "home/artifact", "home/runs/artifact", "home/1", "home/registry/1"):
+        artifact.write(tmp_path / outside, encoder(), card(), None)
+    climbing = ["..@1", ".@1", "job:..", "job:../..", "job:.", "job:", "job:/", f"job:{tmp_path}", "job:j7/../.."]
+    for reference in climbing:
+        with pytest.raises(artifact.ArtifactError, match=r"names no (artifact|finished job)"):
+            artifact.resolve(reference, home)
+
+
 def test_exchanged_weights_are_refused(tmp_path: Path) -> None:
     artifact.write(tmp_path / "a", encoder(0), card(), None)
     artifact.write(tmp_path / "b", encoder(1), card(), None)

@@ -35,11 +35,9 @@ def bucket(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def frail(bucket: str, s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same bucket by a client that gives up at once: pyarrow's own asks for six seconds each time."""
-    from pyarrow import fs
-
     once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
     store = s3_server.store(retry_strategy=once)
-    monkeypatch.setattr(Mirror, "_store", fs.SubTreeFileSystem(bucket.removeprefix("s3://"), store))
+    monkeypatch.setattr(Mirror, "_store", fs.SubTreeFileSystem(f"{bucket.removeprefix('s3://')}/{RUN}", store))
     return bucket
 
 
@@ -51,25 +49,31 @@ def mirror(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
+RUN = "job-1"
+
+
 def made(seed: int = 0) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(seed)
     model = nn.Linear(3, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def checkpoints(folder: Path, mirror: str, delays_s: tuple[float, ...] = (), **policy: Any) -> Checkpoints:
-    return Checkpoints(folder, CheckpointPolicy(mirror=mirror, **policy), Ranks(), mirror_delays_s=delays_s)
+def folder(disk: Path) -> Path:
+    return RunFolder(disk / RUN).checkpoints
+
+
+def checkpoints(disk: Path, mirror: str, delays_s: tuple[float, ...] = (), **policy: Any) -> Checkpoints:
+    """Of the run, which lies on one disk or another."""
+    return Checkpoints(folder(disk), CheckpointPolicy(mirror=mirror, **policy), Ranks(), mirror_delays_s=delays_s)
 
 
 def save(writer: Checkpoints, step: int, metric: float | None = None) -> None:
     writer.save(step, *made(step), extra={"n": step}, metric=metric)
 
 
-def listed(url: str) -> list[str]:
-    from pyarrow import fs
-
+def listed(url: str, run: str = RUN) -> list[str]:
     store, path = fs.FileSystem.from_uri(url) if "://" in url else (fs.LocalFileSystem(), url)
-    return sorted(info.base_name for info in store.get_file_info(fs.FileSelector(path)))
+    return sorted(info.base_name for info in store.get_file_info(fs.FileSelector(f"{path}/{run}")))
 
 
 def both(*steps: int) -> list[str]:
@@ -86,7 +90,7 @@ def test_a_node_with_an_empty_disk_continues(mirror: str, tmp_path: Path) -> Non
     with checkpoints(tmp_path / "b", mirror, keep=1, keep_best=1) as other:
         assert other.restore(model, optimizer) == checkpoint.Restored(4, {"n": 4}, [])
         assert torch.equal(model.weight, made(4)[0].weight)
-        assert checkpoint.latest_step(tmp_path / "b") == 4
+        assert checkpoint.latest_step(folder(tmp_path / "b")) == 4
         save(other, 5, 0.9)
     assert listed(mirror) == both(2, 5), "the best one is elsewhere, and stays"
     assert checkpoints(tmp_path / "a", mirror).restore(*made()).step == 5, "newer than what is on the disk"
@@ -96,15 +100,15 @@ def test_the_mirror_heals_the_disk(mirror: str, tmp_path: Path) -> None:
     with checkpoints(tmp_path / "a", mirror) as writer:
         save(writer, 1)
         save(writer, 2)
-    (tmp_path / "a" / "step-00000002.pt").write_bytes(b"")
+    (folder(tmp_path / "a") / "step-00000002.pt").write_bytes(b"")
     restored = checkpoints(tmp_path / "a", mirror).restore(*made())
-    assert restored.step == 2 and restored.notes[0].endswith(f"continued from step 2 in {mirror}")
-    assert checkpoint.restore_weights(tmp_path / "a", made()[0]) == 2
+    assert restored.step == 2 and restored.notes[0].endswith(f"continued from step 2 in {mirror}/{RUN}")
+    assert checkpoint.restore_weights(folder(tmp_path / "a"), made()[0]) == 2
 
 
 def test_folders_of_parts_go_there_and_back(mirror: str, tmp_path: Path) -> None:
-    here, there, policy = tmp_path / "a", tmp_path / "b", CheckpointPolicy(keep=1)
-    copy = Mirror(mirror, policy, wait=lambda _: True, delays_s=())
+    here, there, policy = folder(tmp_path / "a"), folder(tmp_path / "b"), CheckpointPolicy(keep=1)
+    copy = Mirror(mirror, RUN, policy, wait=lambda _: True, delays_s=())
     for step in (1, 2):
         parts = [here / files.stem(step) / name for name in (".metadata", "__0_0.distcp")]
         parts[0].parent.mkdir(parents=True)
@@ -116,6 +120,24 @@ def test_folders_of_parts_go_there_and_back(mirror: str, tmp_path: Path) -> None
     assert copy.steps() == [2]
     assert files.damage(there, copy.fetch(2, there)) is None
     assert files.latest_step(there) == 2
+
+
+def test_runs_that_name_the_same_mirror_do_not_meet(mirror: str, tmp_path: Path) -> None:
+    ours, theirs = (
+        Checkpoints(
+            tmp_path / name / "checkpoints", CheckpointPolicy(mirror=mirror, keep=1), Ranks(), mirror_delays_s=()
+        )
+        for name in ("my run", "my run%20#2")  # what a person may call a folder
+    )
+    with ours, theirs:
+        save(ours, 7)
+        assert theirs.restore(*made()).step == 0
+        save(theirs, 2)
+        save(ours, 8)
+    assert listed(mirror, "my run") == both(8) and listed(mirror, "my run%20#2") == both(2)
+    copy = Mirror(mirror, "my run", CheckpointPolicy(), wait=lambda _: True, delays_s=())
+    copy.clear()
+    assert copy.steps() == [] and listed(mirror, "my run%20#2") == both(2)
 
 
 def test_a_store_that_is_away_is_asked_again(frail: str, s3_server: S3, tmp_path: Path) -> None:
@@ -131,7 +153,7 @@ def test_a_store_that_is_away_is_asked_again(frail: str, s3_server: S3, tmp_path
     with Checkpoints(tmp_path, CheckpointPolicy(), Ranks()) as writer:
         save(writer, 3)
     s3_server.leave()
-    assert Mirror(frail, CheckpointPolicy(), wait=wait, delays_s=(1, 2, 4)).update(tmp_path)
+    assert Mirror(frail, RUN, CheckpointPolicy(), wait=wait, delays_s=(1, 2, 4)).update(tmp_path)
     assert pauses == [1, 2] and s3_server.refused >= refused + 2
     assert listed(frail) == both(3)
 
@@ -145,15 +167,17 @@ def test_a_store_that_stays_away_costs_no_checkpoint_and_is_brought_up_to_date(
         s3_server.leave()
         save(writer, 2)
         writer.wait()
-        assert checkpoint.latest_step(tmp_path / "a") == 2
-        assert files.mirrored_step(tmp_path / "a") == 1  # what `manta_run_mirror_backlog_checkpoints` counts from
+        assert checkpoint.latest_step(folder(tmp_path / "a")) == 2
+        assert (
+            files.mirrored_step(folder(tmp_path / "a")) == 1
+        )  # what `manta_run_mirror_backlog_checkpoints` counts from
         (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert "step 2 is on the disk of the run but not yet in" in warning.getMessage()
         s3_server.come_back()
         assert listed(frail) == both(1)
         save(writer, 3)
-    assert listed(frail) == both(2, 3) and files.mirrored_step(tmp_path / "a") == 3
-    assert all(seal.seconds is not None for seal in files.seals(tmp_path / "a"))
+    assert listed(frail) == both(2, 3) and files.mirrored_step(folder(tmp_path / "a")) == 3
+    assert all(seal.seconds is not None for seal in files.seals(folder(tmp_path / "a")))
 
 
 def test_training_does_not_wait_for_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,24 +193,24 @@ def test_training_does_not_wait_for_a_store_that_is_away(tmp_path: Path, monkeyp
     assert asked.wait(10)
     save(writer, 2)  # ends the hour of waiting
     writer._wait_for_write()
-    assert checkpoint.latest_step(tmp_path / "a") == 2
+    assert checkpoint.latest_step(folder(tmp_path / "a")) == 2
     writer._next_waits.set()
     writer.close()
 
 
 def test_a_mirror_that_cannot_be_read_is_no_fresh_start(frail: str, s3_server: S3, tmp_path: Path) -> None:
     s3_server.leave()
-    with pytest.raises(CheckpointError, match=f"{frail} cannot be read") as caught:
+    with pytest.raises(CheckpointError, match=f"{frail}/{RUN} cannot be read") as caught:
         checkpoints(tmp_path / "a", frail).restore(*made())
     assert "see that s3://" in caught.value.hint
-    with Checkpoints(tmp_path / "a", CheckpointPolicy(), Ranks()) as writer:
+    with Checkpoints(folder(tmp_path / "a"), CheckpointPolicy(), Ranks()) as writer:
         save(writer, 1)
     restored = checkpoints(tmp_path / "a", frail).restore(*made())
     assert restored.step == 1 and "cannot be read" in restored.notes[0]
 
 
 def test_a_mirror_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere://x cannot be read"):
+    with pytest.raises(CheckpointError, match=f"nowhere://x/{RUN} cannot be read"):
         checkpoints(tmp_path, "nowhere://x").restore(*made())
 
 
@@ -214,26 +238,29 @@ def test_the_log_goes_there_with_each_checkpoint_bounded_as_it_is(
     tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_file, "SEGMENT_BYTES", 300)
-    run, (model, optimizer) = RunFolder(tmp_path), made()
-    there = Mirror(mirror, CheckpointPolicy(), wait=lambda _: True, delays_s=())
+    run, (model, optimizer) = RunFolder(tmp_path / RUN), made()
+    run.path.mkdir()
+    there = Mirror(mirror, RUN, CheckpointPolicy(), wait=lambda _: True, delays_s=())
     for round_ in range(3):
         for i in range(20):
             log_file.append(run.log, "n", f"{round_} {i}")
-        with checkpoints(run.checkpoints, mirror) as some:
+        with checkpoints(tmp_path, mirror) as some:
             some.save(round_ + 1, model, optimizer, extra={}, metric=None)
         names = [log_file.segment(run.log, number).name for number in log_file.segments(run.log)]
-        assert {name: there._read(name) for name in names} == {name: (tmp_path / name).read_bytes() for name in names}
+        assert {name: there._read(name) for name in names} == {
+            name: run.log.with_name(name).read_bytes() for name in names
+        }
         listed = there._store.get_file_info(fs.FileSelector(""))
         assert sorted(info.base_name for info in listed if info.base_name.startswith("log.")) == sorted(names)
     assert len(names) == 1 + log_file.KEEP
-    there.fetch_log(tmp_path / "elsewhere" / "log.txt")  # a node with an empty disk goes on with it
+    there.fetch_story(RunFolder(tmp_path / "elsewhere"))  # a node with an empty disk goes on with it
     assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == {
-        name: (tmp_path / name).read_bytes() for name in names
+        name: run.log.with_name(name).read_bytes() for name in names
     }
 
 
 def test_a_store_that_is_away_does_not_hold_up_the_end_of_a_log(tmp_path: Path, caplog: Any) -> None:
     log_file.append(tmp_path / "log.txt", "n", "x")
     (tmp_path / "file").write_text("no folder")
-    away = Mirror(str(tmp_path / "file" / "x"), CheckpointPolicy(), wait=lambda _: True, delays_s=())
+    away = Mirror(str(tmp_path / "file"), RUN, CheckpointPolicy(), wait=lambda _: True, delays_s=())
     assert not away.send_log(tmp_path / "log.txt") and "is not yet in" in caplog.text

@@ -181,7 +181,7 @@ def test_a_search_is_not_replayed(whole: RunFolder) -> None:
         plan(whole, 1, 2)
 
 
-@pytest.mark.parametrize("model", ["job:nothing", "job:", "no/such"])
+@pytest.mark.parametrize("model", ["job:nothing", "job:", "job:..", "job:../runs/t", "no/such"])
 def test_a_model_of_no_job_is_refused(model: str, toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     spec = toy_job(model={"name": model})
     (problem,) = check(spec, tmp_path)

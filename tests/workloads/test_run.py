@@ -6,7 +6,6 @@ import fcntl
 import functools
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -107,24 +106,6 @@ def test_a_stop_file_checkpoints_and_the_next_call_continues(toy_job: Callable[.
     assert checkpoint.latest_step(run.checkpoints) == 11
     run.stop.unlink()
     assert execute(spec, run, tmp_path, job_id="j", attempt=2) == SUCCEEDED
-
-
-def test_with_a_mirror_the_log_goes_on_on_another_disk(
-    toy_job: Callable[..., JobSpec], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    spec = toy_job(checkpoint={"mirror": str(tmp_path / "mirror")})
-    runs = [RunFolder(tmp_path / name) for name in ("lost", "new")]
-
-    def stop(point: dict[str, object]) -> None:
-        runs[0].stop.touch()
-
-    assert execute(spec, runs[0], tmp_path, job_id="j", on_point=stop) == STOPPED
-    first = runs[0].log.read_bytes()
-    assert (tmp_path / "mirror" / "log.txt").read_bytes() == first and first
-    assert execute(spec, runs[1], tmp_path, job_id="j", attempt=2) == SUCCEEDED
-    both = (tmp_path / "mirror" / "log.txt").read_bytes()
-    assert both.startswith(first) and b"succeeded; the artifact is" in both[len(first) :]
 
 
 class Hours:

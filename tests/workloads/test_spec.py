@@ -77,3 +77,19 @@ def test_a_file_of_weights_is_a_path_too(
     toy_job: Callable[..., JobSpec], init: str | None, absolute: str | None
 ) -> None:
     assert toy_job(init=init).absolute(Path("/base")).init == absolute
+
+
+@pytest.mark.parametrize(
+    ("mirror", "absolute"),
+    [
+        ("copies", "/base/copies"),
+        ("a/copies", "/base/a/copies"),
+        ("/copies", "/copies"),
+        ("s3://bucket/copies", "s3://bucket/copies"),
+        (None, None),
+    ],
+)
+def test_a_mirror_is_a_path_too(toy_job: Callable[..., JobSpec], mirror: str | None, absolute: str | None) -> None:
+    policy = {"mirror": mirror, "keep": 7}
+    fixed = toy_job(checkpoint=policy).absolute(Path("/base")).checkpoint
+    assert (fixed.mirror, fixed.keep) == (absolute, 7)

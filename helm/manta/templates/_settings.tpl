@@ -18,6 +18,7 @@ MANTA_METRICS_TOKEN_FILE: /etc/manta/metrics_token
 {{- end }}
 MANTA_LOG_FORMAT: {{ $v.frontend.logFormat }}
 MANTA_ALLOWED_ROOTS: {{ join " " $v.frontend.allowedRoots | quote }}
+MANTA_MIRROR_ROOTS: {{ join " " $v.frontend.mirrorRoots | quote }}
 # What the groups may grow to: jobs for more are refused, others wait.
 MANTA_CLUSTER_CPUS: {{ $cpus | quote }}
 MANTA_CLUSTER_GPUS: {{ $gpus | quote }}
