@@ -53,6 +53,14 @@ def test_the_notes_forward_to_a_service_of_the_head_alone(tmp_path: Path) -> Non
     assert 8000 in {number for _, number in behind(service, docs)}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_helm_test_asks_the_front_end(case: str) -> None:
+    docs = render(case)
+    (url,) = [word for word in one(docs, "Pod")["spec"]["containers"][0]["command"] if "://" in word]
+    front_end = by_kuberay(docs)[0]
+    assert url == f"http://{front_end['metadata']['name']}:{front_end['spec']['ports'][0]['port']}/readyz"
+
+
 def test_an_upgrade_tells_how_to_give_a_running_cluster_its_new_sizes(tmp_path: Path) -> None:
     """KubeRay does not pass them on; the front end counts on them."""
     before = one(render("gpu-spot"), "RayService")["spec"]["rayClusterConfig"]
