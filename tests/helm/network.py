@@ -82,7 +82,9 @@ def _is(rule: Doc, peer: Peer) -> bool:
 
 
 def _at(rule: Doc, port: int, protocol: str) -> bool:
-    return rule.get("protocol", "TCP") == protocol and rule["port"] <= port <= rule.get("endPort", rule["port"])
+    first: int = rule["port"]
+    last: int = rule.get("endPort", first)
+    return rule.get("protocol", "TCP") == protocol and first <= port <= last
 
 
 Way = tuple[Peer, Peer, int, str]  # source, target, port, protocol

@@ -27,10 +27,14 @@ def by_kuberay(docs: list[Doc]) -> list[Doc]:
     ]
 
 
+def selected(service: Doc, docs: list[Doc]) -> list[PodOf]:
+    return [pod for pod in pods(docs) if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+
+
 def behind(service: Doc, docs: list[Doc]) -> list[tuple[PodOf, int]]:
     """The endpoints: a port by its name has none on a pod without such a port, one by its number has one on each."""
     found = []
-    for pod in [pod for pod in pods(docs) if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)]:
+    for pod in selected(service, docs):
         named = {port.get("name"): port["containerPort"] for port in listening(pod)}
         for port in service["spec"]["ports"]:
             target = port.get("targetPort", port["port"])

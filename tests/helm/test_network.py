@@ -30,6 +30,10 @@ def test_what_must_be_reached_is_and_nothing_else(case: str) -> None:
     assert list(problems(render(case), values(case))) == []
 
 
+def _unprotect(docs: list[Doc]) -> None:
+    docs[:] = [doc for doc in docs if doc["kind"] != "NetworkPolicy"]
+
+
 CASES_OF_BREAKING: list[tuple[str, Callable[[list[Doc]], Any]]] = [
     ("cannot reach a pod of kube-system at UDP 53", lambda d: policy(d, "-default-deny").update(egress=[])),
     ("cannot reach NodeLocal DNSCache", lambda d: policy(d, "-default-deny")["egress"][0]["to"].pop(1)),
@@ -57,7 +61,7 @@ CASES_OF_BREAKING: list[tuple[str, Callable[[list[Doc]], Any]]] = [
     ("the internet reaches", lambda d: policy(d, "-ray")["ingress"][2].pop("from")),
     ("a pod of default reaches", lambda d: policy(d, "-redis")["ingress"].append({})),
     ("research reaches StatefulSet lab-manta-postgres", lambda d: policy(d, "-postgres")["ingress"][0].pop("from")),
-    ("the internet reaches", lambda d: [d.remove(p) for p in of_kind(d, "NetworkPolicy")]),
+    ("the internet reaches", _unprotect),
 ]
 
 

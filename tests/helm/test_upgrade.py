@@ -70,7 +70,7 @@ def pods_of(case: str, *sets: str) -> Any:
     return one(render(case, *sets), "RayService")["spec"]["rayClusterConfig"]
 
 
-METRICS = {"networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]}}
+METRICS: dict[str, Any] = {"networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]}}
 
 
 @pytest.mark.parametrize(
