@@ -118,9 +118,12 @@ class PodOf:
 
     @property
     def labels(self) -> dict[str, str]:
-        """As KubeRay completes them."""
-        node = {"ray.io/node-type": self.role} if self.role in ("head", "worker") else {}
-        return self.metadata["labels"] | node
+        """As KubeRay completes them; the proxy of a service's head answers."""
+        if self.role not in ("head", "worker"):
+            return self.metadata["labels"]
+        kind, name = self.where.partition(",")[0].split()
+        node = {"ray.io/cluster": name, "ray.io/node-type": self.role, "ray.io/is-ray-node": "yes"}
+        return self.metadata["labels"] | node | ({"ray.io/serve": "true"} if kind == "RayService" else {})
 
     @property
     def lasts(self) -> bool:

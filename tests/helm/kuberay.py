@@ -45,7 +45,10 @@ def strict(schema: Any) -> Any:
 
 @cache
 def _validator(kind: str) -> jsonschema.Draft7Validator:
-    schema = strict(json.loads((folder() / f"{kind.lower()}s.v1.json").read_text())["openAPIV3Schema"])
+    file = folder() / f"{kind.lower()}s.v1.json"
+    if not file.exists():
+        pytest.skip(f"no schema of {kind}, which is not KubeRay's, at {file}: put its CRD's there")
+    schema = strict(json.loads(file.read_text())["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}
     return jsonschema.Draft7Validator(schema)
 

@@ -7,11 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
-from tests.helm.chart import Doc, PodOf, of_kind, one, pods, whole
+from tests.helm.chart import Doc, PodOf, of_kind, pods, whole
+from tests.helm.network import selects
+from tests.helm.services import answered, behind, by_kuberay, used
 
 FRONT_END, METRICS, OPERATOR_PORTS = 8000, 8080, {8000, 8265, 52365}
 SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|SECRET|DATABASE_URL|_AUTH$)")
 NOT_SECRETS = {"MANTA_TOKENS", "MANTA_FIRST_ADMIN_TOKEN_FILE", "POSTGRES_PASSWORD_FILE"}  # a mode, and paths of files
+LABEL, SUBDOMAIN = r"[a-z]([-a-z0-9]*[a-z0-9])?", r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"  # RFC 1035, RFC 1123
+LABELS = {"Service", "RayService", "RayJob", "StatefulSet", "Pod"}  # also in host names: neither dots nor a first digit
 FORBIDDEN_IN_A_POD = ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace")
 
 
@@ -53,14 +57,30 @@ def pinned(docs: list[Doc]) -> Iterator[str]:
                 yield f"{pod.where}: {image} is not pinned"
 
 
+# What says that it takes requests: Ray's agent of the node (of a head: the control plane too), or the database itself.
+READY = {
+    "head": {"path": "/api/healthz", "port": 52365},
+    "worker": {"path": "/api/local_raylet_healthz", "port": 52365},
+    "postgres": ["pg_isready", "-U", "manta", "-d", "manta"],
+    "redis": ["redis-cli", "ping"],
+}
+
+
 def probed(docs: list[Doc]) -> Iterator[str]:
-    """What lasts is probed; liveness asks only for a port, over five minutes, so that slow training is never killed."""
+    """What lasts is probed: ready when it takes requests, with five minutes and more to start; liveness asks only for a
+    port, over five minutes, so that slow training is never killed."""
     for pod in pods(docs):
         for container in pod.spec["containers"] if pod.lasts else []:
             where = f"{pod.where}, {container['name']}"
             yield from (
                 f"{where} has no {kind}" for kind in ("startupProbe", "readinessProbe") if kind not in container
             )
+            for kind, least, most in (("startupProbe", 300, 1800), ("readinessProbe", 5, 60)):
+                probe = container.get(kind, {})
+                if probe and (probe.get("httpGet") or probe.get("exec", {}).get("command")) != READY[pod.role]:
+                    yield f"{where} is not asked by its {kind} whether it takes requests"
+                if probe and not least <= probe["periodSeconds"] * probe.get("failureThreshold", 3) <= most:
+                    yield f"{where}: its {kind} waits too short or too long"
             live = container.get("livenessProbe")
             if live is None:  # KubeRay would put its own there
                 yield f"{where} has no livenessProbe"
@@ -91,6 +111,9 @@ def bounded(docs: list[Doc]) -> Iterator[str]:
         for volume in pod.spec.get("volumes", []):
             if "emptyDir" in volume and not (volume["emptyDir"] or {}).get("sizeLimit"):
                 yield f"{pod.where}: the volume {volume['name']} may fill the node"
+        grows = pod.labels.get("manta-head") == "service" and _autoscalers(docs)
+        if grows and "ray-logs" not in [volume["name"] for volume in pod.spec["volumes"]]:
+            yield f"{pod.where}: KubeRay makes the volume ray-logs for the autoscaler, which may fill the node"
 
 
 def closed(docs: list[Doc]) -> Iterator[str]:
@@ -101,7 +124,9 @@ def closed(docs: list[Doc]) -> Iterator[str]:
     for doc in of_kind(docs, "RayService"):
         if doc["spec"]["rayClusterConfig"]["headGroupSpec"].get("serviceType") != "ClusterIP":
             yield "the head's Service is open to the outside"
-    front_end = f"{one(docs, 'RayService')['metadata']['name']}-serve-svc"
+    front_end = by_kuberay(docs)[0]["metadata"]["name"]
+    if [pod.labels.get("manta-head") for pod, _ in behind(by_kuberay(docs)[0], docs)] != ["service"]:
+        yield f"{front_end} leads to others than the head of the service"
     for ingress in of_kind(docs, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
@@ -142,10 +167,6 @@ def _reachable(pod: PodOf, policies: list[Doc]) -> Iterator[str]:
                 yield f"{pod.where} may be reached from outside at {sorted(ports) or 'every port'}"
 
 
-def selects(selector: Doc, labels: dict[str, str]) -> bool:
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-
-
 def secret(docs: list[Doc]) -> Iterator[str]:
     """Secrets stand in Secrets alone: in no ConfigMap, argument, variable, annotation or URL."""
     values = [base64.b64decode(v).decode() for doc in of_kind(docs, "Secret") for v in doc["data"].values()]
@@ -168,7 +189,7 @@ def named(docs: list[Doc]) -> Iterator[str]:
     for doc in whole(docs):
         name, kind = doc["metadata"]["name"], doc["kind"]
         limit = 47 if kind in ("RayService", "RayJob") else 63
-        if len(name) > limit or not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
+        if len(name) > limit or not re.fullmatch(LABEL if kind in LABELS else SUBDOMAIN, name):
             yield f"{kind} {name} is no name of at most {limit} characters"
         for label in [*doc["metadata"].get("labels", {}).values()]:
             if len(label) > 63 or not re.fullmatch(r"([A-Za-z0-9]([-\w.]*[A-Za-z0-9])?)?", label):
@@ -188,6 +209,8 @@ def whole_in_itself(docs: list[Doc], external: frozenset[str] = frozenset()) -> 
         wanted = [("ServiceAccount", pod.spec.get("serviceAccountName"))]
         for volume in pod.spec.get("volumes", []):
             wanted.append(("Secret", volume.get("secret", {}).get("secretName")))
+            sources = volume.get("projected", {}).get("sources", [])
+            wanted += [("Secret", source["secret"]["name"]) for source in sources]
             wanted.append(("PersistentVolumeClaim", volume.get("persistentVolumeClaim", {}).get("claimName")))
         for container in containers(pod):
             for variable in container.get("env", []):
@@ -230,5 +253,5 @@ def least(docs: list[Doc]) -> Iterator[str]:
 Property = Callable[[list[Doc]], Iterator[str]]
 ALL: dict[str, Property] = {
     function.__name__: function
-    for function in (confined, pinned, probed, graceful, bounded, closed, secret, named, kept, least)
+    for function in (confined, pinned, probed, graceful, bounded, closed, answered, used, secret, named, kept, least)
 }

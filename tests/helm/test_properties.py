@@ -12,6 +12,7 @@ from tests.helm.chart import Doc, one, render
 from tests.helm.properties import ALL, whole_in_itself
 
 Breaks = Callable[[list[Doc]], Any]
+OPEN_PORT = {"tcpSocket": {"port": 6380}, "periodSeconds": 5}
 
 
 def cluster(docs: list[Doc]) -> Doc:
@@ -27,6 +28,10 @@ def head(docs: list[Doc]) -> Doc:
 def worker(docs: list[Doc]) -> Doc:
     found: Doc = cluster(docs)["workerGroupSpecs"][0]["template"]
     return found
+
+
+def home(docs: list[Doc]) -> Doc:
+    return next(volume for volume in head(docs)["spec"]["volumes"] if volume["name"] == "home")
 
 
 def container(template: Doc) -> Doc:
@@ -67,6 +72,16 @@ def opened(docs: list[Doc], rule: int, port: int) -> None:
     policy(docs, "-ray")["ingress"][rule]["ports"].append({"protocol": "TCP", "port": port})
 
 
+def held(docs: list[Doc]) -> Doc:
+    found: Doc = one(docs, "PodDisruptionBudget")["spec"]
+    return found
+
+
+def reselect(docs: list[Doc], ends: str, component: str) -> None:
+    release = {"app.kubernetes.io/instance": "lab"}
+    one(docs, "Service", ends)["spec"]["selector"] = release | {"app.kubernetes.io/component": component}
+
+
 def service_of(kind: str) -> Doc:
     return {"kind": "Service", "metadata": {"name": "open"}, "spec": {"type": kind, "ports": [{"port": 8265}]}}
 
@@ -96,6 +111,15 @@ WRONG: list[tuple[str, str, Breaks]] = [
     ("pinned", "postgres", lambda d: container(database(d)).update(image="postgres")),
     ("probed", "readinessProbe", lambda d: container(worker(d)).pop("readinessProbe")),
     ("probed", "livenessProbe", lambda d: container(head(d)).pop("livenessProbe")),
+    (
+        "probed",
+        "takes requests",
+        lambda d: container(worker(d)).update(readinessProbe=OPEN_PORT),
+    ),
+    ("probed", "takes requests", lambda d: container(head(d))["readinessProbe"]["httpGet"].update(path="/")),
+    ("probed", "takes requests", lambda d: container(database(d))["readinessProbe"]["exec"].update(command=["true"])),
+    ("probed", "too long", lambda d: container(worker(d))["readinessProbe"].update(failureThreshold=600)),
+    ("probed", "too short", lambda d: container(head(d))["startupProbe"].update(failureThreshold=1)),
     ("probed", "slow", lambda d: container(worker(d)).update(livenessProbe=container(worker(d))["readinessProbe"])),
     ("probed", "slow", lambda d: container(worker(d))["livenessProbe"].update(failureThreshold=3)),
     ("graceful", "drain", lambda d: worker(d)["spec"].update(terminationGracePeriodSeconds=30)),
@@ -104,6 +128,8 @@ WRONG: list[tuple[str, str, Breaks]] = [
     ("bounded", "limits of memory", lambda d: container(worker(d))["resources"]["limits"].pop("memory")),
     ("bounded", "requests of cpu", lambda d: container(database(d)).pop("resources")),
     ("bounded", "fill the node", lambda d: head(d)["spec"]["volumes"][0].update(emptyDir={})),
+    ("bounded", "ray-logs", lambda d: head(d)["spec"].update(volumes=[])),
+    ("closed", "others than the head", lambda d: one(d, "RayService")["spec"].pop("serveService")),
     ("closed", "open to the outside", lambda d: d.append(service_of("NodePort"))),
     ("closed", "open to the outside", lambda d: one(d, "Service", "-postgres")["spec"].update(type="LoadBalancer")),
     ("closed", "head's Service", lambda d: cluster(d)["headGroupSpec"].update(serviceType="NodePort")),
@@ -115,6 +141,17 @@ WRONG: list[tuple[str, str, Breaks]] = [
     ("closed", "from outside", lambda d: opened(d, rule=2, port=8265)),
     ("closed", "every port", lambda d: policy(d, "-ray")["ingress"][2].pop("ports")),
     ("closed", "from outside", lambda d: opened(d, rule=1, port=6379)),
+    ("answered", "which does not listen at 8000", lambda d: one(d, "RayService")["spec"].pop("serveService")),
+    ("answered", "submitter, which does not listen at 8080", lambda d: reselect(d, "lab-manta-metrics", "ray")),
+    ("answered", "which does not listen at 8080", lambda d: container(worker(d)).pop("ports")),
+    ("answered", "postgres has nothing", lambda d: reselect(d, "-postgres", "database")),
+    ("answered", "redis has nothing", lambda d: reselect(d, "-redis", "store")),
+    ("answered", "frontend-metrics has nothing", lambda d: reselect(d, "-frontend-metrics", "front")),
+    ("used", "holds []", lambda d: held(d)["selector"]["matchLabels"].update({"manta-head": "none"})),
+    ("used", "group cpu", lambda d: held(d)["selector"]["matchLabels"].pop("manta-head")),
+    ("used", "no pod has", lambda d: one(d, "PriorityClass", "-training")["metadata"].update(name="x")),
+    ("used", "is not there", lambda d: d.remove(one(d, "PriorityClass", "-training"))),
+    ("used", "below -10", lambda d: one(d, "PriorityClass", "-training").update(value=-11)),
     ("secret", "in the clear", lambda d: container(head(d))["env"].append({"name": "RAY_AUTH_TOKEN", "value": "x"})),
     ("secret", "value of a Secret", lambda d: container(head(d)).update(args=["--token", plain(d)])),
     ("secret", "value of a Secret", lambda d: one(d, "ConfigMap", "-job")["data"].update(token=plain(d))),
@@ -125,6 +162,8 @@ WRONG: list[tuple[str, str, Breaks]] = [
     ),
     ("named", "no name", lambda d: one(d, "RayService")["metadata"].update(name="a" * 48)),
     ("named", "no name", lambda d: one(d, "Ingress")["metadata"].update(name="Upper")),
+    ("named", "no name", lambda d: one(d, "Service", "-redis")["metadata"].update(name="1-redis")),
+    ("named", "no name", lambda d: one(d, "StatefulSet", "-redis")["metadata"].update(name="a.b-redis")),
     ("named", "label", lambda d: one(d, "Ingress")["metadata"]["labels"].update(x="a" * 64)),
     ("named", "twice", lambda d: d.append(one(d, "Ingress"))),
     ("kept", "goes with the release", lambda d: one(d, "Secret", "-redis")["metadata"].pop("annotations")),
@@ -165,7 +204,7 @@ def test_the_httproute_is_looked_at() -> None:
     ("says", "breaks"),
     [
         ("Secret other", lambda d: secret_of(head(d)).update(name="other")),
-        ("Claim other", lambda d: head(d)["spec"]["volumes"][1]["persistentVolumeClaim"].update(claimName="other")),
+        ("Claim other", lambda d: home(d)["persistentVolumeClaim"].update(claimName="other")),
         ("ServiceAccount other", lambda d: worker(d)["spec"].update(serviceAccountName="other")),
         ("which is no volume", lambda d: container(worker(d))["volumeMounts"].append({"name": "x", "mountPath": "/x"})),
         ("Secret keys", lambda d: container(worker(d)).update(envFrom=[{"secretRef": {"name": "keys"}}])),

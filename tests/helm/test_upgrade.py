@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
-from tests.helm.chart import NAMESPACE, arguments, helm, load, of_kind, one, render
+import pytest
+import yaml
+
+from tests.helm.chart import NAMESPACE, arguments, helm, load, of_kind, one, render, values
 from tests.helm.fake_kubernetes import api_server
 
 
@@ -60,6 +64,62 @@ def test_settings_of_the_front_end_touch_no_pod() -> None:
     ]
     assert changed["rayClusterConfig"] == before["rayClusterConfig"]
     assert changed["serveConfigV2"] != before["serveConfigV2"]
+
+
+def pods_of(case: str, *sets: str) -> Any:
+    return one(render(case, *sets), "RayService")["spec"]["rayClusterConfig"]
+
+
+METRICS: dict[str, Any] = {"networkPolicy": {"metricsFrom": [{"namespaceSelector": {}}]}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"monitoring": {"serviceMonitor": True, "rules": True, "dashboard": True}, **METRICS},
+        {"serving": {"cpusPerModel": 2}},
+        {"networkPolicy": {"egress": [{"ports": [{"port": 8443}]}]}},
+        {"podDisruptionBudget": {"enabled": False}},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_is_not_of_pods_changes_no_pod(given: dict[str, Any]) -> None:
+    """With strategy None a change of pods would not arrive, and a Serve config that counts on it would fail."""
+    sets = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    assert render("gpu-spot", *sets) != render("gpu-spot")
+    assert pods_of("gpu-spot", *sets) == pods_of("gpu-spot")
+
+
+def test_files_that_the_front_end_is_told_of_are_mounted_before() -> None:
+    """The Serve config changes at once, the pods do not: what its variables may name is there from the start."""
+    metrics = ("monitoring.serviceMonitor=true", f"networkPolicy={json.dumps(METRICS['networkPolicy'])}")
+    told = yaml.safe_load(one(render("minimal", *metrics), "RayService")["spec"]["serveConfigV2"])
+    files = [v for v in told["applications"][0]["runtime_env"]["env_vars"].values() if v.startswith("/etc/manta/")]
+    (volume,) = [v for v in pods_of("minimal")["headGroupSpec"]["template"]["spec"]["volumes"] if "projected" in v]
+    there = {item["path"] for source in volume["projected"]["sources"] for item in source["secret"]["items"]}
+    assert len(files) == 2 and {file.removeprefix("/etc/manta/") for file in files} == there
+
+
+def without_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What KubeRay compares to tell whether a cluster is another one."""
+    for group in config["workerGroupSpecs"]:
+        for key in ("replicas", "minReplicas", "maxReplicas"):
+            del group[key]
+    return config
+
+
+def test_other_sizes_of_groups_make_no_other_cluster() -> None:
+    larger = [group | {"minReplicas": 1, "maxReplicas": 9} for group in values("gpu-spot")["workers"]]
+    after = pods_of("gpu-spot", f"workers={json.dumps(larger)}")
+    assert after != pods_of("gpu-spot") and without_sizes(after) == without_sizes(pods_of("gpu-spot"))
+
+
+def test_a_group_at_the_end_leaves_the_others_as_they_are() -> None:
+    """So KubeRay adds it to the cluster that runs."""
+    new = {"name": "new", "minReplicas": 0, "maxReplicas": 1, "cpus": 1, "memory": "1Gi"}
+    more = [*values("gpu-spot")["workers"], new]
+    before, after = pods_of("gpu-spot"), pods_of("gpu-spot", f"workers={json.dumps(more)}")
+    assert after.pop("workerGroupSpecs")[:-1] == before.pop("workerGroupSpecs") and after == before
 
 
 def test_by_default_running_jobs_outlive_an_upgrade() -> None:

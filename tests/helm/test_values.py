@@ -55,6 +55,12 @@ def test_schema_and_defaults_have_the_same_keys() -> None:
     assert set(compare(SCHEMA, DEFAULTS, "")) == free
 
 
+def test_values_of_a_chart_above_are_taken() -> None:
+    """Helm gives `global` to every chart that another one depends on."""
+    assert [error.message for error in VALIDATOR.iter_errors(DEFAULTS | {"global": {"imageRegistry": "x"}})] == []
+    assert "`global`" in (CHART / "values.yaml").read_text() and ".global" not in TEMPLATES
+
+
 def test_every_value_is_documented() -> None:
     """A comment stands right above each key, or above the section that it is in."""
     lines = (CHART / "values.yaml").read_text().splitlines()
@@ -200,6 +206,12 @@ def test_the_dashboard_is_one() -> None:
         (("storage", "objectStore", "endpoint"), "https://key:secret@minio"),
         (("networkPolicy", "operator"), []),
         (("networkPolicy", "frontendFrom"), [{}]),
+        (("networkPolicy", "egress"), [{}]),
+        (("networkPolicy", "egress"), [{"to": []}]),
+        (("networkPolicy", "egress"), [{"port": 443}]),
+        (("networkPolicy", "egress"), [{"ports": [{"protocol": "ICMP", "port": 1}]}]),
+        (("nameOverride",), "a.b"),
+        (("fullnameOverride",), "1lab"),
         (("jobs", "checkpointSeconds"), 1),
         (("upgrade", "strategy"), "Recreate"),
         (("head", "resources", "limits"), {"cpu": "4"}),

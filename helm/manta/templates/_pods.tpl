@@ -71,6 +71,11 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{- /* Of pods without GPUs: the image asks for all, and on a node with GPUs its runtime would show them to Ray. */}}
+{{- define "manta.noGpus" -}}
+- {name: NVIDIA_VISIBLE_DEVICES, value: void}
+{{- end -}}
+
 {{- /* The one variable of the head alone. */}}
 {{- define "manta.databaseUrl" -}}
 {{- $v := .Values -}}
@@ -97,6 +102,11 @@ imagePullSecrets:
 {{- define "manta.volumes" -}}
 - name: tmp
   emptyDir: {sizeLimit: {{ .scratch }}}
+{{- if .logs }}
+# KubeRay mounts a volume of this name at /tmp/ray of the head and its autoscaler; were it not here, one without a limit.
+- name: ray-logs
+  emptyDir: {sizeLimit: {{ .scratch }}}
+{{- end }}
 - name: home
   persistentVolumeClaim: {claimName: {{ include "manta.homeClaim" .root }}}
 {{- range .root.Values.storage.data }}
@@ -105,7 +115,9 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{- /* Raylet and agent answer: Ray can use the node. Requests of users come once KubeRay sees the front end answer, too. */}}
+{{- /* Raylet and agent answer: Ray can use the node, and KubeRay deploys the front end only on a head that is ready. So that
+requests come to one that can take them, the Service asks for KubeRay's label ray.io/serve as well: on a head it says
+whether Serve's proxy answered. /readyz of the front end says the rest. */}}
 {{- define "manta.nodeReady" -}}
 httpGet: {path: {{ .path }}, port: 52365}
 periodSeconds: 5
@@ -163,6 +175,7 @@ template:
           {{- end }}
         env:
           {{- include "manta.env" .root | nindent 10 }}
+          {{- include "manta.noGpus" . | nindent 10 }}
           {{- if .service }}
           {{- include "manta.databaseUrl" .root | nindent 10 }}
           {{- end }}
@@ -178,17 +191,20 @@ template:
           {{- include "manta.volumeMounts" .root | nindent 10 }}
           - {name: {{ .service | ternary "admin-token" "job" }}, mountPath: /etc/manta, readOnly: true}
     volumes:
-      {{- include "manta.volumes" (dict "root" .root "scratch" $v.head.scratch) | nindent 6 }}
+      {{- include "manta.volumes" (dict "root" .root "scratch" $v.head.scratch "logs" .autoscaling) | nindent 6 }}
       {{- if .service }}
       - name: admin-token
-        secret:
-          secretName: {{ include "manta.tokensSecret" .root }}
+        # Whether or not the front end reads it now: with upgrade.strategy None a volume that comes later never arrives.
+        projected:
           defaultMode: 0440
-          items:
-            - {key: admin_token, path: admin_token}
-            {{- if $v.monitoring.serviceMonitor }}
-            - {key: metrics_token, path: metrics_token}
-            {{- end }}
+          sources:
+            - secret:
+                name: {{ include "manta.tokensSecret" .root }}
+                items: [{key: admin_token, path: admin_token}]
+            - secret:
+                name: {{ include "manta.tokensSecret" .root }}
+                optional: true # a secret of yours need not have it
+                items: [{key: metrics_token, path: metrics_token}]
       {{- else }}
       - name: job
         downwardAPI:
@@ -208,7 +224,8 @@ minReplicas: {{ $g.minReplicas }}
 maxReplicas: {{ $v.autoscaling.enabled | ternary $g.maxReplicas $g.minReplicas }}
 rayStartParams:
   node-manager-port: "6380"
-{{- with $g.custom }}
+{{- /* Here and not as num-gpus of rayStartParams: KubeRay refuses a group with resources in both. */}}
+{{- with merge (gt $gpus 0 | ternary dict (dict "GPU" 0)) (default dict $g.custom) }}
 resources:
   {{- range $name, $amount := . }}
   {{ $name }}: {{ $amount | toString | quote }}
@@ -246,7 +263,11 @@ template:
         securityContext: {{- include "manta.containerSecurity" . | nindent 10 }}
         ports:
           - {name: metrics, containerPort: 8080}
-        env: {{- include "manta.env" .root | nindent 10 }}
+        env:
+          {{- include "manta.env" .root | nindent 10 }}
+          {{- if not $gpus }}
+          {{- include "manta.noGpus" . | nindent 10 }}
+          {{- end }}
         {{- with $v.storage.objectStore.existingSecret }}
         envFrom:
           - secretRef: {name: {{ . }}}

@@ -1,6 +1,9 @@
 {{- /* Combinations that values.schema.json cannot judge: each fails with what was got and what to do. */}}
 {{- define "manta.refuse" -}}
 {{- $v := .Values -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "manta.name" .)) -}}
+{{- fail (printf "the release %s would name its objects %s, but names of Services begin with a letter and have no dots: choose another release name, or set fullnameOverride" .Release.Name (include "manta.name" .)) -}}
+{{- end -}}
 {{- if not $v.image.repository -}}
 {{- fail "image.repository is empty: build and push cluster/Dockerfile, then set it to where the image is (registry.example.org/team/manta)" -}}
 {{- end -}}
@@ -12,6 +15,28 @@
 {{- end -}}
 {{- if and (eq $v.gcs.faultTolerance "external") (not (and $v.gcs.external.address $v.gcs.external.existingSecret)) -}}
 {{- fail "gcs.faultTolerance is external, but gcs.external.address or gcs.external.existingSecret is empty: set both" -}}
+{{- end -}}
+{{- if and (ne $v.gcs.faultTolerance "external") $v.gcs.external.existingSecret -}}
+{{- fail (printf "gcs.external.existingSecret is set, but gcs.faultTolerance is %s: set gcs.faultTolerance to external, or remove the secret" $v.gcs.faultTolerance) -}}
+{{- end -}}
+{{- range $v.jobs.submitters -}}
+{{- if and (eq .kind "ServiceAccount") (not .namespace) -}}
+{{- fail (printf "jobs.submitters names the ServiceAccount %s without namespace, which RBAC needs: set its namespace" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.tracing.headersSecret (not $v.tracing.endpoint) -}}
+{{- fail "tracing.headersSecret is set, but tracing.endpoint is empty, so nothing would be sent: set the endpoint, or remove the secret" -}}
+{{- end -}}
+{{- $data := list -}}{{- $paths := list "/tmp" "/var/lib/manta" "/etc/manta" "/opt/manta" "/dev/shm" -}}
+{{- range $v.storage.data -}}
+{{- if has .name $data -}}{{- fail (printf "storage.data has two entries named %s: give each its own name" .name) -}}{{- end -}}
+{{- $path := trimSuffix "/" .mountPath -}}
+{{- range $paths -}}
+{{- if or (eq $path .) (hasPrefix (printf "%s/" .) $path) (hasPrefix (printf "%s/" $path) .) -}}
+{{- fail (printf "storage.data is mounted at %s, but %s is taken: choose another path, such as /data/NAME" $path .) -}}
+{{- end -}}
+{{- end -}}
+{{- $data = append $data .name -}}{{- $paths = append $paths $path -}}
 {{- end -}}
 {{- $names := list -}}
 {{- range $v.workers -}}

@@ -1,3 +1,16 @@
+{{- /* A JSON patch of a RayCluster: groups of these names, in this order, get the sizes that the settings below count on. */}}
+{{- define "manta.sizes" -}}
+{{- $patch := list -}}
+{{- range $i, $group := .Values.workers -}}
+{{- $at := printf "/spec/workerGroupSpecs/%d" $i -}}
+{{- $max := $.Values.autoscaling.enabled | ternary $group.maxReplicas $group.minReplicas -}}
+{{- $patch = append $patch (dict "op" "test" "path" (printf "%s/groupName" $at) "value" $group.name) -}}
+{{- $patch = append $patch (dict "op" "replace" "path" (printf "%s/minReplicas" $at) "value" $group.minReplicas) -}}
+{{- $patch = append $patch (dict "op" "replace" "path" (printf "%s/maxReplicas" $at) "value" $max) -}}
+{{- end -}}
+{{- toJson $patch -}}
+{{- end -}}
+
 {{- /* The settings of the service: fields of service/settings.py. */}}
 {{- define "manta.settings" -}}
 {{- $v := .Values -}}
