@@ -35,7 +35,7 @@ def job(**resources: Any) -> JobSpec:
 
 def group(name: str, cpus: int, gpus: int = 0, most: int = 4, **custom: str) -> dict[str, Any]:
     limits = {"cpu": cpus, "memory": "1Gi"} | ({"amd.com/gpu": gpus} if gpus else {})
-    pod = {"spec": {"containers": [{"resources": {"limits": limits}}]}}
+    pod = {"metadata": {"labels": {}}, "spec": {"containers": [{"resources": {"limits": limits}}]}}
     sizes = {"replicas": 0, "minReplicas": 0, "maxReplicas": most} | ({"resources": custom} if custom else {})
     return {"groupName": name, **sizes, "template": pod}
 
@@ -87,11 +87,8 @@ def test_what_fits_nowhere_is_refused(resources: dict[str, Any], asked: str | No
         ray_job(template(), job(**resources), "job-1", asked)
 
 
-def test_the_job_travels_in_the_annotation_of_the_heads_pod() -> None:
-    spec = job(workers=2)
-    document = ray_job(template(), spec, "job-1")
-    head = document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]
-    assert JobSpec.model_validate_json(head["annotations"][kubernetes.ANNOTATION]) == spec
+def test_the_job_travels_under_its_name() -> None:
+    document = ray_job(template(), job(workers=2), "job-1")
     assert (document["metadata"]["name"], document["spec"]["jobId"]) == ("job-1", "job-1")
     assert "entrypointNumCpus" not in document["spec"]
 
@@ -107,14 +104,48 @@ def test_a_job_that_an_annotation_does_not_hold_is_refused(monkeypatch: pytest.M
         ray_job(template(), job(), "job-1")
 
 
-def test_the_charts_template_becomes_a_rayjob_that_kuberay_takes() -> None:
-    made = ray_job(job_template(render("kueue")), job(workers=16, gpus_per_worker=1), "job-0123456789ab")
-    assert chosen(made) == ("h100", 2)
-    mounts = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    (volume,) = [v for v in mounts["volumes"] if "downwardAPI" in v]
-    assert kubernetes.ANNOTATION in volume["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"]
-    assert made["spec"]["entrypoint"].endswith(f"/etc/manta/{volume['downwardAPI']['items'][0]['path']}")
-    assert kuberay.problems(made) == []
+def drivers_groups(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where Ray may start the entrypoint: on the head, or, where it asks for CPUs, on a node that has them."""
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    asked = rayjob["spec"].get("entrypointNumCpus", 0)
+
+    def cpus(group: dict[str, Any]) -> float:
+        own = group["rayStartParams"].get("num-cpus")
+        return float(own if own is not None else group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+
+    return [group for group in groups if cpus(group) >= asked] if asked else groups[:1]
+
+
+@pytest.mark.parametrize("resources", [{"workers": 16, "gpus_per_worker": 1}, {"workers": 1}])
+def test_kuberay_takes_what_the_charts_template_becomes(resources: dict[str, Any]) -> None:
+    assert kuberay.problems(ray_job(job_template(render("kueue")), job(**resources), "job-0123456789ab")) == []
+
+
+@pytest.mark.parametrize(
+    ("resources", "pods", "on_workers"),
+    [
+        ({"workers": 16, "gpus_per_worker": 1}, ("h100", 2), False),
+        ({"workers": 2}, ("cpu", 1), False),
+        ({"workers": 1}, ("cpu", 1), True),  # trains in its driver
+    ],
+)
+def test_each_node_that_may_run_the_entrypoint_has_its_file(
+    resources: dict[str, Any], pods: tuple[str, int], on_workers: bool
+) -> None:
+    spec = job(**resources)
+    made = ray_job(job_template(render("kueue")), spec, "job-0123456789ab")
+    assert chosen(made) == pods
+    drivers = drivers_groups(made)
+    assert [g.get("groupName") for g in drivers] == [pods[0] if on_workers else None]
+    for group in drivers:
+        metadata, pod = group["template"]["metadata"], group["template"]["spec"]
+        (volume,) = [v for v in pod["volumes"] if "downwardAPI" in v]
+        (item,) = volume["downwardAPI"]["items"]
+        assert item["fieldRef"]["fieldPath"] == f"metadata.annotations['{kubernetes.ANNOTATION}']"
+        assert JobSpec.model_validate_json(metadata["annotations"][kubernetes.ANNOTATION]) == spec
+        (folder,) = [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] == volume["name"]]
+        assert made["spec"]["entrypoint"].split()[-1] == f"{folder}/{item['path']}"
 
 
 def test_an_installation_without_groups_says_so() -> None:
