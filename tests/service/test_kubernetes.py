@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from service import cli, kubernetes
 from service.kubernetes import KubernetesError, ray_job
 from tests.helm import kuberay
-from tests.helm.chart import job_template, one, render
+from tests.helm.chart import CASES, job_template, one, render
 from tests.toy import TOY_MAE
 from workloads.spec import JobSpec
 
@@ -146,6 +146,13 @@ def test_each_node_that_may_run_the_entrypoint_has_its_file(
         assert JobSpec.model_validate_json(metadata["annotations"][kubernetes.ANNOTATION]) == spec
         (folder,) = [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] == volume["name"]]
         assert made["spec"]["entrypoint"].split()[-1] == f"{folder}/{item['path']}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_finished_job_gives_its_nodes_back_at_once(case: str) -> None:
+    """KubeRay deletes the RayCluster only after this time."""
+    spec = job_template(render(case))["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] == 0
 
 
 def test_an_installation_without_groups_says_so() -> None:
