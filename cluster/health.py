@@ -1,8 +1,8 @@
 """`python -m cluster.health [URL] [--wait S]`: whether this container does its work; the health check of the image.
 
 A container with an installation of its own (`manta serve`) is healthy when the service takes requests; one that is a
-node of a cluster, head or worker, when Ray's agent says so of the node. With `--wait` it asks again for so many seconds:
-`helm test` does, whose service is not there before the cluster is.
+node of a cluster, head or worker, when Ray's agent says so of the node. With `--wait` it asks again for so many
+seconds: `helm test` does, whose service is not there before the cluster is.
 """
 
 from __future__ import annotations

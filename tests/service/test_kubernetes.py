@@ -111,8 +111,8 @@ def drivers_groups(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
     asked = rayjob["spec"].get("entrypointNumCpus", 0)
 
     def cpus(group: dict[str, Any]) -> float:
-        own = group["rayStartParams"].get("num-cpus")
-        return float(own if own is not None else group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return float(group["rayStartParams"].get("num-cpus", limits["cpu"]))
 
     return [group for group in groups if cpus(group) >= asked] if asked else groups[:1]
 
