@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from service import cli, kubernetes
 from service.kubernetes import KubernetesError, ray_job
-from tests.helm import kuberay
-from tests.helm.chart import CASES, job_template, one, render
+from tests.helm.chart import job_template, one, render
 from tests.toy import TOY_MAE
 from workloads.spec import JobSpec
 
@@ -102,57 +101,6 @@ def test_a_job_that_an_annotation_does_not_hold_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(kubernetes, "MAX_ANNOTATION_BYTES", 10)
     with pytest.raises(KubernetesError, match="submit it by REST"):
         ray_job(template(), job(), "job-1")
-
-
-def drivers_groups(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where Ray may start the entrypoint: on the head, or, where it asks for CPUs, on a node that has them."""
-    cluster = rayjob["spec"]["rayClusterSpec"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    asked = rayjob["spec"].get("entrypointNumCpus", 0)
-
-    def cpus(group: dict[str, Any]) -> float:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        return float(group["rayStartParams"].get("num-cpus", limits["cpu"]))
-
-    return [group for group in groups if cpus(group) >= asked] if asked else groups[:1]
-
-
-@pytest.mark.parametrize("resources", [{"workers": 16, "gpus_per_worker": 1}, {"workers": 1}])
-def test_kuberay_takes_what_the_charts_template_becomes(resources: dict[str, Any]) -> None:
-    assert kuberay.problems(ray_job(job_template(render("kueue")), job(**resources), "job-0123456789ab")) == []
-
-
-@pytest.mark.parametrize(
-    ("resources", "pods", "on_workers"),
-    [
-        ({"workers": 16, "gpus_per_worker": 1}, ("h100", 2), False),
-        ({"workers": 2}, ("cpu", 1), False),
-        ({"workers": 1}, ("cpu", 1), True),  # trains in its driver
-    ],
-)
-def test_each_node_that_may_run_the_entrypoint_has_its_file(
-    resources: dict[str, Any], pods: tuple[str, int], on_workers: bool
-) -> None:
-    spec = job(**resources)
-    made = ray_job(job_template(render("kueue")), spec, "job-0123456789ab")
-    assert chosen(made) == pods
-    drivers = drivers_groups(made)
-    assert [g.get("groupName") for g in drivers] == [pods[0] if on_workers else None]
-    for group in drivers:
-        metadata, pod = group["template"]["metadata"], group["template"]["spec"]
-        (volume,) = [v for v in pod["volumes"] if "downwardAPI" in v]
-        (item,) = volume["downwardAPI"]["items"]
-        assert item["fieldRef"]["fieldPath"] == f"metadata.annotations['{kubernetes.ANNOTATION}']"
-        assert JobSpec.model_validate_json(metadata["annotations"][kubernetes.ANNOTATION]) == spec
-        (folder,) = [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if m["name"] == volume["name"]]
-        assert made["spec"]["entrypoint"].split()[-1] == f"{folder}/{item['path']}"
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_finished_job_gives_its_nodes_back_at_once(case: str) -> None:
-    """KubeRay deletes the RayCluster only after this time."""
-    spec = job_template(render(case))["spec"]
-    assert spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] == 0
 
 
 def test_an_installation_without_groups_says_so() -> None:
