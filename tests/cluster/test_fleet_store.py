@@ -26,7 +26,7 @@ def one_part(s3_server: S3, tmp_path_factory: pytest.TempPathFactory) -> int:
     return store.checkpoint_writes(counted, 1)
 
 
-@pytest.mark.parametrize(("megabytes", "parts"), [(11, 2), (21, 3), (31, 4)])
+@pytest.mark.parametrize(("megabytes", "parts"), [(11, 2), (21, 3)])
 def test_a_checkpoint_is_a_request_a_part_and_some(
     s3_server: S3, tmp_path: Path, one_part: int, megabytes: int, parts: int
 ) -> None:

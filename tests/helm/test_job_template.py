@@ -1,4 +1,4 @@
-"""The chart's template of a RayJob, as `manta submit --k8s` completes it: the job is where it starts, and goes when it ends."""
+"""The RayJob of the chart, as `manta submit --k8s` completes it: it has its job wherever it starts, and ends whole."""
 
 from __future__ import annotations
 
