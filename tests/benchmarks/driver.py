@@ -33,8 +33,8 @@ class Driver:
     cores: float
 
 
-def measure(folder: Path) -> Driver:
-    """Trains until it has looked long enough.
+def measure(folder: Path, settle_s: float = SETTLE_S, look_s: float = LOOK_S) -> Driver:
+    """Trains, waits for so long, and looks for so long.
 
     Raises:
         RuntimeError: the job ended before that.
@@ -54,10 +54,10 @@ def measure(folder: Path) -> Driver:
                         assert driver.stderr is not None
                         raise RuntimeError(f"the job ended: {driver.stderr.read()[-2000:].decode()}")
                     time.sleep(0.5)
-                time.sleep(SETTLE_S)
+                time.sleep(settle_s)
                 process = psutil.Process(driver.pid)
                 before, began = process.cpu_times(), time.perf_counter()
-                time.sleep(LOOK_S)
+                time.sleep(look_s)
                 after, took = process.cpu_times(), time.perf_counter() - began
                 memory = process.memory_full_info()
             finally:
