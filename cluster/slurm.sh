@@ -34,8 +34,10 @@ end() { # by the name of the step: srun itself answers a SIGTERM with SIGKILL fo
     squeue --noheader --steps --jobs="$SLURM_JOB_ID" --name="$1" --format=%i | xargs -r scancel --signal=TERM || true
 }
 stop() { # workers first: they have something to save while the head is still there
-    end workers
-    wait "${steps[@]:1}" || true
+    if ((${#steps[@]} > 1)); then
+        end workers
+        wait "${steps[1]}" || true
+    fi
     end head
 }
 trap stop TERM INT

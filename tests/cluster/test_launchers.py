@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -133,7 +134,7 @@ STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 name=$(sed -n 's/.*--\\(job-\\)\\?name=\\([a-z]*\\).*/\\2/p' <<< "$*")
 case "$(basename "$0") $*" in
-    scontrol*) printf '%s\\n' node1 node2 node3 ;;
+    scontrol*) printf '%s\\n' ${@: -1} ;;
     *hostname*) echo "10.0.0.7 fe80::1" ;;
     squeue*) cat "$CALLS.step-$name" ;;
     scancel*--signal=TERM*) kill -TERM "${2##*.}" ;;
@@ -160,7 +161,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
         "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_JOB_NODELIST": "node1 node2 node3",  # Slurm writes node[1-3]
         "MANTA_HOME": "/shared/manta",
         "MANTA_VENV": "/shared/venv",
         "MANTA_DATABASE_URL": "postgresql+psycopg://db/manta",
@@ -172,17 +173,31 @@ def called(slurm: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_slurm_starts_a_head_and_joins_the_others_and_drains_them_first(slurm: dict[str, str]) -> None:
-    script = subprocess.Popen(["bash", SLURM], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    steps = [Path(f"{slurm['CALLS']}.step-{name}") for name in ("head", "workers")]
+def ended_early(slurm: dict[str, str], *steps: str) -> list[str]:
+    """What became of the steps, in this order, when the script was told to end once all were there."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = subprocess.Popen(["bash", SLURM], env=slurm, start_new_session=True, **pipes)
+    started = [Path(f"{slurm['CALLS']}.step-{name}") for name in steps]
     deadline = time.monotonic() + 20
-    while not all(step.exists() and step.read_text() for step in steps) and time.monotonic() < deadline:
+    while not all(step.exists() and step.read_text() for step in started) and time.monotonic() < deadline:
         time.sleep(0.02)
     script.send_signal(signal.SIGTERM)
-    out, err = script.communicate(timeout=20)
-    calls = called(slurm)
+    try:
+        out, err = script.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # as when all has ended
+            os.killpg(script.pid, signal.SIGKILL)
     assert script.returncode == 0, out + err
-    assert [call for call in calls if call.startswith(("drained", "killed"))] == ["drained workers", "drained head"]
+    return [call for call in called(slurm) if call.startswith(("drained", "killed"))]
+
+
+def test_slurm_drains_the_only_node(slurm: dict[str, str]) -> None:
+    assert ended_early(slurm | {"SLURM_JOB_NODELIST": "node1"}, "head") == ["drained head"]
+
+
+def test_slurm_starts_a_head_and_joins_the_others_and_drains_them_first(slurm: dict[str, str]) -> None:
+    assert ended_early(slurm, "head", "workers") == ["drained workers", "drained head"]
+    calls = called(slurm)
     serve, join = sorted((shlex.split(call) for call in calls if "manta" in call), key=lambda words: "cluster" in words)
     assert "--nodelist=node1" in serve and " ".join(serve).endswith("manta serve --nodes-at 10.0.0.7")
     assert "--exclude=node1" in join and "--nodes=2" in join
