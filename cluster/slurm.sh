@@ -4,7 +4,8 @@
 # --nodelist=HEAD manta --home $MANTA_HOME submit job.yaml`, or through an SSH tunnel to its port 8000.
 #
 # MANTA_HOME must be a folder that all nodes see, owned by you; MANTA_VENV the environment that `make venv` made. When the
-# allocation ends, jobs write checkpoints in the time that --signal leaves, and continue in the next allocation.
+# allocation ends, jobs write checkpoints in the time that --signal leaves, and continue in the next allocation. To end it
+# earlier in the same way: `scancel --batch --signal=TERM ID`; `scancel ID` alone leaves them KillWait, which is 30 s.
 #SBATCH --job-name=manta
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,17 +23,22 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" manta serve --nodes-at "$ip" &
+srun --job-name=head --nodes=1 --ntasks=1 --nodelist="$head" manta serve --nodes-at "$ip" &
 steps=($!)
-if ((${#nodes[@]} > 1)); then
-    srun --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="$head" \
-        manta cluster add-node --wait 300 --drain 240 &
+if ((${#nodes[@]} > 1)); then # one that leaves, which Ray does with exit code 1, must not take the others with it
+    srun --job-name=workers --nodes=$((${#nodes[@]} - 1)) --ntasks=$((${#nodes[@]} - 1)) --exclude="$head" \
+        --kill-on-bad-exit=0 --wait=0 manta cluster add-node --wait 300 --drain 240 &
     steps+=($!)
 fi
+end() { # by the name of the step: srun itself answers a SIGTERM with SIGKILL for its tasks
+    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --name="$1" --format=%i | xargs -r scancel --signal=TERM || true
+}
 stop() { # workers first: they have something to save while the head is still there
-    kill -TERM "${steps[@]:1}" 2>/dev/null || true
-    wait "${steps[@]:1}" || true
-    kill -TERM "${steps[0]}" 2>/dev/null || true
+    if ((${#steps[@]} > 1)); then
+        end workers
+        wait "${steps[1]}" || true
+    fi
+    end head
 }
 trap stop TERM INT
 wait "${steps[0]}" || true # until it ends, or a signal comes

@@ -18,7 +18,7 @@ import yaml
 from workloads.spec_any import AnySpec
 
 SELECTOR = "app.kubernetes.io/name=manta,app.kubernetes.io/component=job-template"
-ANNOTATION = "manta-job"  # of the head's pod, which sees it as /etc/manta/job.json
+ANNOTATION = "manta-job"  # of every pod of the job's cluster, each of which sees it as /etc/manta/job.json
 MAX_ANNOTATION_BYTES = 200_000  # Kubernetes takes 262,144 for all of an object
 
 
@@ -70,8 +70,9 @@ def ray_job(template: dict[str, Any], spec: AnySpec, job_id: str, group: str | N
         raise KubernetesError(
             f"got a job of {len(text)} bytes, expected at most {MAX_ANNOTATION_BYTES}; submit it by REST"
         )
-    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]
-    head["annotations"] = head.get("annotations", {}) | {ANNOTATION: text}
+    for group_ in (job["rayClusterSpec"]["headGroupSpec"], chosen):  # Ray may start the driver on either
+        metadata = group_["template"]["metadata"]
+        metadata["annotations"] = metadata.get("annotations", {}) | {ANNOTATION: text}
     resources = spec.resources
     if resources.max_workers == 1 and not resources.gpus:
         job["entrypointNumCpus"] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from workloads.spec import JobSpec
 
 START_TIMEOUT_S = 30.0
+REQUEST = re.compile(rb"((?:GET|HEAD|PUT|POST|DELETE) \S+) HTTP/1")
 
 
 class S3:
@@ -26,10 +28,12 @@ class S3:
 
     Attributes:
         refused: connections, while it was closed.
+        requests: what came through, such as "GET /bucket/key".
     """
 
     def __init__(self, server_port: int) -> None:
         self.refused = 0
+        self.requests: list[str] = []
         self._server_port, self._ends, self._away = server_port, list[socket.socket](), False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -98,6 +102,8 @@ class S3:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with source, contextlib.suppress(OSError):  # which is what being away looks like
             while data := source.recv(1 << 16):
+                if begun := REQUEST.match(data):  # a client sends the next one when it has read the answer to the last
+                    self.requests.append(begun[1].decode())
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 
@@ -106,9 +112,9 @@ class S3:
         self.leave()
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3]:
-    """Moto's server, which takes 2 s to start; who closes the way to it opens it again."""
+@contextlib.contextmanager
+def served() -> Iterator[S3]:
+    """Moto's server, which takes 2 s to start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
@@ -127,6 +133,13 @@ def s3_server() -> Iterator[S3]:
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """Who closes the way to it opens it again."""
+    with served() as s3:
+        yield s3
 
 
 def on_s3(spec: JobSpec, s3: S3) -> JobSpec:

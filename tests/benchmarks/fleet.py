@@ -3,6 +3,7 @@
 The decisions, the database and the run folders are the real ones; Ray and the clock are made up: a job holds one node
 for an hour or so, writes a record at each heartbeat, and every hundredth attempt dies without a word. What a round
 costs is measured; what the queue makes of the nodes is checked: nobody overtakes, no node is given twice, none idles.
+What the same fleet asks of an object store follows, from `tests.benchmarks.object_store`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import sqlalchemy as sa
 
@@ -22,11 +24,12 @@ from service.reconciler import Reconciler
 from service.registry import Registry
 from service.settings import Settings
 from service.store import ACTIVE, Job, Store
+from tests.benchmarks.object_store import GPUS, report
+from tests.s3 import served as object_store_server
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.record import HEARTBEAT_S, Record, RunFolder
 from workloads.spec import JobSpec
 
-GPUS = 8  # of a node, and of a job
 SPEC = JobSpec.model_validate(
     {
         "name": "fleet",
@@ -123,8 +126,10 @@ class Found:
 
     nodes: int
     full_s: float  # a round while every node is taken and the queue waits
+    full_cpu_s: float  # of it, of this process
     first_s: float  # the round that fills the nodes
     statements: int  # of SQL, in a full round
+    records: int  # that a full round reads, from the home volume
     busy: float  # share of nodes at work over the simulated time
     ended: int
 
@@ -156,19 +161,28 @@ def simulate(
             Job(id=f"job-{i:06d}", name="fleet", spec=document, origin="rest", state="QUEUED", **resources)
             for i in range(queued)
         )
-    statements = 0
+    statements = records = 0
+    read_record = RunFolder.read_record
+
+    def _read(run: RunFolder) -> Record | None:
+        nonlocal records
+        records += 1
+        return read_record(run)
 
     @sa.event.listens_for(store.engine, "before_cursor_execute")
     def _count(*_: object) -> None:
         nonlocal statements
         statements += 1
 
-    took, busy, counted = [], [], []
+    took, cpu, busy, counted, looked = [], [], [], [], []
     for _ in range(rounds):
-        before, began = statements, time.perf_counter()
-        reconciler.round()
+        before, read, began, used = statements, records, time.perf_counter(), time.process_time()
+        with patch.object(RunFolder, "read_record", _read):
+            reconciler.round()
         took.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - used)
         counted.append(statements - before)
+        looked.append(records - read)
         busy.append(len(fleet.runs) / nodes)
         assert fleet.started == sorted(fleet.started), "somebody overtook"
         fleet.advance(every_s)
@@ -177,19 +191,34 @@ def simulate(
         ended = session.scalar(sa.select(sa.func.count()).select_from(Job).where(Job.state == "SUCCEEDED")) or 0
     assert active <= nodes
     store.close()
-    middle = statistics.median(took[1:])
-    return Found(nodes, middle, took[0], int(statistics.median(counted[1:])), statistics.mean(busy), ended)
+    return Found(
+        nodes=nodes,
+        full_s=statistics.median(took[1:]),
+        full_cpu_s=statistics.median(cpu[1:]),
+        first_s=took[0],
+        statements=int(statistics.median(counted[1:])),
+        records=int(statistics.median(looked[1:])),
+        busy=statistics.mean(busy),
+        ended=ended,
+    )
+
+
+SIZES = (10, 100, 1_000)
 
 
 def main() -> None:
     url = sys.argv[1] if len(sys.argv) > 1 else ""
-    print("| nodes | queued | a round, all nodes taken | its SQL statements | the round that fills the nodes | busy |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for nodes, queued in ((10, 1_000), (10, 10_000), (100, 10_000), (1_000, 10_000)):
+    print(
+        "| nodes | queued | a round, all nodes taken | of it CPU | SQL | records | the round that fills them | busy |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for nodes, queued in ((10, 1_000), *((size, 10_000) for size in SIZES)):
         with tempfile.TemporaryDirectory() as folder:
             found = simulate(nodes, queued + nodes, Path(folder), url=url, rounds=6)
-        words = f"{found.full_s:.2f} s | {found.statements:,} | {found.first_s:.1f} s | {found.busy:.0%}"
-        print(f"| {nodes:,} | {queued:,} | {words} |", flush=True)
+        took = f"{found.full_s:.2f} s | {found.full_cpu_s:.2f} s | {found.statements:,} | {found.records:,}"
+        print(f"| {nodes:,} | {queued:,} | {took} | {found.first_s:.1f} s | {found.busy:.0%} |", flush=True)
+    with object_store_server() as s3, tempfile.TemporaryDirectory() as folder:
+        report(s3, Path(folder), SIZES)
 
 
 if __name__ == "__main__":

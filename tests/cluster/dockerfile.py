@@ -58,6 +58,11 @@ def problems(text: str) -> list[str]:
             words = shlex.split(command.replace("$(", "").replace(")", ""))
             if words[:2] == ["pip", "install"] and not {"-c", "--only-binary=:all:"} <= set(words):
                 found.append(f"not pinned by constraints.txt, or may compile: {command.strip()}")
+            if words[:2] == ["pip", "wheel"] and not {"--no-build-isolation", "--no-deps"} <= set(words):
+                found.append(f"builds with, or takes along, what is newest: {command.strip()}")
+    for stage in stages:
+        if not stage.name.endswith("-cuda") and any(name.startswith("NVIDIA_") for name in stage.variables):
+            found.append(f"the stage {stage.name} asks for GPUs in the CPU variant, too")
     run_last = " ".join(last.of("RUN"))
     found += [f"the last stage installs {word}" for word in (*COMPILERS, "apt-get", "pip ") if word in run_last]
     users = last.of("USER")

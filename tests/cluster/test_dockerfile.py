@@ -6,12 +6,14 @@ import fnmatch
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from service.settings import Settings
 from tests.cluster.dockerfile import parse, problems
@@ -35,6 +37,8 @@ def test_it_keeps_the_rules() -> None:
         ("python:3.11.14-slim-bookworm", "python", "not pinned"),
         ("-c constraints.txt torch torchvision", "torch torchvision", "constraints.txt"),
         ("--only-binary=:all: -c constraints.txt \"manta", "-c constraints.txt \"manta", "may compile"),
+        ("--no-build-isolation ", "", "what is newest"),
+        ("OMP_WAIT_POLICY=PASSIVE", "NVIDIA_VISIBLE_DEVICES=all", "asks for GPUs in the CPU variant"),
         ("USER 10001:10001", "USER root", "numeric user"),
         ("USER 10001:10001", "USER manta", "numeric user"),
         ("USER 10001:10001\n", "", "numeric user"),
@@ -62,6 +66,17 @@ def test_both_variants_are_stages() -> None:
     names = {stage.name for stage in STAGES}
     assert ARGUMENTS["VARIANT"] == "cpu" and {"torch-cpu", "torch-cuda"} <= names
     assert next(stage for stage in STAGES if stage.name == "build").base == "torch-${VARIANT}"
+    assert {"for-cpu", "for-cuda"} <= names and LAST.base == "for-${VARIANT}"
+
+
+def test_what_builds_the_wheel_is_pinned_and_there() -> None:
+    """As it is built without isolation, pip does not bring it."""
+    build = next(stage for stage in STAGES if stage.name == "build")
+    (commands,) = [text for text in build.of("RUN") if "pip wheel" in text]
+    before = shlex.split(commands[: commands.index("pip wheel")])
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for needed in (Requirement(text) for text in PROJECT["build-system"]["requires"]):
+        assert needed.name in before and pins[needed.name] in needed.specifier
 
 
 def test_what_it_copies_exists_and_reaches_the_builder() -> None:

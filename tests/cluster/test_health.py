@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from cluster import health
 from cluster.embedded import Head
+from tests.helm.chart import CHART, one, render
 
 
 @pytest.fixture
@@ -68,3 +70,43 @@ def test_the_exit_code_is_what_an_engine_reads(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(health, "url_of", lambda _: f"http://127.0.0.1:{answering}/other")
     assert health.main([]) == 1
     assert health.main([f"http://127.0.0.1:{answering}/readyz"]) == 0
+
+
+class Clock:
+    """Time that passes by sleeping alone."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(health, "time", clock)
+    return clock
+
+
+def chart_tests() -> list[str]:
+    """What the pod of `helm test` gives to this check."""
+    command = one(render("minimal"), "Pod")["spec"]["containers"][0]["command"]
+    assert command[:3] == ["python", "-m", "cluster.health"]
+    return list(command[3:])
+
+
+def test_helm_test_asks_until_the_service_is_there(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """As right after `helm install`: the name is not known, then the proxy knows no route, then all is well."""
+    answers = iter(["does not answer", "answers 404", None])
+    monkeypatch.setattr(health, "problem", lambda _: next(answers))
+    assert health.main(chart_tests()) == 0 and clock.now == 2 * health.RETRY_S
+
+
+def test_helm_test_gives_up_before_helm_does(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(health, "problem", lambda _: "does not answer")
+    assert health.main(chart_tests()) == 1
+    minutes = re.search(r"helm test .*--timeout (\d+)m", (CHART / "README.md").read_text())
+    assert minutes and 600 <= clock.now <= 60 * int(minutes[1]) - 120  # a pull of the image comes before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,24 +132,36 @@ def test_the_front_end_beyond_loopback_asks_for_tokens(monkeypatch: pytest.Monke
 
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
-case "$0 $*" in
-    *scontrol*) printf '%s\\n' node1 node2 node3 ;;
+name=$(sed -n 's/.*--\\(job-\\)\\?name=\\([a-z]*\\).*/\\2/p' <<< "$*")
+case "$(basename "$0") $*" in
+    scontrol*) printf '%s\\n' ${@: -1} ;;
     *hostname*) echo "10.0.0.7 fe80::1" ;;
-    *) echo $$ >> "$CALLS.pids"; trap 'echo "$1 ended: $*" >> "$CALLS"; exit 0' TERM; while :; do sleep 0.05; done ;;
+    squeue*) cat "$CALLS.step-$name" ;;
+    scancel*--signal=TERM*) kill -TERM "${2##*.}" ;;
+    srun*)
+        trap_="trap 'echo drained $name >> $CALLS; exit 1' TERM"
+        bash -c "$trap_; echo 77.\\$\\$ > $CALLS.step-$name; while :; do sleep 0.05; done" &
+        trap 'kill -KILL $!; echo "killed $name" >> "$CALLS"' TERM
+        wait $! || wait ;;
 esac
 """
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """An environment in which Slurm's commands only note that they were called."""
-    for name in ("scontrol", "srun"):
+    """An environment with stand-ins for Slurm's commands.
+
+    A step is a task that ends by SIGTERM in its own time. As the real one, srun kills its task when it gets that signal
+    itself, while scancel hands it to the task.
+    """
+    for name in ("scontrol", "srun", "squeue", "scancel"):
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
     return {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
-        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node1 node2 node3",  # Slurm writes node[1-3]
         "MANTA_HOME": "/shared/manta",
         "MANTA_VENV": "/shared/venv",
         "MANTA_DATABASE_URL": "postgresql+psycopg://db/manta",
@@ -160,23 +173,35 @@ def called(slurm: dict[str, str]) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_slurm_starts_a_head_and_joins_the_others_and_ends_them_first(slurm: dict[str, str]) -> None:
-    script = subprocess.Popen(["bash", SLURM], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def ended_early(slurm: dict[str, str], *steps: str) -> list[str]:
+    """What became of the steps, in this order, when the script was told to end once all were there."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = subprocess.Popen(["bash", SLURM], env=slurm, start_new_session=True, **pipes)
+    started = [Path(f"{slurm['CALLS']}.step-{name}") for name in steps]
     deadline = time.monotonic() + 20
-    while sum("manta" in call for call in called(slurm)) < 2 and time.monotonic() < deadline:
+    while not all(step.exists() and step.read_text() for step in started) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)  # until the stubs have set their traps
     script.send_signal(signal.SIGTERM)
-    out, err = script.communicate(timeout=20)
-    calls = called(slurm)
+    try:
+        out, err = script.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # as when all has ended
+            os.killpg(script.pid, signal.SIGKILL)
     assert script.returncode == 0, out + err
-    started = [shlex.split(call) for call in calls if "manta" in call and "ended" not in call]
-    ends = [call for call in calls if "ended" in call]
-    assert len(started) == 2 and len(ends) == 2
-    serve, join = sorted(started, key=lambda words: "cluster" in words)
+    return [call for call in called(slurm) if call.startswith(("drained", "killed"))]
+
+
+def test_slurm_drains_the_only_node(slurm: dict[str, str]) -> None:
+    assert ended_early(slurm | {"SLURM_JOB_NODELIST": "node1"}, "head") == ["drained head"]
+
+
+def test_slurm_starts_a_head_and_joins_the_others_and_drains_them_first(slurm: dict[str, str]) -> None:
+    assert ended_early(slurm, "head", "workers") == ["drained workers", "drained head"]
+    calls = called(slurm)
+    serve, join = sorted((shlex.split(call) for call in calls if "manta" in call), key=lambda words: "cluster" in words)
     assert "--nodelist=node1" in serve and " ".join(serve).endswith("manta serve --nodes-at 10.0.0.7")
     assert "--exclude=node1" in join and "--nodes=2" in join
-    assert "cluster add-node" in ends[0] and "serve" in ends[1]
+    assert {"--kill-on-bad-exit=0", "--wait=0"} <= set(join)  # else the first that has drained ends the others
     for words in (serve, join):
         expect_command(words[words.index("manta") + 1 :])
 

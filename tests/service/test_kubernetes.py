@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from service import cli, kubernetes
 from service.kubernetes import KubernetesError, ray_job
-from tests.helm import kuberay
 from tests.helm.chart import job_template, one, render
 from tests.toy import TOY_MAE
 from workloads.spec import JobSpec
@@ -35,7 +34,7 @@ def job(**resources: Any) -> JobSpec:
 
 def group(name: str, cpus: int, gpus: int = 0, most: int = 4, **custom: str) -> dict[str, Any]:
     limits = {"cpu": cpus, "memory": "1Gi"} | ({"amd.com/gpu": gpus} if gpus else {})
-    pod = {"spec": {"containers": [{"resources": {"limits": limits}}]}}
+    pod = {"metadata": {"labels": {}}, "spec": {"containers": [{"resources": {"limits": limits}}]}}
     sizes = {"replicas": 0, "minReplicas": 0, "maxReplicas": most} | ({"resources": custom} if custom else {})
     return {"groupName": name, **sizes, "template": pod}
 
@@ -87,11 +86,8 @@ def test_what_fits_nowhere_is_refused(resources: dict[str, Any], asked: str | No
         ray_job(template(), job(**resources), "job-1", asked)
 
 
-def test_the_job_travels_in_the_annotation_of_the_heads_pod() -> None:
-    spec = job(workers=2)
-    document = ray_job(template(), spec, "job-1")
-    head = document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]
-    assert JobSpec.model_validate_json(head["annotations"][kubernetes.ANNOTATION]) == spec
+def test_the_job_travels_under_its_name() -> None:
+    document = ray_job(template(), job(workers=2), "job-1")
     assert (document["metadata"]["name"], document["spec"]["jobId"]) == ("job-1", "job-1")
     assert "entrypointNumCpus" not in document["spec"]
 
@@ -105,16 +101,6 @@ def test_a_job_that_an_annotation_does_not_hold_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(kubernetes, "MAX_ANNOTATION_BYTES", 10)
     with pytest.raises(KubernetesError, match="submit it by REST"):
         ray_job(template(), job(), "job-1")
-
-
-def test_the_charts_template_becomes_a_rayjob_that_kuberay_takes() -> None:
-    made = ray_job(job_template(render("kueue")), job(workers=16, gpus_per_worker=1), "job-0123456789ab")
-    assert chosen(made) == ("h100", 2)
-    mounts = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    (volume,) = [v for v in mounts["volumes"] if "downwardAPI" in v]
-    assert kubernetes.ANNOTATION in volume["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"]
-    assert made["spec"]["entrypoint"].endswith(f"/etc/manta/{volume['downwardAPI']['items'][0]['path']}")
-    assert kuberay.problems(made) == []
 
 
 def test_an_installation_without_groups_says_so() -> None:

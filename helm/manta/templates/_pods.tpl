@@ -206,13 +206,19 @@ template:
                 optional: true # a secret of yours need not have it
                 items: [{key: metrics_token, path: metrics_token}]
       {{- else }}
-      - name: job
-        downwardAPI:
-          items: [{path: job.json, fieldRef: {fieldPath: "metadata.annotations['manta-job']"}}]
+      {{- include "manta.jobVolume" . | nindent 6 }}
       {{- end }}
 {{- end -}}
 
-{{- /* A worker group, of a dict with root and group. */}}
+{{- /* The job of `manta submit --k8s`, in every pod that its driver may be started in: a driver that trains asks for
+CPUs, which the head has none of. */}}
+{{- define "manta.jobVolume" -}}
+- name: job
+  downwardAPI:
+    items: [{path: job.json, fieldRef: {fieldPath: "metadata.annotations['manta-job']"}}]
+{{- end -}}
+
+{{- /* A worker group of the service (`service`: true), or of a job's own cluster, of a dict with root, group and service. */}}
 {{- define "manta.workerGroup" -}}
 {{- $v := .root.Values -}}
 {{- $g := .group -}}
@@ -280,6 +286,14 @@ template:
         startupProbe: {{- include "manta.nodeReady" (dict "path" "/api/local_raylet_healthz" "failures" 60) | nindent 10 }}
         readinessProbe: {{- include "manta.nodeReady" (dict "path" "/api/local_raylet_healthz" "failures" 6) | nindent 10 }}
         livenessProbe: {{- include "manta.alive" 6380 | nindent 10 }}
-        volumeMounts: {{- include "manta.volumeMounts" .root | nindent 10 }}
-    volumes: {{- include "manta.volumes" (dict "root" .root "scratch" (default "20Gi" $g.scratch)) | nindent 6 }}
+        volumeMounts:
+          {{- include "manta.volumeMounts" .root | nindent 10 }}
+          {{- if not .service }}
+          - {name: job, mountPath: /etc/manta, readOnly: true}
+          {{- end }}
+    volumes:
+      {{- include "manta.volumes" (dict "root" .root "scratch" (default "20Gi" $g.scratch)) | nindent 6 }}
+      {{- if not .service }}
+      {{- include "manta.jobVolume" . | nindent 6 }}
+      {{- end }}
 {{- end -}}
