@@ -47,6 +47,7 @@ from workloads.log_lines import configure
 
 logger = logging.getLogger(__name__)
 
+MOST_REQUESTS = 200  # that a front end answers at a time; `service.streams` takes half of them at most
 # FastAPI's own spans hold the raw path and query, where people put secrets; `service.observe` has ours.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
@@ -169,8 +170,8 @@ def deployment(settings: Settings | None) -> Any:
 
     return serve.deployment(
         name="api",
-        max_ongoing_requests=200,
-        max_queued_requests=400,
+        max_ongoing_requests=MOST_REQUESTS,
+        max_queued_requests=2 * MOST_REQUESTS,
         # On the head, which no autoscaler ends, and which alone is told where the database is.
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         graceful_shutdown_timeout_s=5,
