@@ -81,8 +81,9 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         )
     # From the inside out: what is added last sees a request first.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.upload_timeout_s)
-    rate, origins = Rate(settings.requests_per_s, settings.request_burst), list(settings.cors_origins)
-    app.add_middleware(Gate, tokens=parts.tokens, audit=parts.audit, rate=rate, origins=origins)
+    rate, wrong = (Rate(settings.requests_per_s, settings.request_burst) for _ in range(2))
+    origins = list(settings.cors_origins)
+    app.add_middleware(Gate, tokens=parts.tokens, audit=parts.audit, rate=rate, wrong=wrong, origins=origins)
     if origins:
         headers = ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)

@@ -81,6 +81,10 @@ class Tokens:
         now = self._clock()
         return principal if now < until and (expires_at is None or now < expires_at) else None
 
+    def was_good(self, text: str) -> bool:
+        """Whether it was authenticated lately; it may have expired since, or been revoked elsewhere."""
+        return digest(text) in self._cache
+
     def authenticate(self, text: str) -> Principal:
         """Whose token it is.
 
