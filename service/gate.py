@@ -65,10 +65,11 @@ class Gate:
         log_lines.note(request_id=state["request_id"])
         noted = False
 
-        async def note(status: int, made: str = "") -> None:
+        async def note(status: int, location: str = "") -> None:
             nonlocal noted
             if "audit" in state and not noted:
                 noted = True
+                made = state.get("made") or tuple(filter(None, [location.rpartition("/")[2]]))
                 result = state["audit"], status, made, state.get("project", "")
                 try:
                     await run_in_threadpool(self._audit.finish, *result)
@@ -79,7 +80,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 more = MutableHeaders(scope=message)
                 more["X-Request-ID"] = state["request_id"]
-                await note(message["status"], more.get("location", "").rpartition("/")[2])
+                await note(message["status"], more.get("location", ""))
             await send(message)
 
         try:

@@ -26,9 +26,11 @@ from service.streams import STREAMED, Follow, job_events, log_lines, points
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
 from workloads.spec_any import AnySpec
+from workloads.spec_deploy import DeploySpec
 from workloads.spec_training import Seconds
 
 Spec = Annotated[Document, Shown(AnySpec)]
+Entry = Annotated[Document, Shown(AnySpec | DeploySpec)]
 ProjectQuery = Annotated[ProjectName | None, Query(description="Default: that of the token.")]
 Key = Annotated[str | None, Header(min_length=1, max_length=200, description="One job for all requests that have it.")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -105,7 +107,10 @@ def submit_job(
     responses=refuses(Conflict) | answers(200, JobList, "The jobs that the Idempotency-Key made before."),
 )
 def submit_jobs(
-    body: Annotated[list[Spec], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
+    body: Annotated[
+        list[Entry],
+        Body(min_length=1, max_length=MOST, description="Jobs, as one by one; what they register may be deployed."),
+    ],
     parts: PartsDep,
     caller: CallerDep,
     request: Request,
@@ -116,6 +121,7 @@ def submit_jobs(
     """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
     jobs, created = parts.submissions.submit_all(body, idempotency_key, caller, chosen)
+    request.state.made = tuple(job.id for job in jobs)  # for the audit log, as one Location cannot name them
     response.status_code = 201 if created else 200
     return {"jobs": parts.jobs.views(jobs)}
 
