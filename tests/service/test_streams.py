@@ -6,10 +6,13 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from sqlalchemy.exc import OperationalError
 
 from service import app, streams
@@ -223,3 +226,27 @@ def test_streams_that_wait_hold_no_threads(stage: Stage) -> None:
         return most
 
     assert asyncio.run(many()) - threads <= 41 and began == 100  # 40: what the pool has
+
+
+def test_over_a_real_socket_who_leaves_gives_the_place_back(stage: Stage) -> None:
+    """Streams that wait leave room for other requests; Ray Serve runs the app under this server too."""
+
+    async def scene() -> tuple[list[int], int, int]:
+        server = uvicorn.Server(uvicorn.Config(stage.service.app, port=0, lifespan="off", log_config=None))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.001)
+        port, path = server.servers[0].sockets[0].getsockname()[1], f"/v1/jobs/{stage.job_id}"
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            async with AsyncExitStack() as open_ones:
+                streams_ = [client.stream("GET", f"{path}/events?follow=true") for _ in range(21)]
+                codes = [(await open_ones.enter_async_context(stream)).status_code for stream in streams_]
+                meanwhile = (await client.get(path)).status_code
+            while stage.service.parts.streams._open:
+                await asyncio.sleep(0.001)
+            server.should_exit = True
+            await serving
+        return codes, meanwhile, stage.service.parts.streams._open.total()
+
+    codes, meanwhile, left = asyncio.run(asyncio.wait_for(scene(), 20))
+    assert codes == [200] * 20 + [429] and (meanwhile, left) == (200, 0)
