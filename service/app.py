@@ -47,6 +47,7 @@ from workloads.log_lines import configure
 
 logger = logging.getLogger(__name__)
 
+MOST_REQUESTS = 200  # that a front end answers at a time; `service.streams` takes half of them at most
 # FastAPI's own spans hold the raw path and query, where people put secrets; `service.observe` has ours.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
@@ -84,8 +85,9 @@ def build(settings: Settings, parts: Parts | None = None) -> FastAPI:
         )
     # From the inside out: what is added last sees a request first.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, timeout_s=settings.upload_timeout_s)
-    rate, origins = Rate(settings.requests_per_s, settings.request_burst), list(settings.cors_origins)
-    app.add_middleware(Gate, tokens=parts.tokens, audit=parts.audit, rate=rate, origins=origins)
+    rate, wrong = (Rate(settings.requests_per_s, settings.request_burst) for _ in range(2))
+    origins = list(settings.cors_origins)
+    app.add_middleware(Gate, tokens=parts.tokens, audit=parts.audit, rate=rate, wrong=wrong, origins=origins)
     if origins:
         headers = ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)
@@ -173,8 +175,8 @@ def deployment(settings: Settings | None) -> Any:
 
     return serve.deployment(
         name="api",
-        max_ongoing_requests=200,
-        max_queued_requests=400,
+        max_ongoing_requests=MOST_REQUESTS,
+        max_queued_requests=2 * MOST_REQUESTS,
         # On the head, which no autoscaler ends, and which alone is told where the database is.
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         graceful_shutdown_timeout_s=5,

@@ -36,12 +36,19 @@ class Audit:
             session.add(entry)
         return entry.id
 
-    def finish(self, number: int, status: int, made: str = "", project: str = "") -> None:
-        """Adds the status of the answer; the id of what was `made`; the project, where the path did not tell it."""
-        values: dict[str, int | str] = {"status": status}
-        values |= {key: value for key, value in (("target", made[:200]), ("project", project)) if value}
+    def finish(self, number: int, status: int, made: tuple[str, ...] = (), project: str = "") -> None:
+        """Adds the status of the answer; ids of what was `made`; the project, where the path did not tell it.
+
+        Of a list each gets an entry, so that whoever looks for one of them finds it.
+        """
+        values: dict[str, int | str] = {"status": status} | ({"project": project} if project else {})
+        if made:
+            values["target"] = made[0][:200]
         with self._store.session() as session:
             session.execute(sa.update(AuditEntry).filter_by(id=number).values(values))
+            if len(made) > 1:
+                same = session.execute(sa.select(AuditEntry.__table__).filter_by(id=number)).mappings().one()
+                session.add_all(AuditEntry(**{**same, "id": None, "target": each}) for each in made[1:])
 
     def list(self, by: Principal, *, limit: int, before: int | None = None) -> list[AuditEntry]:
         """The newest first, of the projects that `by` sees; `before` is the id of the last entry of the page before."""

@@ -22,6 +22,7 @@ from service.terminal import (
     AsJson,
     Base,
     connected,
+    err,
     fail,
     out,
     read_entry,
@@ -211,15 +212,24 @@ def logs(
     level: Annotated[str | None, typer.Option(help="At least: DEBUG, INFO, WARNING, ERROR.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Of the worker that wrote the line.")] = None,
 ) -> None:
-    """Prints the end of the log of a job."""
+    """Prints the end of the log of a job; followed, until it ends or is paused."""
     wanted = {name: value for name, value in (("level", level), ("rank", rank)) if value is not None}
     with connected() as client:
         try:
             for line in client.follow_logs(job_id, **wanted) if follow else client.logs(job_id, **wanted).splitlines():
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
+            if follow:
+                _say_paused(client.job(job_id))
         except KeyboardInterrupt:
             raise typer.Exit(OK) from None
+
+
+def _say_paused(job: dict[str, Any]) -> None:
+    """What is followed of a job ends where it is paused, perhaps for days."""
+    if job["state"] == "PAUSED":
+        again = f"`manta resume {job['id']}`, then follow it again"
+        err.print(f"{job['id']} is paused ({job['reason']}): {again}", markup=False, highlight=False, soft_wrap=True)
 
 
 def metrics(job_id: JobId, as_json: AsJson = False) -> None:
@@ -311,14 +321,32 @@ def diff(job_id: JobId, other_id: JobId, as_json: AsJson = False) -> None:
     show_table(["of", "where", job_id, other_id], rows)
 
 
-def events(job_id: JobId, as_json: AsJson = False) -> None:
+def events(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="As they come, a line each.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Prints what happened to a job: states, attempts, workers that came and went."""
     with connected() as client:
+        if follow:
+            _follow_events(client, job_id, as_json)
+            return
         found = client.events(job_id)
     if as_json:
         show_json(found)
     else:
         _print_events(found)
+
+
+def _follow_events(client: Any, job_id: str, as_json: bool) -> None:
+    try:
+        for event in client.follow_events(job_id):
+            line = json.dumps(event) if as_json else "\t".join((event["time"][:19], event["kind"], event["message"]))
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        _say_paused(client.job(job_id))
+    except KeyboardInterrupt:
+        raise typer.Exit(OK) from None
 
 
 def _print_state(found: dict[str, Any], as_json: bool) -> None:

@@ -6,12 +6,14 @@
     client.deploy("digits", wait_s=60)
     client.predict("digits", [Path("seven.png").read_bytes()])
 
-Answers are the JSON of the service as dictionaries; errors are ApiError.
+Answers are the JSON of the service as dictionaries; errors are ApiError. Submissions, `wait` and what follows a job
+outlive a restart of the service (`service.retries`); any other call is made once.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,58 +22,13 @@ from typing import Any
 
 import httpx
 
+from service.api_error import ApiError as ApiError
+from service.api_error import expect_answer, no_answer
+from service.followed import follow
+from service.retries import Retries
+
 Answer = dict[str, Any]
 TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
-TRIES = 4  # of a submission whose answer was lost; the same key makes it safe
-
-
-class ApiError(Exception):
-    """The service refused or failed; `str()` is what a person should read.
-
-    Attributes:
-        status: of HTTP; 0: there was no answer.
-        title: the same for all of one code.
-        detail: what was got and expected; `reason` is the same.
-        hint: what to do.
-        errors: each problem of an invalid request: `loc`, `message`, `hint`.
-        code: by which programs tell errors apart, "NotDeployed"; "": what answered is no Manta.
-        retry_after_s: the same request may succeed after so many seconds; None: it will not.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        title: str,
-        detail: str,
-        hint: str = "",
-        errors: Sequence[Answer] = (),
-        code: str = "",
-        retry_after_s: float | None = None,
-    ) -> None:
-        self.status, self.title, self.detail, self.hint, self.errors = status, title, detail, hint, list(errors)
-        self.code, self.retry_after_s = code, retry_after_s
-        super().__init__(status, title, detail, hint, errors, code, retry_after_s)
-
-    @property
-    def reason(self) -> str:
-        return self.detail
-
-    @property
-    def retryable(self) -> bool:
-        return self.retry_after_s is not None
-
-    def __str__(self) -> str:
-        lines = [f"{self.title}: {self.detail}"]
-        if len(self.errors) > 1 or (self.errors and not self.hint):
-            lines = [f"{self.title}:"]
-            for error in self.errors:
-                hint = f" ({error['hint']})" if error.get("hint") else ""
-                lines.append(f"  {'.'.join(map(str, error['loc']))}: {error['message']}{hint}")
-        elif self.hint:
-            lines.append(f"  {self.hint}")
-        if self.retry_after_s:
-            lines.append(f"  it may succeed after {self.retry_after_s:g} s")
-        return "\n".join(lines)
 
 
 class Client:
@@ -85,6 +42,7 @@ class Client:
         project: str | None = None,
         timeout_s: float = 60.0,
         transport: httpx.BaseTransport | None = None,
+        retries: Callable[[], Retries] = Retries,
     ) -> None:
         """Connects lazily.
 
@@ -94,8 +52,9 @@ class Client:
             project: that jobs are submitted to and listed of; default: the token's.
             timeout_s: of one answer.
             transport: for tests, `httpx.MockTransport`.
+            retries: the policy by which it asks again.
         """
-        self.url = url
+        self.url, self._retries = url, retries
         self._project = {} if project is None else {"project": project}
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         # trust_env: a proxy of the environment is not for a service on this machine
@@ -118,10 +77,8 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise ApiError(
-                0, "Not reachable", f"{self.url} does not answer: {error}", "start it by `manta up`", retry_after_s=0
-            ) from error
-        _raise(response)
+            raise no_answer(self.url, error) from error
+        expect_answer(response)
         return response
 
     def _call(self, method: str, path: str, **options: Any) -> Answer:
@@ -134,14 +91,12 @@ class Client:
 
     def _make(self, path: str, body: Any, idempotency_key: str | None, **parameters: str) -> Answer:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        for attempt in range(TRIES):
+        retries = self._retries()
+        while True:
             try:
                 return self._call("POST", path, json=body, headers=headers, params=parameters)
             except ApiError as error:
-                if error.retry_after_s is None or attempt == TRIES - 1:
-                    raise
-                time.sleep(max(error.retry_after_s, 0.5 * 2**attempt))
-        raise AssertionError
+                retries.wait(error)
 
     def submit_all(self, specs: Sequence[Answer], *, idempotency_key: str | None = None) -> list[Answer]:
         """Submits a list, all or none; `after: [$name]` and `job:$name` mean an earlier job of it by its `name`."""
@@ -216,39 +171,29 @@ class Client:
         return self._send("GET", f"/v1/jobs/{job_id}/logs", params=wanted).text
 
     def follow_logs(self, job_id: str, **wanted: Any) -> Iterator[str]:
-        """Lines as they come, until the job ends; `wanted`: `level`, `rank`, `offset`."""
-        seen: dict[str, str] = {}
-        for attempt in range(TRIES):
-            try:
-                yield from self._followed(job_id, wanted, seen)
-                return
-            except httpx.TransportError as error:  # it broke off: on behind the last line that came
-                if attempt == TRIES - 1:
-                    raise ApiError(0, "Not reachable", f"{self.url} broke off: {error}", "follow it again") from error
-                time.sleep(0.5 * 2**attempt)
+        """Lines as they come, until the job ends or is paused; `wanted`: `level`, `rank`, `offset`."""
+        return follow(self._http, f"/v1/jobs/{job_id}/logs", wanted, self._retries())
 
-    def _followed(self, job_id: str, wanted: Answer, seen: dict[str, str]) -> Iterator[str]:
-        """Lines of one connection; `seen` takes the header by which the next one goes on."""
-        parameters = {"follow": True} | wanted
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/logs", params=parameters, headers=seen) as response:
-            if response.is_error:
-                response.read()
-            _raise(response)
-            number = ""
-            for line in response.iter_lines():
-                if line == "event: end":
-                    return
-                if line.startswith("id: "):
-                    number = line.removeprefix("id: ")
-                if line.startswith("data: "):
-                    yield line.removeprefix("data: ")
-                    seen["Last-Event-ID"] = number
+    def follow_metrics(self, job_id: str, *, after_step: int = -1) -> Iterator[Answer]:
+        """Points of the curve as they come; of a step that a resumed run repeats the later one counts."""
+        wanted = {"after_step": after_step}
+        return map(json.loads, follow(self._http, f"/v1/jobs/{job_id}/metrics", wanted, self._retries()))
+
+    def follow_events(self, job_id: str, *, after: str = "0-0") -> Iterator[Answer]:
+        """What happens to the job, as it does."""
+        return map(json.loads, follow(self._http, f"/v1/jobs/{job_id}/events", {"after": after}, self._retries()))
 
     def wait(self, job_id: str, on_update: Callable[[Answer], None] = lambda _: None, *, poll_s: float = 0.5) -> Answer:
-        """Polls until the job is finished; `on_update` gets every answer."""
+        """Polls until the job is finished; `on_update` gets every answer, and may ask the service itself."""
+        retries = self._retries()
         while True:
-            job = self.job(job_id)
-            on_update(job)
+            try:
+                job = self.job(job_id)
+                on_update(job)
+            except ApiError as error:
+                retries.wait(error)
+                continue
+            retries.succeeded()
             if job["state"] in TERMINAL:
                 return job
             time.sleep(poll_s)
@@ -359,17 +304,3 @@ class Client:
     def reconstruct(self, name: str, images: Sequence[bytes]) -> list[Answer]:
         """Encoded images -> base64 PNG of what the method draws."""
         return self._infer(name, "reconstruct", images)
-
-
-def _raise(response: httpx.Response) -> None:
-    """ApiError from problem+json, or from whatever else stands between."""
-    if not response.is_error:
-        return
-    status, wait = response.status_code, response.headers.get("retry-after", "")
-    again = float(wait) if wait.isdigit() else 2.0 if status == 503 else None
-    try:
-        body = response.json()
-        told = body["title"], body["detail"], body.get("hint", ""), body.get("errors", ()), body.get("code", "")
-    except (ValueError, KeyError, TypeError):
-        told = response.reason_phrase, response.text[:500], "", (), ""
-    raise ApiError(status, *told, again)

@@ -15,7 +15,7 @@
     +-- UnsupportedMedia     415        a body of another type than JSON
     +-- InvalidRequest       422        parameters or a body of another form; lists each problem
     |   +-- InvalidSpec      422        a JobSpec or SearchSpec that cannot run; lists each problem
-    +-- TooMany              429 retry  requests above the rate of the token
+    +-- TooMany              429 retry  above the rate of a token or address, too many streams, a project that is full
     +-- InternalError        500        a fault of the service; its log has the cause
     +-- Unavailable          503 retry  not now: starting, full, Ray or the database not reachable
 

@@ -1,8 +1,11 @@
 """The first look at a request: who asks, how often, and under which number it is told of.
 
-Wrong tokens are not counted: nobody guesses 256 bits. A service without tokens answers the machine it runs on and
-nobody else, whatever address it listens on; it asks the address of the client, and the Host and Origin that a web page
-in a browser of this machine cannot make up.
+Nobody guesses 256 bits, but each wrong token costs a thread and a query: those of an address are bounded by the rate of
+a token. One that was good a while ago is looked up whatever else comes from its address, which may be that of a proxy.
+
+A service without tokens answers the machine it runs on and nobody else, whatever address it listens on; it asks the
+address of the client, and the Host and Origin that a web page in a browser of this machine cannot make up. Behind a
+proxy of this machine these would be the proxy's, so what a proxy passes on is refused.
 """
 
 from __future__ import annotations
@@ -31,13 +34,27 @@ logger = logging.getLogger(__name__)
 
 ASK = "send `Authorization: Bearer TOKEN`; the command line takes it from MANTA_TOKEN"
 SAFE = ("GET", "HEAD", "OPTIONS")
+OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-forwarded-")  # headers that one adds, or how their names begin
 
 
 class Gate:
     """Plain ASGI; puts `principal` and `request_id` into the state of the request, and ends its audit entry."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens, audit: Audit, rate: Rate, origins: Sequence[str]) -> None:
-        self._app, self._tokens, self._audit, self._rate, self._origins = app, tokens, audit, rate, origins
+    def __init__(
+        self, app: ASGIApp, tokens: Tokens, audit: Audit, rate: Rate, wrong: Rate, origins: Sequence[str]
+    ) -> None:
+        """Keeps its parts.
+
+        Args:
+            app: what is behind it.
+            tokens: known ones.
+            audit: the log of changes.
+            rate: of the requests of each token.
+            wrong: of the wrong tokens of each address.
+            origins: of web pages that may ask.
+        """
+        self._app, self._tokens, self._audit, self._origins = app, tokens, audit, origins
+        self._rate, self._wrong = rate, wrong
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,10 +65,11 @@ class Gate:
         log_lines.note(request_id=state["request_id"])
         noted = False
 
-        async def note(status: int, made: str = "") -> None:
+        async def note(status: int, location: str = "") -> None:
             nonlocal noted
             if "audit" in state and not noted:
                 noted = True
+                made = state.get("made") or tuple(filter(None, [location.rpartition("/")[2]]))
                 result = state["audit"], status, made, state.get("project", "")
                 try:
                     await run_in_threadpool(self._audit.finish, *result)
@@ -62,7 +80,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 more = MutableHeaders(scope=message)
                 more["X-Request-ID"] = state["request_id"]
-                await note(message["status"], more.get("location", "").rpartition("/")[2])
+                await note(message["status"], more.get("location", ""))
             await send(message)
 
         try:
@@ -85,7 +103,7 @@ class Gate:
         Raises:
             Unauthorised: no token where one is needed, or a wrong one.
             Forbidden: from elsewhere, to a service that has no tokens.
-            TooMany: above the rate of the token.
+            TooMany: above the rate of the token, or of wrong ones from its address.
             Unavailable: the database does not answer.
         """
         try:
@@ -94,19 +112,31 @@ class Gate:
                 self._expect_local(scope, headers)
                 return LOCAL
             text = _bearer(headers)
-            principal = self._tokens.known(text)
-            if principal is None:
-                principal = await run_in_threadpool(self._tokens.authenticate, text)
+            principal = self._tokens.known(text) or await self._looked_up(text, _address(scope))
         except SQLAlchemyError as error:
             raise Unavailable("tokens cannot be looked up", "try again; /readyz says what is missing") from error
         self._rate.take(principal.token_id or principal.name)
         return principal
 
+    async def _looked_up(self, text: str, address: str) -> Principal:
+        if not self._tokens.was_good(text):
+            self._wrong.expect(address)
+        try:
+            return await run_in_threadpool(self._tokens.authenticate, text)
+        except InvalidToken:
+            self._wrong.take(address)
+            raise
+
     def _expect_local(self, scope: Scope, headers: Headers) -> None:
-        client = (scope.get("client") or ("",))[0]
+        client = _address(scope)
         if not is_loopback(client):
             raise Forbidden(
                 f"got a request from {client or 'nowhere'}; a service without tokens serves its own machine only",
+                "make the first token there: manta token create NAME --role admin --all-projects",
+            )
+        if passed_on := [name for name in headers if name.startswith(OF_PROXIES)]:
+            raise Forbidden(
+                f"got {passed_on[0]}, so from a proxy, which may ask for anybody; without tokens only this machine may",
                 "make the first token there: manta token create NAME --role admin --all-projects",
             )
         host = headers.get("host", "")
@@ -116,6 +146,11 @@ class Gate:
         ours = origin is None or origin in self._origins or origin.partition("://")[2] == host
         if scope["method"] not in SAFE and not ours:
             raise Forbidden(f"got a change from a page of {origin}", "name it in MANTA_CORS_ORIGINS if it is yours")
+
+
+def _address(scope: Scope) -> str:
+    address: str = (scope.get("client") or ("",))[0]
+    return address
 
 
 def _bearer(headers: Headers) -> str:

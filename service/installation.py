@@ -91,7 +91,7 @@ class Installation:
         except ServiceError as error:
             self._audit.finish(entry, error.status)
             raise _as_answered(error) from error
-        self._audit.finish(entry, 200, answer.get("id", ""))
+        self._audit.finish(entry, 200, (answer["id"],) if "id" in answer else ())
         return answer
 
 

@@ -33,15 +33,20 @@ class Rate:
         Raises:
             TooMany: it is empty; says when it holds one again.
         """
-        now = self._clock()
-        left, since = self._buckets.pop(key, (float(self._burst), now))
-        left = min(self._burst, left + (now - since) * self._per_s)
-        self._buckets[key] = (left - 1 if left >= 1 else left), now
+        self._buckets[key] = self.expect(key) - 1, self._clock()
+        self._buckets.move_to_end(key)
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
+
+    def expect(self, key: str) -> float:
+        """What is in the bucket, out of which nothing is taken; raises as `take` does."""
+        now = self._clock()
+        left, since = self._buckets.get(key, (float(self._burst), now))
+        left = min(self._burst, left + (now - since) * self._per_s)
         if left < 1:
             detail = f"got more than {self._burst} requests at once, or {self._per_s:g} a second in the long run"
             raise TooMany(detail, "ask less often, after Retry-After seconds", (1 - left) / self._per_s)
+        return left
 
 
 class BodyLimit:

@@ -24,6 +24,7 @@ from service.releases import Releases
 from service.settings import Settings
 from service.standing import Standing
 from service.store import Store
+from service.streams import Streams
 from service.submissions import Submissions
 from service.tokens import Tokens
 from service.validation import Validation
@@ -48,6 +49,7 @@ class Parts:
     tokens: Tokens
     projects: Projects
     audit: Audit
+    streams: Streams
     webhooks: Webhooks
     deliverer: Deliverer
     exposition: Exposition
@@ -101,6 +103,7 @@ def build_parts(
     projects = Projects(store)
     jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)
     validation = Validation(settings, jobs, ray, registry, projects, releases, check)
+    tokens = Tokens(store, required=settings.tokens == "required", clock=clock)
     return Parts(
         settings=settings,
         store=store,
@@ -110,9 +113,10 @@ def build_parts(
         jobs=jobs,
         submissions=Submissions(settings, store, jobs, validation, wake),
         deployments=deployments,
-        tokens=Tokens(store, required=settings.tokens == "required", clock=clock),
+        tokens=tokens,
         projects=projects,
         audit=Audit(store, clock),
+        streams=Streams(jobs, tokens),
         webhooks=Webhooks(settings, store, clock),
         deliverer=Deliverer(settings, store, clock),
         exposition=Exposition(settings, store, reconciler),

@@ -56,8 +56,8 @@ class Settings(BaseSettings):
             kept from them.
         cors_origins: web pages of other origins whose scripts may call the service.
         webhook_hosts: hosts (`ci.internal 127.0.0.1`) that webhooks may name although their addresses are private.
-        requests_per_s: of each token, in the long run.
-        request_burst: of each token at once; above it 429.
+        requests_per_s: of each token, and with wrong ones of each address, in the long run.
+        request_burst: the same at once; above it 429.
         max_body_bytes: of a request.
         upload_timeout_s: in which its body has to arrive.
         max_images: in a request.

@@ -81,6 +81,10 @@ class Tokens:
         now = self._clock()
         return principal if now < until and (expires_at is None or now < expires_at) else None
 
+    def was_good(self, text: str) -> bool:
+        """Whether it was authenticated lately; it may have expired since, or been revoked elsewhere."""
+        return digest(text) in self._cache
+
     def authenticate(self, text: str) -> Principal:
         """Whose token it is.
 
@@ -94,7 +98,7 @@ class Tokens:
                 raise InvalidToken("got a token that is not known here", "ask an admin of the project for one")
             if row.revoked_at is not None:
                 raise InvalidToken(f"got token {row.id}, which is revoked", "ask an admin of the project for a new one")
-            if row.expires_at is not None and row.expires_at <= now:
+            if _over(row, now):
                 raise InvalidToken(
                     f"got token {row.id}, which has expired", "ask an admin of the project for a new one"
                 )
@@ -106,6 +110,15 @@ class Tokens:
             self._cache.clear()
         self._cache[hashed] = now + CACHE_S, principal, expires_at
         return principal
+
+    def expect_good(self, principal: Principal) -> None:
+        """Raises InvalidToken where the token that somebody came by is no longer good, or the first one was made."""
+        with self._store.session() as session:
+            row = None if principal.token_id is None else session.get(Token, principal.token_id)
+        if row is None and self.needed():
+            raise InvalidToken("got a stream that began without a token, expected one by now", "ask again with it")
+        if row is not None and (row.revoked_at is not None or _over(row, self._clock())):
+            raise InvalidToken(f"got token {row.id}, which is revoked or has expired", "ask an admin for a new one")
 
     def create(
         self, by: Principal, name: str, role: Role, project: str, lifetime_s: float | None, text: str = ""
@@ -221,6 +234,10 @@ def _read(file: Path) -> str:
 def _any(session: Session) -> bool:
     """Whether there is a token, or was one."""
     return bool(session.scalar(sa.select(sa.exists().select_from(Token))))
+
+
+def _over(row: Token, now: float) -> bool:
+    return row.expires_at is not None and row.expires_at <= now
 
 
 def expect_admin(by: Principal, project: str) -> None:

@@ -80,8 +80,10 @@ class Sender:
             task.cancel()
         try:
             transport = self._transport or httpx.AsyncHTTPTransport(verify=self._trusted)
-            # trust_env: a proxy would resolve the name once more
-            async with httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False) as client:
+            # trust_env: a proxy would resolve the name once more; timeout: DEADLINE_S is all of it, not of each read
+            async with httpx.AsyncClient(
+                transport=transport, trust_env=False, follow_redirects=False, timeout=None
+            ) as client:
                 return await asyncio.gather(*(self._in_time(client, message) for message in messages))
         finally:
             self._under_way = None

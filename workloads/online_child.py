@@ -48,7 +48,7 @@ def evaluate_checkpoint(run: RunFolder, step: int, home: Path, job_id: str) -> N
     at = pinned(run, step)
     with run.logging("[online] "), _told(run, f"the checkpoint of step {step}"):
         export(spec, at, home, job_id)
-        epoch = next((p["epoch"] for p in run.read_metrics(after_step=step - 1) if p["step"] == step), None)
+        epoch = next((p["epoch"] for p in run.read_metrics() if p["step"] == step), None)
         for entry in left(spec, run, step):
             named = spec.evaluate[entry]
             with _told(run, f"{named.name} of the checkpoint of step {step}"):

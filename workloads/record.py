@@ -30,6 +30,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 RunState = Literal["STARTING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 HEARTBEAT_S = 5.0  # a living run renews `updated_at` at least this often
-_TAIL_BYTES = 4096
+_BLOCK_BYTES = 1 << 13
 
 
 class Record(BaseModel):
@@ -94,21 +95,38 @@ def _append(path: Path, document: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def _documents(path: Path, after: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+def _documents(path: Path, after: int = 0, most: int = -1) -> Iterator[tuple[dict[str, Any], int]]:
     """The JSON lines behind byte `after`, each with the byte behind it; half a line is none, nor is a missing file.
 
-    Half a line at the end is being written; within, a full disk or a killed process left it.
+    Of what is there `most` bytes are read, -1: all. Half a line at the end is being written; within, a full disk or a
+    killed process left it.
     """
     try:
         with open(path, "rb") as file:
             file.seek(after)
-            text = file.read()
+            text = file.read(most)
     except FileNotFoundError:
         return
     for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
         after += len(line)
         with contextlib.suppress(ValueError):
             yield json.loads(line), after
+
+
+def _backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines from the last to the first; no more of the file is read than what is taken needs."""
+    try:
+        with open(path, "rb") as file:
+            start, rest = file.seek(0, os.SEEK_END), b""  # rest: of a line that begins before `start`
+            while start > 0:
+                end, start = start, max(0, start - _BLOCK_BYTES)
+                file.seek(start)
+                rest, *lines = (file.read(end - start) + rest).split(b"\n")
+                for line in reversed(lines if start > 0 else [rest, *lines]):
+                    with contextlib.suppress(ValueError):  # no half of an object is JSON
+                        yield json.loads(line)
+    except FileNotFoundError:
+        return
 
 
 def online_names(online: Sequence[dict[str, Any]]) -> dict[int, str]:
@@ -159,26 +177,25 @@ class RunFolder:
         write_atomic(self.record, record.model_copy(update={"updated_at": time.time()}).model_dump_json(indent=1))
 
     def read_metrics(self, *, after_step: int = -1) -> Iterator[dict[str, Any]]:
-        """Points with a step above `after_step`.
+        """Points with a step above `after_step`, behind the last line of one that is not: only these cost.
 
         A resumed run repeats the steps after its checkpoint: the later line of a step wins.
         """
-        points = {point["step"]: point for point, _ in _documents(self.metrics)}
-        yield from (points[step] for step in sorted(points) if step > after_step)
+        points: dict[int, dict[str, Any]] = {}
+        for point in takewhile(lambda point: point["step"] > after_step, _backwards(self.metrics)):
+            points.setdefault(point["step"], point)
+        yield from (points[step] for step in sorted(points))
+
+    def read_points(self, *, after: int, most: int) -> list[tuple[dict[str, Any], int]]:
+        """Points in the order in which they were written, behind byte `after`, each with the byte behind it.
+
+        Among `most` bytes, which are more than a line.
+        """
+        return list(_documents(self.metrics, after, most))
 
     def last_point(self) -> dict[str, Any] | None:
-        """The last whole line of `metrics.jsonl`, read from its end."""
-        try:
-            with open(self.metrics, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(max(0, size - _TAIL_BYTES))
-                lines = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return None
-        if len(lines) < 2 and size > _TAIL_BYTES:
-            return None
-        point: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-        return point
+        """The last whole line of `metrics.jsonl`."""
+        return next(_backwards(self.metrics), None)
 
     def event(self, kind: str, message: str) -> None:
         """Appends an event, a line that is whole also when several processes of a machine write at once.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.access import CallerDep
@@ -23,37 +21,28 @@ from service.parts import JobsDep, PartsDep
 from service.principal import ProjectName
 from service.report import page
 from service.report_search import search_page
-from service.store import TERMINAL, JobState
+from service.store import JobState
+from service.streams import STREAMED, Follow, job_events, log_lines, points
 from workloads import catalog
 from workloads.artifact import PICTURES, read_card
-from workloads.log_file import lines
 from workloads.spec_any import AnySpec
+from workloads.spec_deploy import DeploySpec
 from workloads.spec_training import Seconds
 
 Spec = Annotated[Document, Shown(AnySpec)]
+Entry = Annotated[Document, Shown(AnySpec | DeploySpec)]
 ProjectQuery = Annotated[ProjectName | None, Query(description="Default: that of the token.")]
 Key = Annotated[str | None, Header(min_length=1, max_length=200, description="One job for all requests that have it.")]
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-FOLLOW_POLL_S = 0.25
-KEEP_ALIVE_S = 15.0
 MOST = 100  # jobs of one list
 MADE = answers(201, Location="Of the job.") | refuses(Conflict)
 AGAIN = answers(200, JobView, "The job that the Idempotency-Key made before.", Location="Of the job.")
 LOG: dict[int | str, dict[str, Any]] = {
-    200: answers(200, X_Next_Offset="`offset` of what follows, where it is not followed.")[200]
-    | {
-        "content": {
-            "text/event-stream": {  # of each event
-                "schema": {
-                    "type": "object",
-                    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
-                    "required": ["data"],
-                }
-            }
-        }
-    }
+    200: answers(200, X_Next_Offset="`offset` of what follows, where it is not followed.")[200] | STREAMED
 }
+STREAM: dict[int | str, dict[str, Any]] = {200: STREAMED}
+Place = Annotated[int | None, Header(alias="Last-Event-ID", ge=0, le=MOST_INT)]
 EXAMPLES: dict[str, Any] = {
     "training": {
         "value": {
@@ -118,7 +107,10 @@ def submit_job(
     responses=refuses(Conflict) | answers(200, JobList, "The jobs that the Idempotency-Key made before."),
 )
 def submit_jobs(
-    body: Annotated[list[Spec], Body(min_length=1, max_length=MOST, description="Jobs, as one by one.")],
+    body: Annotated[
+        list[Entry],
+        Body(min_length=1, max_length=MOST, description="Jobs, as one by one; what they register may be deployed."),
+    ],
     parts: PartsDep,
     caller: CallerDep,
     request: Request,
@@ -129,6 +121,7 @@ def submit_jobs(
     """Accepts all jobs of a list or none; `after: [$name]` and `job:$name` mean an earlier one by its `name`."""
     request.state.project = chosen = parts.projects.chosen(caller, project)
     jobs, created = parts.submissions.submit_all(body, idempotency_key, caller, chosen)
+    request.state.made = tuple(job.id for job in jobs)  # for the audit log, as one Location cannot name them
     response.status_code = 201 if created else 200
     return {"jobs": parts.jobs.views(jobs)}
 
@@ -207,23 +200,42 @@ def compare_jobs(job_id: str, other_id: str, jobs: JobsDep, caller: CallerDep) -
     return jobs.diff(job_id, other_id)
 
 
-@router.get("/{job_id}/events")
-def get_job_events(job_id: str, jobs: JobsDep, after: Annotated[str, Query(pattern=CURSOR)] = START) -> EventPage:
-    """What happened to the job: events behind `after`, the `cursor` of an earlier one."""
-    return {"events": jobs.events(job_id, after)}
+@router.get("/{job_id}/events", response_model=EventPage, responses=STREAM)
+def get_job_events(
+    job_id: str,
+    parts: PartsDep,
+    caller: CallerDep,
+    after: Annotated[str, Query(pattern=CURSOR)] = START,
+    follow: Follow = False,
+    last_event_id: Annotated[str | None, Header(pattern=CURSOR)] = None,
+) -> EventPage | Response:
+    """What happened to the job: events behind `after`, the `cursor` of an earlier one, which is the id in a stream."""
+    if follow:
+        source = job_events(parts.jobs, job_id, last_event_id or after)
+        return parts.streams.answer(parts.jobs.get(job_id).id, source, caller)
+    return {"events": parts.jobs.events(job_id, after)}
 
 
-@router.get("/{job_id}/metrics")
+@router.get("/{job_id}/metrics", response_model=MetricsPage, responses=STREAM)
 def get_job_metrics(
     job_id: str,
-    jobs: JobsDep,
+    parts: PartsDep,
+    caller: CallerDep,
     after_step: Annotated[int, Query(ge=-1, le=MOST_INT)] = -1,
     max_points: Annotated[int | None, Query(ge=4, le=MOST_INT)] = None,
     by: Annotated[str, Query(max_length=80)] = "loss",
-) -> MetricsPage:
-    """The curve: points with a step above `after_step`; with `max_points` those that show lows and highs of `by`."""
-    points = list(jobs.run_folder(job_id).read_metrics(after_step=after_step))
-    return {"points": points if max_points is None else thinned(points, max_points, by)}
+    follow: Follow = False,
+    last_event_id: Place = None,
+) -> MetricsPage | Response:
+    """The curve: points with a step above `after_step`; with `max_points` those that show lows and highs of `by`.
+
+    Followed, each comes when it is written: of a step that a resumed run repeats the later one counts.
+    """
+    run = parts.jobs.run_folder(job_id)
+    if follow:
+        return parts.streams.answer(job_id, points(run, after_step, last_event_id or 0), caller)
+    found = list(run.read_metrics(after_step=after_step))
+    return {"points": found if max_points is None else thinned(found, max_points, by)}
 
 
 @router.get("/{job_id}/evaluations")
@@ -261,45 +273,26 @@ def get_job_report(job_id: str, jobs: JobsDep) -> HTMLResponse:
 def get_job_logs(
     job_id: str,
     parts: PartsDep,
-    follow: bool = False,
+    caller: CallerDep,
+    follow: Follow = False,
     offset: Annotated[
         int | None, Query(ge=0, le=MOST_INT, description="`X-Next-Offset`, or 0; default: the last bytes.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1 << 22, description="Bytes that are looked at.")] = TAIL,
     level: Annotated[Level | None, Query(description="At least.")] = None,
     rank: Annotated[int | None, Query(ge=0, le=MOST_INT, description="Of the worker that wrote the line.")] = None,
-    last_event_id: Annotated[int | None, Header(ge=0, le=MOST_INT)] = None,
+    last_event_id: Place = None,
 ) -> Response:
     """A part of the log as text, `X-Next-Offset` being the place behind it; `follow=true`: all of it, as it grows.
 
-    Followed, it comes as server-sent events until the job ends; their ids are offsets, so `Last-Event-ID` goes on.
+    The ids of the events of a stream are offsets; it ends when the job has ended or is paused.
     """
     run, wanted = parts.jobs.run_folder(job_id), Wanted(level, rank)
     if follow:
         start = offset or 0 if last_event_id is None else last_event_id
-        return StreamingResponse(_follow(job_id, parts, start, wanted), media_type="text/event-stream")
+        return parts.streams.answer(job_id, log_lines(run.log, start, wanted), caller)
     if run.log.exists():
         text, end = part(run.log, offset, limit, wanted)
         return PlainTextResponse(text, headers={"X-Next-Offset": str(end)})
     attempt = parts.jobs.get(job_id).attempt
     return PlainTextResponse(parts.ray.log_tail(job_id, attempt))  # the run never spoke: what its process printed
-
-
-def _follow(job_id: str, parts: PartsDep, offset: int, wanted: Wanted) -> Iterator[str]:
-    """Whole lines as they come; an event's id is the offset behind it."""
-    log = parts.jobs.run_folder(job_id).log
-    silent_since = time.monotonic()
-    while True:
-        ended = parts.jobs.get(job_id).state in TERMINAL  # asked first: lines written before the end are still read
-        for line, end in lines(log, offset):
-            offset = end
-            if wanted.takes(line):
-                yield f"id: {offset}\ndata: {line.decode(errors='replace').rstrip()}\n\n"
-                silent_since = time.monotonic()
-        if ended:
-            yield "event: end\ndata: \n\n"
-            return
-        if time.monotonic() - silent_since > KEEP_ALIVE_S:
-            yield ": still here\n\n"
-            silent_since = time.monotonic()
-        time.sleep(FOLLOW_POLL_S)

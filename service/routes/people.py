@@ -34,16 +34,22 @@ def list_projects(parts: PartsDep, caller: CallerDep) -> ProjectList:
 
 
 @router.post("/projects", status_code=201, responses=refuses(Conflict) | answers(201, Location="Of the project."))
-def create_project(body: NewProject, parts: PartsDep, caller: CallerDep, response: Response) -> ProjectView:
+def create_project(
+    body: NewProject, parts: PartsDep, caller: CallerDep, request: Request, response: Response
+) -> ProjectView:
     """Makes a project; an admin of all projects may."""
     row = parts.projects.create(caller, body.name, body.quotas)
+    request.state.project = row.name  # for the audit log
     response.headers["Location"] = f"/v1/projects/{row.name}"
     return project_views(parts.projects, [row])[0]
 
 
 @router.patch("/projects/{name}", responses=refuses(NotFound))
-def change_project(name: ProjectName, body: Quotas, parts: PartsDep, caller: CallerDep) -> ProjectView:
+def change_project(
+    name: ProjectName, body: Quotas, parts: PartsDep, caller: CallerDep, request: Request
+) -> ProjectView:
     """Sets quotas of a project, those that the body names; null takes one away. What runs already goes on."""
+    request.state.project = parts.projects.chosen(caller, name)  # for the audit log
     return project_views(parts.projects, [parts.projects.change(caller, name, body.quotas)])[0]
 
 

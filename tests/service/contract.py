@@ -23,9 +23,9 @@ import sqlalchemy as sa
 from schemathesis.engine import events, from_schema
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import streams
 from service.errors import NotDeployed
 from service.principal import LOCAL
-from service.routes import jobs as routes
 from service.store import Deployment, Job, JobState
 from service.tokens import no_such_token
 from tests.service.fakes import write_record
@@ -217,7 +217,7 @@ def failures(
     schema = schemathesis.openapi.from_asgi("/openapi.json", answering(service.app), config=config)
     found: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    with mock.patch.object(routes, "TERMINAL", STATES):  # a log that is followed ends where it is
+    with mock.patch.object(streams, "ENDED", STATES):  # what is followed ends where it is
         for event in from_schema(schema).execute():
             if isinstance(event, events.ScenarioFinished):
                 for case_id, node in event.recorder.cases.items():

@@ -221,6 +221,18 @@ def test_a_service_without_tokens_is_for_its_own_machine(
     assert asking.get("/healthz", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Proto", "X-Real-IP", "Via"])
+def test_a_proxy_of_this_machine_brings_nobody_in(service: Secured, header: str) -> None:
+    """NGINX sends its own address and Host by default: all who ask it would be admins."""
+    passed_on = {header: "x"}
+    problem = service.client().get("/v1/jobs", headers=passed_on)
+    expect(problem, 403)
+    assert "proxy" in problem.json()["detail"] and "manta token create" in problem.json()["hint"]
+    assert service.client().get("/healthz", headers=passed_on).status_code == 200
+    ann = service.client(service.token("ann", "admin"))
+    assert ann.get("/v1/jobs", headers=passed_on).status_code == 200
+
+
 def test_it_does_not_listen_beyond_loopback_without_a_token(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "10.0.0.7", "manta.example"):
         with pytest.raises(NoToken, match="no token, expected one before other machines"):

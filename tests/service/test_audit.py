@@ -59,7 +59,7 @@ def test_who_sees_it(service: Secured) -> None:
     root.post("/v1/projects", json={"name": "two"})
     everything = root.get("/v1/audit").json()
     assert [(e["target"], e["project"], e["status"]) for e in everything["entries"]] == [
-        ("two", "default", 201),
+        ("two", "two", 201),
         (made["id"], "one", 201),
     ]
     assert everything["next"] is None and made["token"] not in str(everything)
@@ -70,6 +70,33 @@ def test_who_sees_it(service: Secured) -> None:
     assert (
         entry["who"] == "root" and entry["token_id"].startswith("tok-") and entry["time"] == "1970-01-12T13:46:40+00:00"
     )
+
+
+def test_each_job_of_a_list_has_its_entry(service: Secured) -> None:
+    bodies = [BODY | {"name": f"toy-{n}"} for n in range(20)]
+    answer = service.client().post("/v1/jobs:batch", json=bodies)
+    ids = [job["id"] for job in answer.json()["jobs"]]
+    assert log(service) == [("local", "default", "POST /v1/jobs:batch", job_id, 201) for job_id in ids]
+    with service.store.session() as session:
+        assert {entry.request_id for entry in session.query(AuditEntry)} == {answer.headers["x-request-id"]}
+    assert service.client().post("/v1/jobs:batch", json=[bodies[0], {}]).status_code == 422
+    assert log(service)[20:] == [("local", "default", "POST /v1/jobs:batch", "", 422)]
+
+
+def test_a_change_of_a_project_is_in_that_project(service: Secured) -> None:
+    service.project("one")
+    root, ann = (service.client(service.token(name, "admin", of)) for name, of in (("root", "*"), ("ann", "one")))
+    quotas = {"max_running": 3}
+    codes = [client.patch("/v1/projects/one", json=quotas).status_code for client in (root, ann)]
+    codes += [client.patch("/v1/projects/two", json=quotas).status_code for client in (root, ann)]
+    assert codes == [200, 403, 404, 404]
+    action = "PATCH /v1/projects/{name}"
+    assert log(service) == [
+        ("root", "one", action, "one", 200),
+        ("ann", "one", action, "one", 403),
+        ("root", "default", action, "two", 404),
+        ("ann", "one", action, "two", 404),
+    ]
 
 
 def test_the_number_of_a_request_leads_from_the_answer_to_the_entry(service: Secured) -> None:

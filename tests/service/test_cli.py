@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class FakeClient:
         return job
 
     def job(self, job_id: str) -> dict[str, Any]:
-        return JOB
+        return JOB | {"state": FakeClient.state, "reason": "because"}
 
     def pause(self, job_id: str) -> dict[str, Any]:
         return JOB | {"state": "PAUSING"}
@@ -110,6 +110,12 @@ class FakeClient:
     def events(self, job_id: str) -> list[dict[str, Any]]:
         kinds = ("queued", "starting", "running", "worker_left", "worker_joined", "succeeded")
         return [{"time": "2026-11-21T00:00:00.1+00:00", "kind": kind, "message": "why"} for kind in kinds]
+
+    def follow_events(self, job_id: str) -> Iterator[dict[str, Any]]:
+        return iter(self.events(job_id))
+
+    def follow_logs(self, job_id: str, **wanted: Any) -> Iterator[str]:
+        return iter([f"a line of {wanted}"])
 
     def jobs(self, limit: int) -> list[dict[str, Any]]:
         return [JOB]
@@ -206,6 +212,18 @@ def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
     assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
+
+
+@pytest.mark.parametrize(
+    "command", [["logs", "job-1", "--rank", "3"], ["events", "job-1"], ["events", "job-1", "--json"]]
+)
+def test_who_follows_a_job_that_is_paused_is_told_how_it_goes_on(service: type[FakeClient], command: list[str]) -> None:
+    ended = runner.invoke(cli.app, [*command, "-f"])
+    assert ended.exit_code == 0 and ended.stderr == "" and len(ended.stdout.splitlines()) in (1, 6)
+    FakeClient.state = "PAUSED"
+    paused = runner.invoke(cli.app, [*command, "-f"])
+    assert paused.stdout == ended.stdout and paused.exit_code == 0
+    assert paused.stderr == "job-1 is paused (because): `manta resume job-1`, then follow it again\n"
 
 
 def test_several_files_are_one_list(service: type[FakeClient], spec_file: Path) -> None:

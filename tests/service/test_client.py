@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import httpx
 import pytest
 
-import service.client
 from service.client import ApiError, Client
+from service.retries import Retries
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -19,8 +19,7 @@ def client(handler: Handler) -> Client:
     return Client("http://manta", transport=httpx.MockTransport(handler))
 
 
-def test_a_lost_answer_is_asked_for_under_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.client.time, "sleep", lambda _: None)
+def test_a_lost_answer_is_asked_for_under_the_same_key() -> None:
     keys: list[str] = []
 
     def flaky(request: httpx.Request) -> httpx.Response:
@@ -29,7 +28,8 @@ def test_a_lost_answer_is_asked_for_under_the_same_key(monkeypatch: pytest.Monke
             raise httpx.ReadError("connection reset")
         return httpx.Response(201, json={"id": "job-1"})
 
-    assert client(flaky).submit({"name": "x"})["id"] == "job-1"
+    patient = Client("http://manta", transport=httpx.MockTransport(flaky), retries=lambda: Retries(lambda _: None))
+    assert patient.submit({"name": "x"})["id"] == "job-1"
     assert len(keys) == 3 and len(set(keys)) == 1
 
 
@@ -70,23 +70,6 @@ def test_an_answer_that_is_no_problem_document(text: str) -> None:
     with pytest.raises(ApiError) as caught:
         client(lambda _: httpx.Response(502, text=text)).job("j")
     assert caught.value.status == 502 and text in str(caught.value)
-
-
-@pytest.mark.parametrize(("status", "header", "waits"), [(429, "7", [7.0]), (503, "2", [2.0]), (503, None, [2.0])])
-def test_what_may_be_asked_again_is_asked_when_the_service_says(
-    monkeypatch: pytest.MonkeyPatch, status: int, header: str | None, waits: list[float]
-) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(service.client.time, "sleep", slept.append)
-    problem = {"title": "Later", "detail": "got too much", "hint": "wait", "code": "TooMany", "retryable": True}
-    headers = {} if header is None else {"Retry-After": header}
-    answers = iter([httpx.Response(status, json=problem, headers=headers), httpx.Response(201, json={"id": "j"})])
-    assert client(lambda _: next(answers)).submit({}) == {"id": "j"} and slept == waits
-    with pytest.raises(ApiError) as caught:  # who only looks decides by itself
-        client(lambda _: httpx.Response(status, json=problem, headers=headers)).job("j")
-    error = caught.value
-    assert (error.code, error.reason, error.retryable) == ("TooMany", "got too much", True)
-    assert str(error) == f"Later: got too much\n  wait\n  it may succeed after {waits[0]:g} s"
 
 
 def test_nobody_there() -> None:
@@ -132,30 +115,6 @@ def test_wait_reports_each_state_and_ends_with_the_job() -> None:
     answers = client(lambda _: httpx.Response(200, json={"state": next(states)}))
     assert answers.wait("j", lambda job: seen.append(job["state"]), poll_s=0)["state"] == "SUCCEEDED"
     assert seen == ["QUEUED", "RUNNING", "SUCCEEDED"]
-
-
-def test_followed_logs_end_with_the_event() -> None:
-    text = "id: 3\ndata: one\n\n: still here\n\nid: 7\ndata: two\n\nevent: end\ndata: \n\n"
-    assert list(client(lambda _: httpx.Response(200, text=text)).follow_logs("j")) == ["one", "two"]
-
-
-def test_followed_logs_go_on_behind_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.client.time, "sleep", lambda _: None)
-    asked: list[str | None] = []
-
-    class Broken(httpx.SyncByteStream):
-        def __iter__(self) -> Iterator[bytes]:
-            yield b"id: 3\ndata: one\n\n"
-            raise httpx.ReadError("connection reset")
-
-    def flaky(request: httpx.Request) -> httpx.Response:
-        asked.append(request.headers.get("last-event-id"))
-        if len(asked) == 1:
-            return httpx.Response(200, stream=Broken())
-        return httpx.Response(200, text="id: 7\ndata: two\n\nevent: end\ndata: \n\n")
-
-    assert list(client(flaky).follow_logs("j")) == ["one", "two"]
-    assert asked == [None, "3"]
 
 
 def test_images_travel_as_base64_in_order() -> None:

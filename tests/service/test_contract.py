@@ -64,6 +64,9 @@ def test_a_job_in_the_document_is_a_training_or_a_search(document: dict[str, Any
     body = operations(document)["POST /v1/jobs"]["requestBody"]["content"]["application/json"]
     kinds = [option["$ref"].rpartition("/")[2] for option in body["schema"]["anyOf"]]
     assert kinds == ["JobSpec", "SearchSpec"]
+    batch = operations(document)["POST /v1/jobs:batch"]["requestBody"]["content"]["application/json"]["schema"]
+    entries = [option["$ref"].rpartition("/")[2] for option in batch["items"]["anyOf"]]
+    assert entries == [*kinds, "DeploySpec"] and "Deploy" in document["components"]["schemas"]["DeploySpec"]["title"]
     spec = document["components"]["schemas"]["JobSpec"]
     assert {"method", "model", "data", "register"} <= spec["properties"].keys() and not spec["additionalProperties"]
     for example in EXAMPLES.values():

@@ -354,7 +354,10 @@ def test_a_receiver_that_never_answers_is_left(stage: Stage, monkeypatch: pytest
     hook = stage.hook()
     stage.job()
 
+    timeouts: list[dict[str, float | None]] = []
+
     async def never(request: httpx.Request) -> httpx.Response:
+        timeouts.append(request.extensions["timeout"])
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -362,6 +365,7 @@ def test_a_receiver_that_never_answers_is_left(stage: Stage, monkeypatch: pytest
     stage.services[0]._sender._transport = httpx.MockTransport(never)
     stage.turn()
     assert stage.hooks.deliveries(hook.id, limit=1)[0]["error"] == "no answer in 0.01 s"
+    assert [{*limits.values()} for limits in timeouts] == [{None}]  # nothing ends it sooner: httpx would after 5 s
 
 
 def test_the_thread_stops_in_the_middle_of_a_request(stage: Stage) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
@@ -141,6 +142,45 @@ def test_the_rate_is_of_each_token_and_not_of_probes(service: Secured) -> None:
     assert refused.json()["retryable"] and int(refused.headers["retry-after"]) > 1
     assert other.get("/v1/jobs").status_code == 200
     assert {client.get("/healthz").status_code for _ in range(9)} == {200}
+
+
+def test_wrong_tokens_of_an_address_are_bounded_and_good_ones_come_through(
+    service: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = service.client(service.token("ann", "admin"))
+    assert client.get("/v1/jobs").status_code == 200
+    service.now += 60  # it is to be looked up again
+    asked = []
+    look = service.parts.tokens.authenticate
+    monkeypatch.setattr(service.parts.tokens, "authenticate", lambda text: asked.append(text) or look(text))
+    guesses = [service.client(f"manta_{n}").get("/v1/jobs") for n in range(9)]
+    assert [answer.status_code for answer in guesses] == [401] * 3 + [429] * 6 and len(asked) == 3
+    assert int(guesses[-1].headers["retry-after"]) > 1
+    assert client.get("/v1/jobs").status_code == 200
+    elsewhere = TestClient(service.app, client=("10.0.0.7", 1), headers={"Authorization": "Bearer manta_x"})
+    assert elsewhere.get("/v1/jobs").status_code == 401
+
+
+def test_an_upload_has_the_time_that_is_set(tmp_path: Path) -> None:
+    service = Secured(tmp_path, upload_timeout_s=0.05)
+    sent: list[Message] = []
+    first = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Message:
+        if (message := next(first, None)) is None:
+            await asyncio.Event().wait()
+        return message or {}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/jobs", "headers": headers, "query_string": b""}
+    asyncio.run(
+        asyncio.wait_for(service.app(scope | {"scheme": "http", "client": ("127.0.0.1", 1)}, receive, send), 20)
+    )
+    assert sent[0]["status"] == 408 and b"in 0.05 s" in sent[1]["body"]
+    service.close()
 
 
 def test_a_body_through_the_whole_app(service: Secured) -> None:

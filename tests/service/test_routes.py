@@ -200,7 +200,7 @@ def test_curve_logs_and_evaluations(service: Service, client: TestClient, body: 
     assert [p["step"] for p in client.get(f"/v1/jobs/{job_id}/metrics?after_step=10").json()["points"]] == [20]
     assert client.get(f"/v1/jobs/{job_id}/logs").text == "first\nsecond\n"
     followed = client.get(f"/v1/jobs/{job_id}/logs?follow=true").text
-    assert followed == "id: 6\ndata: first\n\nid: 13\ndata: second\n\nevent: end\ndata: \n\n"
+    assert followed == "id: 6\ndata: first\n\nid: 13\ndata: second\n\nevent: end\ndata: SUCCEEDED\n\n"
     job = client.get(f"/v1/jobs/{job_id}").json()
     assert job["skipped"] == ["a.tar: x at offset 3: no image"] and job["evaluations"] == [{"label": "knn"}]
     results = client.get(f"/v1/jobs/{job_id}/evaluations").json()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workloads import record
 from workloads.journal import Journal
 from workloads.metrics import MetricsWriter
 from workloads.record import RunFolder, write_atomic
@@ -137,3 +140,41 @@ def test_journal_tells_the_life_of_a_run(tmp_path: Path) -> None:
     record = run.read_record()
     assert record is not None and (record.state, record.reason, record.hint) == ("FAILED", "no luck", "try again")
     assert record.finished_at is not None and record.finished_at >= record.started_at
+
+
+def test_a_look_at_what_is_new_costs_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the curve is."""
+    run, parsed = RunFolder(tmp_path), 0
+    run.metrics.write_text("".join(f'{{"step": {step}, "note": "{"x" * (step % 300)}"}}\n' for step in range(20_000)))
+    loads = json.loads
+
+    def counted(line: bytes) -> object:
+        nonlocal parsed
+        parsed += 1
+        return loads(line)
+
+    monkeypatch.setattr(json, "loads", counted)
+    assert [p["step"] for p in run.read_metrics(after_step=19_990)] == list(range(19_991, 20_000))
+    last = run.last_point()
+    assert last is not None and last["step"] == 19_999
+    assert parsed == 10 + 1 + 2  # nothing, behind the last line
+
+
+@given(
+    steps=st.lists(st.integers(0, 9), max_size=12),
+    torn=st.sampled_from(["", '{"st', '{"step": 3, "epo\n']),
+    block=st.integers(1, 40),
+)
+def test_a_curve_is_the_same_from_its_end(
+    steps: list[int], torn: str, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    points = [{"step": step, "at": at} for at, step in enumerate(steps)]
+    run.metrics.write_text("".join(json.dumps(point) + "\n" for point in points) + torn)
+    with mock.patch.object(record, "_BLOCK_BYTES", block):
+        assert list(run.read_metrics()) == [{p["step"]: p for p in points}[step] for step in sorted({*steps})]
+        assert run.last_point() == (points[-1] if points else None)
+        behind = points[max((at for at, step in enumerate(steps) if step <= 4), default=-1) + 1 :]
+        assert {p["at"] for p in run.read_metrics(after_step=4)} == {
+            p["at"] for p in {p["step"]: p for p in behind}.values()
+        }
