@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -80,6 +81,7 @@ def build_parts(
     check: preflight.Check = preflight.check,
     clock: Callable[[], float] = time.time,
     wake: Callable[[], None] | None = None,
+    checkers: Executor | None = None,
 ) -> Parts:
     """The parts, wired; what is given stands in for the real one.
 
@@ -90,13 +92,16 @@ def build_parts(
         check: what is wrong with a spec.
         clock: seconds since the epoch.
         wake: tells the reconciler that there is something to do.
+        checkers: run the checks of held jobs.
     """
     store = Store(settings.database)
     ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
     deployments = deployments or Deployments(settings, store, registry)
     releases = Releases(store, registry, deployments)
-    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases)
+    reconciler = Reconciler(
+        settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases, checkers=checkers
+    )
     wake = wake or reconciler.wake
     projects = Projects(store)
     jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)

@@ -20,6 +20,7 @@ import alembic.config
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
 from service.principal import DEFAULT_PROJECT, LOCAL, Role
@@ -32,6 +33,9 @@ DeliveryState = Literal["PENDING", "DELIVERED", "FAILED"]
 ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
+LONGEST_ID = 80  # of a job
+# The database is away, or so busy that it is as good as that; none of them says that a statement is wrong.
+AWAY = (OperationalError, InterfaceError, sa.exc.TimeoutError)
 WRITER_S = 60.0  # for which a thread waits for its turn, then it is SQLite's to say no
 MIGRATION = 0x6D6967  # "mig": the advisory lock of migrations
 
@@ -47,7 +51,7 @@ class Job(Base):
     __table_args__ = (sa.UniqueConstraint("project", "idempotency_key", name="uq_jobs_project_idempotency_key"),)
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)  # order of arrival
-    id: Mapped[str] = mapped_column(sa.String(80), unique=True)
+    id: Mapped[str] = mapped_column(sa.String(LONGEST_ID), unique=True)
     name: Mapped[str] = mapped_column(sa.String(80))
     spec: Mapped[dict[str, Any]]
     after: Mapped[list[Any]] = mapped_column(default=list)  # ids of jobs that it needs

@@ -10,7 +10,7 @@ from service.parts import build_parts
 from service.ray_jobs import RayStatus, submission_id
 from service.settings import Settings
 from service.store import Job
-from tests.service.fakes import FakeRay, write_record
+from tests.service.fakes import FakeRay, Inline, write_record
 from tests.service.rest import NoDeployments
 from tests.toy import TOY_MAE, TOY_MODEL
 
@@ -40,6 +40,7 @@ class World:
             check=lambda *_: [],
             clock=self.clock,
             wake=lambda: None,
+            checkers=Inline(),
         )
         self.store, self.reconciler = parts.store, parts.reconciler
         self.jobs, self.submissions = parts.jobs, parts.submissions
