@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 from service.checks import Checks
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
 LAST_WORDS = 1 << 14  # characters
+AT_ONCE = 10_000  # values in a statement: SQLite takes 32,766, PostgreSQL 65,535
 
 
 class Reconciler:
@@ -146,8 +148,7 @@ class Reconciler:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
             named = {parent for job in jobs if job.held for parent in job.after}
-            of_parents = sa.select(Job.id, Job.state).where(Job.id.in_(named))
-            states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
+            states = _states(session, sorted(named))
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
         cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
@@ -365,3 +366,12 @@ class Reconciler:
         with self._store.session() as session:
             session.add(job)
         logger.info("job %s came by Ray and is followed from now on", job_id)
+
+
+def _states(session: Session, job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Those of the jobs that are in the table."""
+    found: dict[str, JobState] = {}
+    for start in range(0, len(job_ids), AT_ONCE):
+        some = sa.select(Job.id, Job.state).where(Job.id.in_(job_ids[start : start + AT_ONCE]))
+        found |= {job_id: state for job_id, state in session.execute(some)}
+    return found
