@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_DELAYS_S = (0.25, 0.5, 1, 2, 4, 8, 16)  # a store that is away for half a minute costs nobody a job
-CONNECT_S, SILENCE_S = 5, 20  # of a web server, until a request has failed
+CONNECT_S, SILENCE_S = 5, 10  # until a request has failed
 CONNECTIONS = 32  # requests at a time to a remote store
 
 
@@ -207,13 +208,20 @@ def _arrow_store(root: str) -> Any:
     from pyarrow import fs
 
     try:
-        return fs.FileSystem.from_uri(root)[0]
+        store = fs.FileSystem.from_uri(root)[0]
     except ValueError as error:
         raise Unsupported(f"{root}: {error}") from error
     except OSError as error:
         if "libjvm" in str(error) or "libhdfs" in str(error):  # hundreds of lines, of each place where it is not
             raise Unsupported(f"{root}: hdfs:// needs Java and Hadoop's libhdfs") from error
         raise
+    if store.type_name not in ("s3", "gcs"):
+        return store
+    # What a URL makes asks a server that is silent for 100 s (S3) or 15 min (GCS); asking again is for `retried`.
+    _, (options,) = store.__reduce__()  # the arguments of its constructor, whose own retries are few
+    if store.type_name == "gcs":
+        options["retry_time_limit"] = timedelta(seconds=CONNECT_S)
+    return type(store)(**options)
 
 
 def _arrow(url: str) -> tuple[Any, str]:
