@@ -33,6 +33,8 @@ from workloads import preflight
 
 logger = logging.getLogger(__name__)
 
+DATABASE_S = 120.0  # for which a front end that starts waits for its database: the two may start together
+
 
 @dataclass
 class Parts:
@@ -94,7 +96,7 @@ def build_parts(
         wake: tells the reconciler that there is something to do.
         checkers: run the checks of held jobs.
     """
-    store = Store(settings.database)
+    store = Store(settings.database, DATABASE_S)
     ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
     deployments = deployments or Deployments(settings, store, registry)
