@@ -18,6 +18,8 @@ from sqlalchemy.orm import Session
 import service.postgres
 import service.store as store_module
 from service.local_cluster import ClusterError, up
+from service.parts import build_parts
+from service.settings import Settings
 from service.store import Store
 from tests.postgres import Postgres
 from tests.service.rest import Service
@@ -103,8 +105,8 @@ def test_a_server_that_answers_slowly_but_steadily_does_not_hang(store: Store, m
     clock = Clock()
     monkeypatch.setattr(service.postgres, "time", clock)
     with store.session() as session:
+        clock.step = service.postgres.SILENCE_S / 20
         rows = session.execute(sa.text("SELECT repeat('x', 100000) FROM generate_series(1, 200)"))
-        clock.step = service.postgres.SILENCE_S / 2
         assert len(rows.all()) == 200
 
 
@@ -210,3 +212,16 @@ def test_a_person_who_starts_it_with_a_wrong_address_reads_that_at_once(
     with pytest.raises(ClusterError, match=r"got a database that cannot be opened: .*refused") as told:
         up(tmp_path)
     assert "check MANTA_DATABASE_URL" in str(told.value) and "secret" not in str(told.value)
+
+
+def test_a_front_end_is_patient_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def opened(url: str, patience_s: float = 0.0) -> Store:
+        asked.append((url, patience_s))
+        raise InterruptedError
+
+    monkeypatch.setattr("service.parts.Store", opened)
+    with pytest.raises(InterruptedError):
+        build_parts(Settings(home=tmp_path, database_url="postgresql+psycopg://db/x"))
+    assert asked == [("postgresql+psycopg://db/x", 120.0)]
