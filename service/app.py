@@ -18,7 +18,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi.telemetry import TelemetryConfig
-from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from service.access import allowed_methods, authorise, without_rule
@@ -41,6 +40,7 @@ from service.parts import Parts, build_parts
 from service.problems import answer
 from service.routes import catalog, health, jobs, metrics, models, people, predict, webhooks
 from service.settings import Settings
+from service.store import AWAY
 from service.tokens import expect_tokens
 from workloads import tracing
 from workloads.log_lines import configure
@@ -136,10 +136,13 @@ def _errors(app: FastAPI) -> None:
             return answer(MethodNotAllowed(f"{asked}, expected one of {allowed}", "see /docs for the paths", allowed))
         return answer(BadRequest(f"{asked}: {error.detail}", "see /docs for the body"))  # one that cannot be read
 
-    @app.exception_handler(OperationalError)
-    def away(request: Request, error: OperationalError) -> Response:
-        logger.error("request %s: the database does not answer: %s", request.state.request_id, error.orig)
+    def away(request: Request, error: Exception) -> Response:
+        cause = getattr(error, "orig", error)
+        logger.error("request %s: the database does not answer: %s", request.state.request_id, cause)
         return answer(Unavailable("the database does not answer", "try again; /readyz says what is missing"))
+
+    for kind in AWAY:
+        app.add_exception_handler(kind, away)
 
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> Response:

@@ -7,19 +7,25 @@ loses jobs with its head and can call a living one FAILED.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Literal
 
 import psutil
 
 from service.dependencies import lost, waiting, waits_for
+from service.errors import ServiceError
 from service.ray_jobs import RayStatus
 from service.store import SETTLED, Job, JobState
+from workloads.preflight import Problem
 from workloads.record import HEARTBEAT_S, Record
 
 STALE_S = 4 * HEARTBEAT_S  # a run that has been silent for so long is dead
 MAX_BACKOFF_S = 60.0  # between attempts that make no progress: 2, 4, 8, ... s
+MAX_CHECKS = 10  # of a held job that could not be made: a store may be away for five minutes
+LONGEST_ERROR = 600  # characters of it in a reason
+CHECKING = "is being checked: what it names is there now"
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,33 @@ def decide(
     if stalled > 1 and 0 <= waited < min(MAX_BACKOFF_S, 2.0 ** (stalled - 1)):  # below 0: the clock was put back
         return Decision("none", row.state)
     return Decision("submit", "STARTING")
+
+
+def checked(problems: Sequence[Problem]) -> Decision:
+    """What becomes of a held job that was checked."""
+    if problems:
+        return Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
+    return Decision("check", "QUEUED")
+
+
+def unchecked(job_id: str, error: BaseException, tries: int) -> Decision:
+    """What becomes of a held job whose check could not be made, so many times in a row."""
+    why = f"could not be checked ({brief(error)})"
+    if tries >= MAX_CHECKS:
+        return Decision("finish", "FAILED", f"{why}, {tries} times in a row", f"mend it, then `manta retry {job_id}`")
+    return Decision("none", "QUEUED", f"{why}; tried again soon")
+
+
+def check_pause_s(tries: int) -> float:
+    """Between a check that could not be made and the next one: 2, 4, 8, ... s; 0 before the first."""
+    return min(MAX_BACKOFF_S, 2.0**tries) if tries else 0.0
+
+
+def brief(error: BaseException) -> str:
+    """An error on one line of what any database takes."""
+    text = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return shorten(text, LONGEST_ERROR)
 
 
 def ended(job: Job, record: Record | None) -> bool:

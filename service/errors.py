@@ -17,7 +17,7 @@
     |   +-- InvalidSpec      422        a JobSpec or SearchSpec that cannot run; lists each problem
     +-- TooMany              429 retry  above the rate of a token or address, too many streams, a project that is full
     +-- InternalError        500        a fault of the service; its log has the cause
-    +-- Unavailable          503 retry  not now: starting, full, Ray or the database not reachable
+    +-- Unavailable          503 retry  not now: starting, full; Ray, the database or data not reachable
 
 The name of a class is the `code` of its answers. `service.app` turns each into `application/problem+json`
 (`service.problems`) in one place; what is retryable says when by Retry-After. They cross processes, so they pickle,

@@ -77,14 +77,21 @@ def down(head: Head) -> None:
 
 
 def _expect_tokens(settings: Settings) -> None:
-    """The app looks again; here it costs a second less, and a person reads the reason."""
+    """The app looks again, and waits for its database; here it costs no time, and a person reads the reason."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from service.errors import ServiceError
-    from service.store import Store
+    from service.store import NewerDatabase, Store
     from service.tokens import NoToken, Tokens, expect_tokens
 
-    if settings.local and settings.first_admin_token_file is settings.metrics_token_file is None:
+    default = not settings.database_url.get_secret_value()
+    if settings.local and settings.first_admin_token_file is settings.metrics_token_file is None and default:
         return
-    store = Store(settings.database)
+    try:
+        store = Store(settings.database)
+    except (SQLAlchemyError, ImportError, NewerDatabase) as error:
+        cause = getattr(error, "orig", None) or error
+        raise ClusterError(f"got a database that cannot be opened: {cause}; check MANTA_DATABASE_URL") from error
     try:
         expect_tokens(settings, Tokens(store, required=settings.tokens == "required"))
     except (NoToken, ServiceError, ValueError, OSError) as error:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -32,6 +33,8 @@ from service.webhooks import Webhooks
 from workloads import preflight
 
 logger = logging.getLogger(__name__)
+
+DATABASE_S = 120.0  # for which a front end that starts waits for its database: the two may start together
 
 
 @dataclass
@@ -82,6 +85,7 @@ def build_parts(
     check: preflight.Check = preflight.check,
     clock: Callable[[], float] = time.time,
     wake: Callable[[], None] | None = None,
+    checkers: Executor | None = None,
 ) -> Parts:
     """The parts, wired; what is given stands in for the real one.
 
@@ -92,13 +96,16 @@ def build_parts(
         check: what is wrong with a spec.
         clock: seconds since the epoch.
         wake: tells the reconciler that there is something to do.
+        checkers: run the checks of held jobs.
     """
-    store = Store(settings.database)
+    store = Store(settings.database, DATABASE_S)
     ray = ray or RayJobs(settings)
     registry = Registry(settings, store)
     deployments = deployments or Deployments(settings, store, registry)
     releases = Releases(store, registry, deployments)
-    reconciler = Reconciler(settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases)
+    reconciler = Reconciler(
+        settings, store, ray, registry, deployments.reconcile, clock, check, releases=releases, checkers=checkers
+    )
     wake = wake or reconciler.wake
     projects = Projects(store)
     jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)

@@ -11,12 +11,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
-from service.decisions import STALE_S, Decision, decide, ended, lives, reached, said, stalled_after, stands
+from service.checks import Checks
+from service.decisions import STALE_S, Decision, brief, decide, ended, lives, reached, said, stalled_after, stands
 from service.errors import ServiceError, Unavailable
 from service.lead import Lead
 from service.logs import Wanted, part
@@ -27,19 +30,20 @@ from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.releases import Releases
 from service.settings import Settings
-from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
+from service.store import ACTIVE, AWAY, LONGEST_ID, SETTLED, TERMINAL, Job, JobState, Project, Store
 from workloads import preflight, tracing
 from workloads.log_file import append
 from workloads.log_lines import about
 from workloads.preflight import Check
 from workloads.record import Record, RunFolder, write_atomic
-from workloads.spec_any import parse_spec, spec_of
+from workloads.spec_any import AnySpec, parse_spec, spec_of
 from workloads.spec_deploy import is_deploy
 
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
 LAST_WORDS = 1 << 14  # characters
+AT_ONCE = 10_000  # values in a statement: SQLite takes 32,766, PostgreSQL 65,535
 
 
 class Reconciler:
@@ -56,6 +60,7 @@ class Reconciler:
         check: Check = preflight.check,
         *,
         releases: Releases,
+        checkers: Executor | None = None,
     ) -> None:
         """Keeps its parts.
 
@@ -68,8 +73,9 @@ class Reconciler:
             clock: seconds since the epoch.
             check: what is wrong with a job whose parents have succeeded.
             releases: decides about entries that deploy, which are no jobs of Ray.
+            checkers: run the checks; default: threads of its own.
         """
-        self._check, self._releases = check, releases
+        self._releases = releases
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
         self.lead = Lead(store.engine)
@@ -77,6 +83,7 @@ class Reconciler:
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
+        self._checks = Checks(check, settings.home, clock, self._wake.set, checkers)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
         self.rounds = Rounds()
@@ -91,6 +98,7 @@ class Reconciler:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._checks.close()
         self.lead.release()
 
     @property
@@ -117,6 +125,7 @@ class Reconciler:
 
     def stand_by(self) -> None:
         """What every front end does while another one leads: see whether its Ray is there, and serve models on it."""
+        self._checks.keep(())
         try:
             self._ray.statuses()
         except Unavailable as error:
@@ -139,8 +148,7 @@ class Reconciler:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
             named = {parent for job in jobs if job.held for parent in job.after}
-            of_parents = sa.select(Job.id, Job.state).where(Job.id.in_(named))
-            states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
+            states = _states(session, sorted(named))
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
         cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
@@ -155,8 +163,11 @@ class Reconciler:
                 self._settle(job, ray, job.id in starting, parents)
             except StaleDataError:
                 logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
-            except (ServiceError, ValueError, OSError) as error:
-                logger.warning("job %s: %s; tried again in the next round", job.id, error)
+            except AWAY:
+                raise  # so is every other row
+            except Exception as error:  # whatever it is, it is this job's alone
+                self._tell(job, error)
+        self._checks.keep({job.id for job in jobs if job.held})
         blocked = next((entry for entry, wait in verdicts if wait is not None and not wait.by_quota), None)
         if self._settings.preemption and blocked is not None:
             self._make_room(blocked, active, cluster)
@@ -205,12 +216,25 @@ class Reconciler:
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
             with tracing.span("register", {"manta.job.id": job.id}, parent=job.traceparent):
                 self._register(job, run)
-        elif decision.act == "check" and (problems := self._check(parse_spec(job.spec), self._settings.home)):
-            decision = Decision("finish", "FAILED", problems[0].sentence, problems[0].hint)
+        elif decision.act == "check":
+            decision = self._checks.decide(job)
         if decision.state in ("FAILED", "CANCELLED", "PAUSED") and job.attempt:
             run.path.mkdir(parents=True, exist_ok=True)
             run.stop.touch()  # a process that nobody hears of may still come, or come back
         self._write(job, decision, record)
+
+    def _tell(self, job: Job, error: Exception) -> None:
+        """Why nothing goes on with a job becomes its reason, until the next round that does better."""
+        reason = f"the service could not go on with it and tries again: {brief(error)}"
+        if job.reason == reason:
+            return  # said before
+        expected = isinstance(error, (ServiceError, ValueError, OSError))
+        logger.warning("job %s: %s", job.id, reason, exc_info=None if expected else error)
+        with suppress(StaleDataError), self._store.session() as session:
+            row = session.get(Job, job.number)
+            assert row is not None
+            if row.revision == job.revision:
+                row.reason = reason
 
     def _alive(self, job_id: str, record: Record | None, now: float) -> bool:
         """`lives`, unless its heartbeat stands still: the clock of its node may be hours ahead of ours."""
@@ -313,23 +337,41 @@ class Reconciler:
                 if record is None or not run.spec.exists():
                     continue  # no run yet, or none at all
                 spec = spec_of(run)
-            except (ValueError, OSError) as error:  # one such folder must not keep the others from their round
-                logger.warning("%s is not followed: %s", path, error)
+                self._follow(path.name, spec, record)
+            except AWAY:
+                raise
+            except Exception as error:  # one such folder must not keep the others from their round
+                logger.warning("%s is not followed: %s", ascii(str(path)), brief(error))
                 self._unreadable.add(path.name)
-                continue
-            job = Job(
-                id=path.name,
-                name=spec.name,
-                spec=spec.model_dump(mode="json"),
-                origin="ray",
-                attempt=record.attempt,
-                created_at=record.started_at,
-                cpus=spec.resources.cpus,
-                gpus=spec.resources.gpus,
-                custom=spec.resources.custom,
-                most_gpus=spec.resources.most_gpus,
+
+    def _follow(self, job_id: str, spec: AnySpec, record: Record) -> None:
+        """A row for a run that came by `ray job submit`."""
+        if len(job_id) > LONGEST_ID:
+            raise ValueError(
+                f"got a name of {len(job_id)} characters, expected at most {LONGEST_ID}; use a shorter one"
             )
-            job.become("STARTING", "came by `ray job submit`")
-            with self._store.session() as session:
-                session.add(job)
-            logger.info("job %s came by Ray and is followed from now on", path.name)
+        job = Job(
+            id=job_id,
+            name=spec.name,
+            spec=spec.model_dump(mode="json"),
+            origin="ray",
+            attempt=record.attempt,
+            created_at=record.started_at,
+            cpus=spec.resources.cpus,
+            gpus=spec.resources.gpus,
+            custom=spec.resources.custom,
+            most_gpus=spec.resources.most_gpus,
+        )
+        job.become("STARTING", "came by `ray job submit`")
+        with self._store.session() as session:
+            session.add(job)
+        logger.info("job %s came by Ray and is followed from now on", job_id)
+
+
+def _states(session: Session, job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Those of the jobs that are in the table."""
+    found: dict[str, JobState] = {}
+    for start in range(0, len(job_ids), AT_ONCE):
+        some = sa.select(Job.id, Job.state).where(Job.id.in_(job_ids[start : start + AT_ONCE]))
+        found |= {job_id: state for job_id, state in session.execute(some)}
+    return found

@@ -8,6 +8,7 @@ when the service starts.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -20,9 +21,13 @@ import alembic.config
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
+from service import postgres
 from service.principal import DEFAULT_PROJECT, LOCAL, Role
+
+logger = logging.getLogger(__name__)
 
 JobState = Literal[
     "QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED", "PAUSING", "PAUSED"
@@ -32,6 +37,9 @@ DeliveryState = Literal["PENDING", "DELIVERED", "FAILED"]
 ACTIVE: tuple[JobState, ...] = ("STARTING", "RUNNING", "PAUSING", "CANCELLING")
 TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
+LONGEST_ID = 80  # of a job
+AWAY = (OperationalError, sa.exc.TimeoutError)  # the database, or so busy that it is as good as that
+PAUSE_S, MAX_PAUSE_S = 0.5, 8.0  # between tries to open a database that is away
 WRITER_S = 60.0  # for which a thread waits for its turn, then it is SQLite's to say no
 MIGRATION = 0x6D6967  # "mig": the advisory lock of migrations
 
@@ -47,7 +55,7 @@ class Job(Base):
     __table_args__ = (sa.UniqueConstraint("project", "idempotency_key", name="uq_jobs_project_idempotency_key"),)
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)  # order of arrival
-    id: Mapped[str] = mapped_column(sa.String(80), unique=True)
+    id: Mapped[str] = mapped_column(sa.String(LONGEST_ID), unique=True)
     name: Mapped[str] = mapped_column(sa.String(80))
     spec: Mapped[dict[str, Any]]
     after: Mapped[list[Any]] = mapped_column(default=list)  # ids of jobs that it needs
@@ -243,17 +251,34 @@ class Delivery(Base):
 class Store:
     """Sessions on one database, migrated on construction."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience_s: float = 0.0) -> None:
+        """Opens the database.
+
+        Args:
+            url: of it, SQLAlchemy's.
+            patience_s: for which a server that is away, and may come, is waited for.
+
+        Raises:
+            SQLAlchemyError: it cannot be opened.
+            NewerDatabase: a newer version of Manta was here.
+        """
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # An error tells the statement, not what is in it. A server may have restarted since the last session.
-        self.engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=not url.startswith("sqlite"))
-        if self.engine.dialect.name == "sqlite":
+        sqlite = url.startswith("sqlite")
+        options = {} if sqlite else {"pool_pre_ping": True, "pool_timeout": postgres.POOL_S}
+        self.engine = sa.create_engine(url, hide_parameters=True, **options)
+        if sqlite:
             sa.event.listen(self.engine, "connect", _sqlite_pragmas)
             _queue_writers(self.engine)
+        else:
+            postgres.bound(self.engine)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         try:
-            migrate(self.engine)
+            if sqlite:
+                migrate(self.engine)
+            else:
+                _migrate_when_there(postgres.unbound(url), patience_s)
         except BaseException:
             self.engine.dispose()
             raise
@@ -346,6 +371,21 @@ def migrate(engine: sa.Engine, to: str | None = None) -> None:
         connection.commit()
         if sqlite:
             connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+
+
+def _migrate_when_there(engine: sa.Engine, patience_s: float) -> None:
+    """`migrate` on a server that may be about to start."""
+    pause_s, ends = PAUSE_S, time.monotonic() + patience_s
+    while True:
+        try:
+            return migrate(engine)
+        except OperationalError as error:
+            if not postgres.may_pass(error) or time.monotonic() + pause_s > ends:
+                raise
+            where = engine.url.render_as_string(hide_password=True)
+            logger.warning("waits for the database %s (%s); again in %s s", where, error.orig, pause_s)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
 def revision_of(connection: sa.Connection) -> str | None:

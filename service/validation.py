@@ -72,7 +72,7 @@ class Validation:
         problems = _unfit_for_a_service(spec) or _too_urgent(spec, by) or self._not_allowed(spec, by, siblings)
         if not problems:
             parents = self._parents(spec, project, siblings)
-            checked = preflight.form(spec) if waits_for(parents) else self._check(spec, self._settings.home)
+            checked = preflight.form(spec) if waits_for(parents) else self._checked(spec)
             names = _registers(spec)
             problems = checked or self._too_large(spec, project) or self._taken(names, project, self._registry.taken)
         if problems:
@@ -152,6 +152,17 @@ class Validation:
         taken = look(names, project)
         message = f"got {', '.join(taken)}, which another project has in the registry"
         return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
+
+    def _checked(self, spec: AnySpec) -> list[preflight.Problem]:
+        """What is wrong with a job that needs no other.
+
+        Raises:
+            Unavailable: its data is in a store that does not answer now.
+        """
+        try:
+            return self._check(spec, self._settings.home)
+        except preflight.NoAnswer as error:
+            raise Unavailable(str(error), "nothing is stored; submit it again") from error
 
     def _too_large(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
         """A job that could never start; nothing is said of the cluster while Ray is away."""

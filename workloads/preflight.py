@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from workloads import catalog
 from workloads.artifact import ArtifactError
+from workloads.data.shards import DataError, Unreachable
+from workloads.data.sources import hurried
 from workloads.spec import BaseSpec, JobSpec, Named
 from workloads.spec_any import AnySpec
 from workloads.spec_search import SearchSpec
@@ -44,6 +46,13 @@ class Problem(BaseModel):
 MOST_SIZE = 2**24  # of an integer in the config of a network or a method: none of any paper comes near
 MOST_MODULES = 50_000  # of a network; a ViT of 100 blocks has 2,000
 
+PATIENCE_S = 5.0  # of `check` with a store that does not answer
+
+
+class NoAnswer(Exception):
+    """Data of the spec is in a store that does not answer, so nothing can be said about it now."""
+
+
 Check = Callable[[AnySpec, Path], list[Problem]]
 
 
@@ -62,8 +71,12 @@ def check(spec: AnySpec, home: Path) -> list[Problem]:
     Args:
         spec: a job whose own fields are valid.
         home: where `init` and other references to weights are looked up.
+
+    Raises:
+        NoAnswer: an object store does not answer; after seconds, since somebody waits.
     """
-    found = look(spec, home)
+    with hurried(PATIENCE_S):
+        found = look(spec, home)
     if not found and isinstance(spec := settled(spec, home), JobSpec):
         found = _fit(spec, home)
     return found
@@ -158,7 +171,7 @@ def _streams(spec: AnySpec) -> list[Problem]:
 
 def _data(spec: AnySpec) -> list[Problem]:
     """Shards that cannot be read or hold no image, without a scan of all of them, and files that hold no scores."""
-    from workloads.data.manifest import DataError, peek
+    from workloads.data.manifest import peek
     from workloads.data.scores import expect_scores
 
     streams: list[tuple[list[str | int], Any]] = [(["data", name], s) for name, s in spec.data.items() if not s.piped]
@@ -171,6 +184,8 @@ def _data(spec: AnySpec) -> list[Problem]:
             try:
                 if (given := getattr(stream, field)) is not None:
                     look_at(given)
+            except Unreachable as error:
+                raise NoAnswer(str(error)) from error
             except DataError as error:
                 problems.append(Problem(loc=[*loc, field], message=str(error)))
     return problems

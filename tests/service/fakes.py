@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -12,6 +14,8 @@ from fastapi.testclient import TestClient
 from service.errors import Unavailable
 from service.ray_jobs import RayStatus, submission_id
 from workloads.record import Record, RunFolder, RunState
+
+T = TypeVar("T")
 
 
 class FakeRay:
@@ -56,6 +60,18 @@ class FakeRay:
 
     def capacity(self) -> dict[str, float]:
         return self.nodes()[0]
+
+
+class Inline(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def write_record(folder: Path, state: RunState, attempt: int = 1, *, age_s: float = 0.0, **more: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from service.app import build
 from service.parts import build_parts
 from service.settings import Settings
-from tests.service.fakes import FakeRay
+from tests.service.fakes import FakeRay, Inline
 
 
 class NoDeployments:
@@ -24,6 +24,12 @@ class Service:
     def __init__(self, home: Path) -> None:
         settings = Settings(home=home, reconcile_interval_s=3600)
         self.ray = FakeRay()
-        self.parts = build_parts(settings, ray=self.ray, deployments=NoDeployments(), wake=lambda: None)  # type: ignore[arg-type]
+        self.parts = build_parts(
+            settings,
+            ray=self.ray,  # type: ignore[arg-type]
+            deployments=NoDeployments(),  # type: ignore[arg-type]
+            wake=lambda: None,
+            checkers=Inline(),
+        )
         self.app = build(settings, self.parts)
         self.runs = settings.runs

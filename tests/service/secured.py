@@ -14,7 +14,7 @@ from service.parts import build_parts
 from service.principal import ALL, LOCAL, Principal, Role
 from service.settings import Settings
 from service.store import Deployment, ModelName, ModelVersion, Webhook
-from tests.service.fakes import FakeRay, local_client
+from tests.service.fakes import FakeRay, Inline, local_client
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.preflight import Check
 
@@ -63,6 +63,7 @@ class Secured:
             check=check,
             clock=lambda: self.now,
             wake=lambda: None,
+            checkers=Inline(),
         )
         self.store = self.parts.store
         self.app = build(self.settings, self.parts)

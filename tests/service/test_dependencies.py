@@ -107,7 +107,6 @@ def test_a_child_waits_and_does_not_keep_others_waiting(secured: Secured) -> Non
     rounds()
     assert secured.ray.submitted == [(parent.id, 1), (other.id, 1)]
     assert jobs.get(child.id).reason == f"waits for {parent.id}"
-    secured.parts.reconciler._check = lambda *_: []
     finish(secured, parent.id, "SUCCEEDED")
     for _ in range(3):
         rounds()
@@ -117,7 +116,6 @@ def test_a_child_waits_and_does_not_keep_others_waiting(secured: Secured) -> Non
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
 def test_a_parent_that_is_lost_fails_its_children_until_both_are_retried(secured: Secured, end: str) -> None:
     jobs, submissions, rounds = secured.parts.jobs, secured.parts.submissions, secured.parts.reconciler.round
-    secured.parts.reconciler._check = lambda *_: []
     parent, _ = submissions.submit(BODY)
     child, _ = submissions.submit(BODY | {"after": [parent.id]})
     grandchild, _ = submissions.submit(BODY | {"after": [child.id]})

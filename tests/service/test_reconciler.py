@@ -17,6 +17,7 @@ from service.errors import Conflict, Unavailable
 from service.ray_jobs import RayStatus, submission_id
 from service.store import TERMINAL, Job
 from tests.service.fakes import write_record
+from tests.service.lives import Crash
 from tests.service.world import BODY, World
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
@@ -357,10 +358,6 @@ def test_a_folder_that_is_no_run_does_not_stop_the_others(world: World) -> None:
     world.reconciler.round()
     assert world.state(job) == "STARTING"
     assert [found.id for found in world.jobs.list(limit=10)] == [job.id]
-
-
-class Crash(Exception):
-    """The service is killed."""
 
 
 @settings(max_examples=20, deadline=None)

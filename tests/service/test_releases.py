@@ -20,7 +20,7 @@ from service.registry import Registry
 from service.releases import decide
 from service.settings import Settings
 from service.store import Deployment, Job, ModelName, ModelVersion, Store
-from tests.service.fakes import FakeRay, local_client, write_record
+from tests.service.fakes import FakeRay, Inline, local_client, write_record
 from tests.service.secured import Secured
 from tests.service.test_deployments import FakeServe, overview
 from tests.service.world import BODY
@@ -42,7 +42,7 @@ class Line:
     def restart(self) -> None:
         store = Store(self.settings.database)
         serving = Deployments(self.settings, store, Registry(self.settings, store), self.serve)
-        wait = {"check": lambda *_: [], "wake": lambda: None}
+        wait = {"check": lambda *_: [], "wake": lambda: None, "checkers": Inline()}
         self.parts = build_parts(self.settings, ray=self.ray, deployments=serving, **wait)  # type: ignore[arg-type]
         self.stores += [store, self.parts.store]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from service.parts import build_parts
 from service.ray_jobs import RayStatus, submission_id
 from service.settings import Settings
 from service.store import Job
-from tests.service.fakes import FakeRay, write_record
+from tests.service.fakes import FakeRay, Inline, write_record
 from tests.service.rest import NoDeployments
 from tests.toy import TOY_MAE, TOY_MODEL
+from workloads.preflight import Check
 
 BODY: dict[str, Any] = {
     "name": "toy",
@@ -26,8 +28,10 @@ BODY: dict[str, Any] = {
 class World:
     """A service on a folder, with a fake Ray; `restart` is a crash of the service."""
 
-    def __init__(self, home: Path, **more: Any) -> None:
+    def __init__(self, home: Path, *, checkers: Executor | None = None, **more: Any) -> None:
         self.settings = Settings(home=home, **more)
+        self.checkers = checkers or Inline()
+        self.check: Check = lambda *_: []
         self.ray = FakeRay()
         self.now = time.time()
         self.restart()
@@ -37,9 +41,10 @@ class World:
             self.settings,
             ray=self.ray,  # type: ignore[arg-type]
             deployments=NoDeployments(),  # type: ignore[arg-type]
-            check=lambda *_: [],
+            check=lambda *words: self.check(*words),
             clock=self.clock,
             wake=lambda: None,
+            checkers=self.checkers,
         )
         self.store, self.reconciler = parts.store, parts.reconciler
         self.jobs, self.submissions = parts.jobs, parts.submissions

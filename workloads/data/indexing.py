@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from workloads.data.columns import Keys, Manifest, Places
-from workloads.data.shards import DataError, expand, read_classes, some
+from workloads.data.shards import DataError, expand, read_classes, some, unreadable
 from workloads.data.sources import CONNECTIONS, is_remote, sizes
 from workloads.data.tarscan import PRIMARY, Scan, scan
 
@@ -68,7 +68,7 @@ def build_manifest(
             scans.append(done)
     except OSError as error:
         path = getattr(error, "filename", None) or paths[len(scans)]
-        raise DataError(f"got {path}, which cannot be read ({error}), expected a tar shard") from error
+        raise unreadable(path, error, "a tar shard") from error
     counts = Counter({name: sum(len(s.members.get(name, ())) for s in scans) for name in PRIMARY})
     primary = max(PRIMARY, key=lambda name: counts[name])  # of equals the first
     for s in scans:

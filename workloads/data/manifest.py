@@ -18,7 +18,7 @@ import platformdirs
 
 from workloads.data.columns import REBUILD, Manifest, read_facts
 from workloads.data.indexing import MIN_PARALLEL_BYTES, Mapper, build_manifest, here
-from workloads.data.shards import DataError, expand, read_classes, some
+from workloads.data.shards import DataError, expand, read_classes, some, unreadable
 from workloads.data.sources import is_remote, read_file, sizes, write_file
 from workloads.data.tarscan import PRIMARY, first_sample
 
@@ -89,7 +89,7 @@ def peek(shards: str | list[str]) -> None:
         try:
             found, looked = first_sample(path, left)
         except OSError as error:
-            raise DataError(f"got {path}, which cannot be read ({error}), expected a tar shard") from error
+            raise unreadable(path, error, "a tar shard") from error
         left -= looked
         if found:
             return
@@ -116,8 +116,12 @@ def _find(paths: list[str]) -> Path | None:
     One that another version of this program wrote, or of shards at another place, is as good as none.
     """
     beside, cached = _places(paths)
-    if is_remote(beside) and not cached.is_file() and (data := read_file(beside)) is not None:
-        _replace(cached, data)
+    if is_remote(beside) and not cached.is_file():
+        try:
+            if (data := read_file(beside)) is not None:
+                _replace(cached, data)
+        except OSError as error:
+            raise unreadable(beside, error, "a manifest or no such file") from error
     places = [cached] if is_remote(beside) else [Path(beside), cached]
     existing = [place for place in places if place.is_file()]
     if not existing:
@@ -138,7 +142,7 @@ def _expect_match(place: Path, facts: dict[str, Any], paths: list[str]) -> None:
     try:
         now = sizes(paths)
     except OSError as error:
-        raise DataError(f"got {error} for a shard of {place}; bring it back") from error
+        raise unreadable(some(paths, 1), error, f"the shards of {place}") from error
     for path, got_bytes, expected_bytes in zip(paths, now, facts["shard_bytes"], strict=True):
         if got_bytes != expected_bytes:
             raise DataError(f"got {path} of {got_bytes} bytes, expected {expected_bytes} by {place}; {REBUILD}")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from workloads.data.columns import Manifest, Rows
-from workloads.data.shards import DataError
+from workloads.data.shards import DataError, unreadable
 from workloads.data.sources import read_file
 
 FACTS = b"manta_scores"
@@ -77,7 +77,7 @@ def _open(path: str) -> tuple[pq.ParquetFile, dict[str, Any]]:
     try:
         data = read_file(path)
     except OSError as error:
-        raise DataError(f"got {error} for the scores {path}; check the storage") from error
+        raise unreadable(path, error, "scores") from error
     if data is None:
         raise DataError(f"got no file {path}, expected scores there; check the path")
     try:

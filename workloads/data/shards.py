@@ -11,13 +11,29 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from workloads.data.sources import is_remote, list_folder, read_file
+from workloads.data import sources
+from workloads.data.sources import Unsupported, is_remote, list_folder, read_file
 
 MAX_SHARDS = 1_000_000
 
 
 class DataError(ValueError):
     """Shards, manifests or images that cannot be used: says got, expected, what to do."""
+
+
+class Unreachable(DataError):
+    """Data whose store does not answer: the same may be usable later."""
+
+
+def unreadable(path: str, error: OSError, expected: str) -> DataError:
+    """What `error` means for who named `path`, where `expected` should be."""
+    if isinstance(error, sources.Unreachable):
+        return Unreachable(f"got no answer for {path} ({error}), expected {expected}; try again, or check the address")
+    if isinstance(error, Unsupported):
+        todo = "install what it takes where the service and its workers run, or name another place"
+    else:
+        todo = "check the path, and who may read and list it"
+    return DataError(f"got {path}, which cannot be read ({error}), expected {expected}; {todo}")
 
 
 def some(lines: Sequence[str], most: int = 5) -> str:
@@ -89,7 +105,7 @@ def _remote_glob(url: str) -> list[str]:
     try:
         return [path for path in list_folder(folder) if fnmatch.fnmatch(path.rsplit("/", 1)[-1], name)]
     except OSError as error:
-        raise DataError(f"got {error} for {folder}, expected a folder that can be listed; name the files") from error
+        raise unreadable(folder, error, "a folder that can be listed") from error
 
 
 def read_classes(shard: str) -> list[str] | None:
@@ -103,7 +119,7 @@ def read_classes(shard: str) -> list[str] | None:
         data = read_file(path)
         names = None if data is None else data.decode("utf-8").strip().splitlines()
     except OSError as error:
-        raise DataError(f"got {error} for {path}, expected class names or no such file") from error
+        raise unreadable(path, error, "class names or no such file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"got {path} ({error}), expected one class name a line in UTF-8") from error
     if names is None:

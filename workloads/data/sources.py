@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -23,11 +26,25 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_DELAYS_S = (0.25, 0.5, 1, 2, 4, 8, 16)  # a store that is away for half a minute costs nobody a job
+CONNECT_S, SILENCE_S = 5, 10  # until a request has failed
 CONNECTIONS = 32  # requests at a time to a remote store
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Unreachable(OSError):
+    """A store that gave no usable answer, asked several times: it may give one later."""
+
+
+class Unsupported(OSError):
+    """A URL that nothing installed here can read."""
+
+
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, Unsupported)
+_PASSING = (408, 425, 429)  # of the answers 4xx of a web server
 _FINAL_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")
 _PYARROW = ("s3", "gs", "gcs", "hdfs")
 NEAR_BYTES, FAR_BYTES = 8 << 20, 8 << 10  # read ahead while headers are near each other, or far apart
+
+_ends = ContextVar("_ends", default=math.inf)  # when `retried` gives up, whatever its delays; of time.monotonic()
 
 
 class Shard(Protocol):
@@ -45,21 +62,36 @@ def is_remote(path: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
+@contextmanager
+def hurried(patience_s: float) -> Iterator[None]:
+    """In the block, nothing is asked again later than so many seconds from now: somebody waits for the answer."""
+    token = _ends.set(time.monotonic() + patience_s)
+    try:
+        yield
+    finally:
+        _ends.reset(token)
+
+
 def retried(what: str, call: Callable[[], T], delays_s: Sequence[float] = RETRY_DELAYS_S) -> T:
     """The answer of `call`, asked again with growing pauses while it raises OSError that may pass.
 
     Raises:
-        OSError: the last one, or one that asking again would not change.
+        Unreachable: there was no other answer, however often it was asked.
+        OSError: one that asking again would not change.
     """
+    started = time.monotonic()
     for delay_s in (*delays_s, None):
         try:
             return call()
         except FINAL:
             raise
         except OSError as error:
-            if delay_s is None or any(word in str(error) for word in _FINAL_WORDS):
+            if any(word in str(error) for word in _FINAL_WORDS):
                 raise
-            logger.warning("%s failed (%s); again in %s s", what, " ".join(str(error).split()), delay_s)
+            said, now = " ".join(str(error).split()), time.monotonic()
+            if delay_s is None or now + delay_s > _ends.get():
+                raise Unreachable(f"{what} failed for {now - started:.0f} s: {said}") from error
+            logger.warning("%s failed (%s); again in %s s", what, said, delay_s)
             time.sleep(delay_s)
     raise AssertionError
 
@@ -96,7 +128,7 @@ def sizes(paths: Sequence[str]) -> list[int]:
 
     if not any(map(is_remote, paths)):
         return [os.stat(path).st_size for path in paths]  # noqa: PTH116
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with ThreadPoolExecutor(CONNECTIONS, initializer=_ends.set, initargs=(_ends.get(),)) as pool:
         return list(pool.map(size, paths))
 
 
@@ -110,10 +142,15 @@ def list_folder(folder: str) -> list[str]:
     if scheme in _PYARROW:
         from pyarrow import fs
 
-        store, path = _arrow(folder)
-        found = retried(f"listing {folder}", lambda: store.get_file_info(fs.FileSelector(path)))
+        def infos() -> list[Any]:
+            store, path = _arrow(folder)
+            found: list[Any] = store.get_file_info(fs.FileSelector(path))
+            return found
+
+        found = retried(f"listing {folder}", infos)
         return sorted(f"{scheme}://{info.path}" for info in found if info.is_file)
-    listed: list[str] = retried(f"listing {folder}", lambda: _fsspec(scheme).ls(folder, detail=False))
+    store = _fsspec(scheme)
+    listed: list[str] = retried(f"listing {folder}", lambda: _as_os_error(lambda: store.ls(folder, detail=False)))
     return sorted(listed)
 
 
@@ -170,7 +207,21 @@ class _Local:
 def _arrow_store(root: str) -> Any:
     from pyarrow import fs
 
-    return fs.FileSystem.from_uri(root)[0]
+    try:
+        store = fs.FileSystem.from_uri(root)[0]
+    except ValueError as error:
+        raise Unsupported(f"{root}: {error}") from error
+    except OSError as error:
+        if "libjvm" in str(error) or "libhdfs" in str(error):  # hundreds of lines, of each place where it is not
+            raise Unsupported(f"{root}: hdfs:// needs Java and Hadoop's libhdfs") from error
+        raise
+    if store.type_name not in ("s3", "gcs"):
+        return store
+    # What a URL makes asks a server that is silent for 100 s (S3) or 15 min (GCS); asking again is for `retried`.
+    _, (options,) = store.__reduce__()  # the arguments of its constructor, whose own retries are few
+    if store.type_name == "gcs":
+        options["retry_time_limit"] = timedelta(seconds=CONNECT_S)
+    return type(store)(**options)
 
 
 def _arrow(url: str) -> tuple[Any, str]:
@@ -200,7 +251,15 @@ class _Arrow:
 def _fsspec(scheme: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(scheme)
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=SILENCE_S)}
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except (ImportError, ValueError) as error:  # no driver, or no such scheme
+        raise Unsupported(f"{scheme}://: {error}") from error
 
 
 class _FSSpec:
@@ -228,17 +287,18 @@ class _FSSpec:
 
 
 def _as_os_error(call: Callable[[], T]) -> T:
-    """Fsspec passes on what its HTTP client raises, and calls a file missing whatever a server answers."""
+    """Fsspec passes on what its HTTP client raises, and calls a file missing whatever a server answers, or if none."""
     try:
         return call()
-    except FileNotFoundError as error:
-        if getattr(error.__cause__, "status", 404) not in (404, 410):
-            raise OSError(f"{error.__cause__}") from error
-        raise
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        cause = error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+        status = getattr(cause, "status", None)
+        if (cause is error and isinstance(error, OSError)) or status in (404, 410):
+            raise
+        text = f"{type(cause).__name__}: {cause}"
+        if status is not None and 400 <= status < 500 and status not in _PASSING:
+            raise PermissionError(text) from error
+        raise OSError(text) from error
 
 
 class ScanFile(io.RawIOBase):
