@@ -3,7 +3,8 @@
 Of the jobs that wait the one goes first whose priority is highest; among those one of the project that uses least of
 the cluster for its share (of CPUs, GPUs or others, whichever is most: dominant resource fairness, NSDI 2011); among
 those the one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can
-take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster.
+take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster. One
+that would not fit if the cluster were empty keeps nothing of either: nothing that ends makes room for it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from service.packing import EPS, Hardware, Places, Rooms, of_driver, workers_on
+
 Priority = Literal["low", "normal", "high"]
 RANKS: dict[Priority, int] = {"low": -1, "normal": 0, "high": 1}
 
-EPS = 1e-6  # of a GPU: sums of fractions
+Shape = tuple[int, tuple[tuple[str, float], ...]]
 
 
 class Wait(NamedTuple):
-    """Why an entry does not start: there is no room, or the quota of its project is used."""
+    """Why an entry does not start.
+
+    `misfit`: no cluster or quota of this size will ever hold it; `quota`: that of its project is used; `head`: which
+    holds no more drivers; `room`: there is none on the nodes.
+    """
 
     reason: str
-    by_quota: bool
+    kind: Literal["misfit", "quota", "head", "room"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,12 @@ class Entry:
         project: whose it is.
         rank: of its priority; more is sooner.
         place: when it came, and its number.
-        needs: to start, by the names of Ray.
+        needs: to start, by the names of Ray; {}: it runs on a cluster of its own.
         most_gpus: that it may grow to; what quotas count.
         seconds: how long it will run, or goes on running; inf: nobody knows.
+        workers: that share `needs` evenly; each is on one node.
+        held: what Ray shows as used for each of them, of a job that runs.
+        on_head: its driver runs there.
     """
 
     id: str
@@ -50,14 +60,36 @@ class Entry:
     needs: Mapping[str, float]
     most_gpus: float
     seconds: float = math.inf
+    workers: int = 1
+    held: Mapping[str, float] = field(default_factory=dict)
+    on_head: bool = True
 
     @classmethod
-    def of(cls, job: Any, seconds: float = math.inf) -> Entry:
-        """Of a `store.Job`, or a row with its columns."""
+    def of(cls, job: Any, hardware: Hardware, seconds: float = math.inf) -> Entry:
+        """Of a `store.Job`, or a row with its columns and `resources` of its spec."""
         place = job.resumed_at or job.created_at, job.number
         needs = {name: need for name, need in {"CPU": job.cpus, "GPU": job.gpus, **job.custom}.items() if need}
         most_gpus = max(job.most_gpus, job.gpus)  # an older front end knows none of the first
-        return cls(job.id, job.project, job.rank, place, needs, most_gpus, seconds)
+        if job.origin == "outside" and job.submitted_at is None:  # and was never resumed here
+            return cls(job.id, job.project, job.rank, place, {}, most_gpus, seconds, 0, {}, on_head=False)
+        asked = (job.resources or {}).get("workers", 1)
+        least, most = asked if isinstance(asked, list) else (asked, asked)
+        driver = of_driver(needs, most, grows=hardware.grows)
+        trains_alone = most == 1 and not job.gpus
+        held = driver if trains_alone else {name: need / least for name, need in needs.items()}
+        if job.state == "STARTING":
+            held = {}  # Ray may not have come to it
+        return cls(job.id, job.project, job.rank, place, needs, most_gpus, seconds, least, held, on_head=not driver)
+
+    @property
+    def each(self) -> dict[str, float]:
+        """Needs of a worker."""
+        return {name: need / self.workers for name, need in self.needs.items()}
+
+    @property
+    def shape(self) -> Shape:
+        """Equal of entries for which there is room on the same nodes."""
+        return self.workers, tuple(self.needs.items())
 
 
 @dataclass(frozen=True)
@@ -90,43 +122,94 @@ class Use:
         self.running += sign
 
 
-@dataclass
 class Cluster:
     """What there is, and who uses what of it.
 
     Attributes:
-        total: by the names of Ray, or what an autoscaler may add to.
-        quotas: of projects that have one.
+        hardware: what there is, or may be.
         used: by project.
+        rooms: what is free.
+        drivers: on the head.
     """
 
-    total: Mapping[str, float]
-    quotas: Mapping[str, Quota] = field(default_factory=dict)
-    used: defaultdict[str, Use] = field(default_factory=lambda: defaultdict(Use))
+    def __init__(self, hardware: Hardware, quotas: Mapping[str, Quota], entries: Iterable[Entry] = ()) -> None:
+        """The cluster with these on it.
 
-    @classmethod
-    def running(cls, total: Mapping[str, float], quotas: Mapping[str, Quota], entries: Iterable[Entry]) -> Cluster:
-        """The cluster with these on it."""
-        cluster = cls(total, quotas)
+        What Ray shows as used is taken to be theirs so far as it can be; the rest is no job's room: that of a served
+        model, or of what an elastic job has beyond its least. Whoever is not seen there has still to come.
+
+        Args:
+            hardware: what there is, or may be.
+            quotas: of projects that have one.
+            entries: that run.
+        """
+        self.hardware, self._quotas = hardware, quotas
+        self._sizes = [node.total for node in hardware.nodes]
+        self._total = Counter[str]()
+        for size in self._sizes:
+            self._total.update(size)
+        self._held: dict[Shape, bool] = {}
+        self._places: dict[str, list[Places]] = {}
+        self.used: defaultdict[str, Use] = defaultdict(Use)
+        self.drivers = 0
+        seen = Rooms(node.used for node in hardware.nodes)
+        self.rooms = Rooms(
+            {name: amount - node.used.get(name, 0.0) for name, amount in node.total.items()} for node in hardware.nodes
+        )
         for entry in entries:
-            cluster.used[entry.project].add(entry)
-        return cluster
+            here = seen.take(entry.held, entry.workers) if entry.held else {}
+            unseen = {name: need - entry.held.get(name, 0.0) for name, need in entry.each.items()}
+            self.rooms.change(unseen, here, -1)
+            more = self.rooms.take(entry.each, entry.workers - sum(here.values()))
+            self._add(entry, [here, more, self.owe(entry, self.rooms, here, more)])
 
     @property
-    def free(self) -> defaultdict[str, float]:
-        free = defaultdict(float, self.total)
-        for use in self.used.values():
-            for name, amount in use.has.items():
-                free[name] -= amount
-        return free
+    def free(self) -> dict[str, float]:
+        return _free(self.rooms, self._total)
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether there would be room if the cluster were empty."""
+        if entry.shape not in self._held:
+            fits = sum(workers_on(size, entry.each) for size in self._sizes) if entry.workers else 0
+            self._held[entry.shape] = fits >= entry.workers
+        return self._held[entry.shape]
+
+    def owe(self, entry: Entry, rooms: Rooms, *places: Places) -> Places:
+        """Where its workers wait that have no place."""
+        return rooms.owe(entry.each, entry.workers - sum(sum(some.values()) for some in places), self._sizes)
+
+    def put(self, entry: Entry, places: Places) -> None:
+        """On its nodes."""
+        self.rooms.change(entry.each, places, -1)
+        self._add(entry, [places])
+
+    def remove(self, entry: Entry) -> None:
+        self.give(entry, self.rooms, 1)
+        self._places.pop(entry.id)
+        self.used[entry.project].add(entry, -1)
+        self.drivers -= entry.on_head
+
+    def give(self, entry: Entry, rooms: Rooms, sign: int) -> None:
+        """Puts what the entry has into the rooms (1), or takes it from them (-1)."""
+        for places in self._places[entry.id]:
+            rooms.change(entry.each, places, sign)
+
+    def _add(self, entry: Entry, places: list[Places]) -> None:
+        self._places[entry.id] = places
+        self.used[entry.project].add(entry)
+        self.drivers += entry.on_head
 
     def load(self, project: str, use: Use) -> float:
         """Dominant part of the cluster that a project uses, for its share."""
-        parts = (amount / max(self.total.get(name, 0.0), EPS) for name, amount in use.has.items())
+        parts = (amount / max(self._total.get(name, 0.0), EPS) for name, amount in use.has.items())
         return max(parts, default=0.0) / self.quota(project).share
 
+    def head_is_full(self, drivers: int) -> bool:
+        """With so many drivers on it."""
+        return self.hardware.drivers is not None and drivers >= self.hardware.drivers
+
     def quota(self, project: str) -> Quota:
-        return self.quotas.get(project, Quota())
+        return self._quotas.get(project, Quota())
 
 
 def ordered(waiting: Iterable[Entry], cluster: Cluster) -> list[Entry]:
@@ -164,24 +247,42 @@ def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, 
         queue: by `ordered`.
         cluster: changed as entries start.
     """
-    free, promised = cluster.free, Counter[str]()  # GPUs of the quotas of projects, to those that wait for them
+    rooms, drivers = Rooms(cluster.rooms.nodes), cluster.drivers  # without what those that wait keep
+    promised = Counter[str]()  # GPUs of the quotas of projects, to those that wait for them
+    without = dict[Shape, Wait]()  # room: rooms only shrink, so the next one of a shape need not look
     for entry in queue:
         use, quota = cluster.used[entry.project], cluster.quota(entry.project)
+        if not cluster.holds(entry):
+            said = f"needs {_listed(entry)}, for which there would be no room if nothing ran here"
+            yield entry, Wait(said, "misfit")
+            continue
+        if quota.gpus is not None and entry.most_gpus > quota.gpus + EPS:
+            said = f"may have {entry.most_gpus:g} GPUs, project {entry.project} no more than {quota.gpus:g}"
+            yield entry, Wait(said, "misfit")
+            continue
         if quota.running is not None and use.running >= quota.running:
-            yield entry, Wait(f"project {entry.project} runs {use.running} jobs, as many as it may", by_quota=True)
+            yield entry, Wait(f"project {entry.project} runs {use.running} jobs, as many as it may", "quota")
             continue
         most = use.most_gpus + promised[entry.project] + entry.most_gpus
         if quota.gpus is not None and entry.most_gpus and most > quota.gpus + EPS:
             promised[entry.project] += entry.most_gpus  # type: ignore[assignment]  # typeshed counts by int
             said = f"project {entry.project} has {use.most_gpus:g} of the {quota.gpus:g} GPUs that it may have"
-            yield entry, Wait(said, by_quota=True)
+            yield entry, Wait(said, "quota")
             continue
-        lacks = [f"{entry.needs[name]:g} {name} ({max(0.0, free[name]):g} free)" for name in lacking(entry, free)]
-        for name, need in entry.needs.items():
-            free[name] -= need
-        if not lacks:
-            use.add(entry)
-        yield entry, Wait(f"needs {' and '.join(lacks)}", by_quota=False) if lacks else None
+        if entry.on_head and cluster.head_is_full(drivers):
+            said = f"the head holds the drivers of {cluster.hardware.drivers} jobs at a time (max_running_jobs)"
+            yield entry, Wait(said, "head")
+            continue
+        if (wait := without.get(entry.shape)) is None:
+            drivers += entry.on_head
+            here = rooms.take(entry.each, entry.workers)
+            if sum(here.values()) == entry.workers:
+                cluster.put(entry, here)
+                yield entry, None
+                continue
+            wait = without[entry.shape] = Wait(_lacks(entry, sum(here.values()), rooms), "room")
+            cluster.owe(entry, rooms, here)
+        yield entry, wait
 
 
 def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -> dict[str, float]:
@@ -209,7 +310,7 @@ def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -
         if not ends:
             break
         now, _, ended = heapq.heappop(ends)
-        cluster.used[ended.project].add(ended, -1)
+        cluster.remove(ended)
     return found
 
 
@@ -221,29 +322,47 @@ def giving_way(blocked: Entry, running: Iterable[Entry], cluster: Cluster) -> li
         running: that may be paused.
         cluster: without those that are about to stop.
     """
-    free, found = cluster.free, list[Entry]()
+    rooms, drivers, found = Rooms(cluster.rooms.nodes), cluster.drivers, list[Entry]()
 
-    def freed(entry: Entry, sign: int = 1) -> defaultdict[str, float]:
-        changed = defaultdict(float, free)
-        for name, need in entry.needs.items():
-            changed[name] += sign * need
-        return changed
+    def fits() -> bool:
+        places = rooms.take(blocked.each, blocked.workers)
+        rooms.change(blocked.each, places, 1)
+        full = blocked.on_head and cluster.head_is_full(drivers)
+        return sum(places.values()) == blocked.workers and not full
 
     lower = (entry for entry in running if entry.rank < blocked.rank)
     for entry in sorted(lower, key=lambda entry: (entry.rank, *(-part for part in entry.place))):
-        if not lacking(blocked, free):
+        if fits():
             break
         found.append(entry)
-        free = freed(entry)
-    if lacking(blocked, free):
+        cluster.give(entry, rooms, 1)
+        drivers -= entry.on_head
+    if not fits():
         return []
     for entry in [*found]:
-        if not lacking(blocked, less := freed(entry, -1)):
+        cluster.give(entry, rooms, -1)
+        drivers += entry.on_head
+        if fits():
             found.remove(entry)
-            free = less
+        else:
+            cluster.give(entry, rooms, 1)
+            drivers -= entry.on_head
     return found
 
 
-def lacking(entry: Entry, free: Mapping[str, float]) -> list[str]:
-    """Names of what there is too little of."""
-    return [name for name, need in entry.needs.items() if need > free[name] + EPS]
+def _free(rooms: Rooms, names: Iterable[str]) -> dict[str, float]:
+    """Of all nodes together."""
+    return {name: sum(max(0.0, node.get(name, 0.0)) for node in rooms.nodes) for name in names}
+
+
+def _lacks(entry: Entry, fit: int, rooms: Rooms) -> str:
+    """What there is too little of, all together or node by node; `rooms` are without the workers that fit."""
+    free = _free(rooms, entry.needs)
+    has = {name: free[name] + fit * need for name, need in entry.each.items()}
+    short = [f"{need:g} {name} ({has[name]:g} free)" for name, need in entry.needs.items() if need > has[name] + EPS]
+    return f"needs {' and '.join(short) or f'{_listed(entry)} (the nodes have room for {fit})'}"
+
+
+def _listed(entry: Entry) -> str:
+    each = " and ".join(f"{need:g} {name}" for name, need in entry.each.items())
+    return f"{entry.workers} workers of {each}" if entry.workers > 1 else each

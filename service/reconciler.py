@@ -129,12 +129,12 @@ class Reconciler:
         """Looks at every unfinished job once."""
         try:
             statuses = self._ray.statuses()
-            capacity = self._ray.capacity()
+            hardware = self._ray.hardware()
+            self._adopt()
         except Unavailable as error:
             self.ray_error = error.detail
             return
         self.ray_error = None
-        self._adopt()
         with self._store.session() as session:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
@@ -143,9 +143,10 @@ class Reconciler:
             states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
-        cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
+        running = {job.id: Entry.of(job, hardware) for job in active}
+        cluster = Cluster(hardware, quotas, running.values())
         unheld = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
-        queue = ordered(map(Entry.of, unheld), cluster)
+        queue = ordered((Entry.of(job, hardware) for job in unheld), cluster)
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
@@ -157,18 +158,18 @@ class Reconciler:
                 logger.info("job %s changed meanwhile; looked at again in the next round", job.id)
             except (ServiceError, ValueError, OSError) as error:
                 logger.warning("job %s: %s; tried again in the next round", job.id, error)
-        blocked = next((entry for entry, wait in verdicts if wait is not None and not wait.by_quota), None)
+        blocked = next((entry for entry, wait in verdicts if wait is not None and wait.kind in ("room", "head")), None)
         if self._settings.preemption and blocked is not None:
-            self._make_room(blocked, active, cluster)
+            self._make_room(blocked, active, running, cluster)
         self._deployments()
 
-    def _make_room(self, blocked: Entry, active: Sequence[Job], cluster: Cluster) -> None:
+    def _make_room(self, blocked: Entry, active: Sequence[Job], running: Mapping[str, Entry], cluster: Cluster) -> None:
         """Pauses jobs of lower priority for `blocked`, unless those that are about to stop are enough."""
         stopping = [job for job in active if job.state in ("PAUSING", "CANCELLING")]
         for job in stopping:
-            cluster.used[job.project].add(Entry.of(job), -1)
+            cluster.remove(running[job.id])
         others = {job.id: job for job in active if job not in stopping}
-        for entry in giving_way(blocked, map(Entry.of, others.values()), cluster):
+        for entry in giving_way(blocked, map(running.__getitem__, others), cluster):
             with suppress(StaleDataError), self._store.session() as session:
                 row = session.get(Job, others[entry.id].number)
                 assert row is not None
@@ -298,7 +299,7 @@ class Reconciler:
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
 
     def _adopt(self) -> None:
-        """Rows for runs that came by `ray job submit`."""
+        """Rows for runs that came by `ray job submit`, or by themselves: those are on another cluster."""
         if not self._settings.runs.is_dir():
             return
         new = set(os.listdir(self._settings.runs)) - self._known - self._unreadable  # noqa: PTH208 ten thousand names
@@ -306,6 +307,7 @@ class Reconciler:
             return
         with self._store.session() as session:
             self._known = set(session.scalars(sa.select(Job.id)))
+        here: Mapping[str, RayStatus] | None = None
         for path in (self._settings.runs / name for name in sorted(new - self._known)):
             run = RunFolder(path)
             try:
@@ -317,11 +319,14 @@ class Reconciler:
                 logger.warning("%s is not followed: %s", path, error)
                 self._unreadable.add(path.name)
                 continue
+            if here is None:
+                here = self._ray.statuses()  # anew: a run is known to Ray before it has a folder
+            ours = path.name in here
             job = Job(
                 id=path.name,
                 name=spec.name,
                 spec=spec.model_dump(mode="json"),
-                origin="ray",
+                origin="ray" if ours else "outside",
                 attempt=record.attempt,
                 created_at=record.started_at,
                 cpus=spec.resources.cpus,
@@ -329,7 +334,7 @@ class Reconciler:
                 custom=spec.resources.custom,
                 most_gpus=spec.resources.most_gpus,
             )
-            job.become("STARTING", "came by `ray job submit`")
+            job.become("STARTING", "came by `ray job submit`" if ours else "came by itself, on another cluster")
             with self._store.session() as session:
                 session.add(job)
             logger.info("job %s came by Ray and is followed from now on", path.name)
