@@ -125,7 +125,7 @@ class RayJobs:
         return [node.total for node in self.hardware().nodes]
 
     def hardware(self) -> Hardware:
-        """What there is and what of it is used; of a cluster that grows, all in one node: nobody knows the next ones."""
+        """What there is and what of it is used; of a cluster that grows, all in one node: nobody knows the next."""
         if self._hardware is None or time.monotonic() - self._hardware[0] > HARDWARE_TTL_S:
             import ray
             from ray._private.state import available_resources_per_node

@@ -54,7 +54,7 @@ class Job(Base):
     held: Mapped[bool] = mapped_column(default=False)  # until these have succeeded and it was checked
     project: Mapped[str] = mapped_column(sa.String(63), default=DEFAULT_PROJECT, index=True)
     owner: Mapped[str] = mapped_column(sa.String(80), default=LOCAL.name)  # the principal that submitted it
-    origin: Mapped[str] = mapped_column(sa.String(8))  # "rest"; "ray": by `ray job submit`; "outside": on another cluster
+    origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", "ray" (`ray job submit`), "outside" (another cluster)
     state: Mapped[JobState] = mapped_column(sa.String(16), index=True)
     attempt: Mapped[int] = mapped_column(default=0)
     stalled: Mapped[int] = mapped_column(default=0)  # attempts in a row without progress
