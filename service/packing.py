@@ -89,6 +89,16 @@ class Rooms:
             self._first.clear()
 
 
+def together(nodes: Sequence[Node]) -> Node:
+    """All of them as one, for which where a worker is does not matter."""
+    return Node(_sum([node.total for node in nodes]), _sum([node.used for node in nodes]))
+
+
+def _sum(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
 def workers_on(has: Mapping[str, float], each: Mapping[str, float]) -> int:
     """How many workers of `each`, which is not empty, there is room for."""
     return max(0, min(math.floor((has.get(name, 0.0) + EPS) / need) for name, need in each.items()))

@@ -11,12 +11,12 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from service.errors import Unavailable
-from service.packing import Hardware, Node, of_driver
+from service.packing import Hardware, Node, of_driver, together
 from service.settings import Settings
 from workloads import tracing
 from workloads.spec_any import read_spec
@@ -120,10 +120,6 @@ class RayJobs:
             return ""
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
-    def nodes(self) -> list[Mapping[str, float]]:
-        """Resources of each node, as of `hardware`."""
-        return [node.total for node in self.hardware().nodes]
-
     def hardware(self) -> Hardware:
         """What there is and what of it is used; of a cluster that grows, all in one node: nobody knows the next."""
         if self._hardware is None or time.monotonic() - self._hardware[0] > HARDWARE_TTL_S:
@@ -141,9 +137,9 @@ class RayJobs:
             drivers = ours.max_running_jobs or (drivers_on(nodes[0].total) if nodes else None)
             most = {"CPU": ours.cluster_cpus, "GPU": ours.cluster_gpus} | ours.cluster_custom
             if any(most.values()):
-                total = _sum([node.total for node in nodes])
-                total |= {name: max(total.get(name, 0.0), amount) for name, amount in most.items()}
-                nodes = [Node(total, _sum([node.used for node in nodes]))]
+                now = together(nodes)
+                grown = {name: max(now.total.get(name, 0.0), amount) for name, amount in most.items()}
+                nodes = [Node({**now.total, **grown}, now.used)]
             self._hardware = time.monotonic(), Hardware(nodes, drivers, self._grows)
         return self._hardware[1]
 
@@ -163,8 +159,3 @@ def drivers_on(node: Mapping[str, float]) -> int | None:
 def _used(total: Mapping[str, float], free: Mapping[str, float] | None) -> dict[str, float]:
     """Nothing of a node that joined this moment; Ray does not name what a node has nothing left of."""
     return {} if free is None else {name: amount - free.get(name, 0.0) for name, amount in total.items()}
-
-
-def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for node in nodes for name in node)
-    return {name: sum(node.get(name, 0.0) for node in nodes) for name in names}

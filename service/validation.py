@@ -158,7 +158,7 @@ class Validation:
         """A job that could never start; nothing is said of the cluster while Ray is away."""
         nodes: list[Mapping[str, float]] = []
         with suppress(Unavailable):
-            nodes = self._ray.nodes()
+            nodes = [node.total for node in self._ray.hardware().nodes]
         found = misfit(spec, nodes, project, self._projects.quota(project))
         return [] if found is None else [found]
 

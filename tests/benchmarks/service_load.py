@@ -57,11 +57,8 @@ class Engine:
                 del self._running[name]
         return dict(self._known)
 
-    def nodes(self) -> list[dict[str, float]]:
-        return [{"CPU": float(CPUS)}]
-
     def hardware(self) -> Hardware:
-        return Hardware([Node(total) for total in self.nodes()])
+        return Hardware([Node({"CPU": float(CPUS)})])
 
     def submit(self, job_id: str, attempt: int) -> None:
         name = submission_id(job_id, attempt)
