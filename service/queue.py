@@ -22,6 +22,8 @@ from service.packing import EPS, Hardware, Places, Rooms, of_driver, workers_on
 Priority = Literal["low", "normal", "high"]
 RANKS: dict[Priority, int] = {"low": -1, "normal": 0, "high": 1}
 
+ARRIVES_S = 30.0  # a job for which there is room holds it by then: a group of Ray Train is there after about 20 s
+
 Shape = tuple[int, tuple[tuple[str, float], ...]]
 
 
@@ -65,8 +67,8 @@ class Entry:
     on_head: bool = True
 
     @classmethod
-    def of(cls, job: Any, hardware: Hardware, seconds: float = math.inf) -> Entry:
-        """Of a `store.Job`, or a row with its columns and `resources` of its spec."""
+    def of(cls, job: Any, hardware: Hardware, now: float, seconds: float = math.inf) -> Entry:
+        """Of a `store.Job`, or a row with its columns and `resources` of its spec; `now` is since the epoch."""
         place = job.resumed_at or job.created_at, job.number
         needs = {name: need for name, need in {"CPU": job.cpus, "GPU": job.gpus, **job.custom}.items() if need}
         most_gpus = max(job.most_gpus, job.gpus)  # an older front end knows none of the first
@@ -77,7 +79,7 @@ class Entry:
         driver = of_driver(needs, most, grows=hardware.grows)
         trains_alone = most == 1 and not job.gpus
         held = driver if trains_alone else {name: need / least for name, need in needs.items()}
-        if job.state == "STARTING":
+        if job.state == "STARTING" and now - (job.submitted_at or 0.0) < ARRIVES_S:
             held = {}  # Ray may not have come to it
         return cls(job.id, job.project, job.rank, place, needs, most_gpus, seconds, least, held, on_head=not driver)
 

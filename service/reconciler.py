@@ -143,10 +143,11 @@ class Reconciler:
             states = {job_id: state for job_id, state in session.execute(of_parents)} if named else {}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
-        running = {job.id: Entry.of(job, hardware) for job in active}
+        now = self._clock()
+        running = {job.id: Entry.of(job, hardware, now) for job in active}
         cluster = Cluster(hardware, quotas, running.values())
         unheld = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
-        queue = ordered((Entry.of(job, hardware) for job in unheld), cluster)
+        queue = ordered((Entry.of(job, hardware, now) for job in unheld), cluster)
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:

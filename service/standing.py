@@ -92,12 +92,14 @@ class Standing:
         except Unavailable as error:
             away = error.detail
         waiting = [
-            Entry.of(row, hardware, _seconds(row, seconds))
+            Entry.of(row, hardware, self._read_at, _seconds(row, seconds))
             for row in rows
             if row.state == "QUEUED" and not row.held and row.cpus
         ]
         running = [
-            Entry.of(row, hardware, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE and row.cpus
+            Entry.of(row, hardware, self._read_at, self._remaining(row, seconds))
+            for row in rows
+            if row.state in ACTIVE and row.cpus
         ]
         queue = ordered(waiting, Cluster(hardware, quotas, running))
         waits = {entry.id: wait for entry, wait in admitted(queue, Cluster(hardware, quotas, running)) if wait}

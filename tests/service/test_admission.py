@@ -17,7 +17,8 @@ def entry(number: int, workers: int = 1, gpus: float = 0, **more: Any) -> Entry:
     """Of workers of `cpus` CPUs and so many GPUs each; running ones are seen by Ray."""
     each = {"CPU": more.pop("cpus", 1.0)} | ({"GPU": gpus} if gpus else {})
     needs = {name: workers * need for name, need in each.items()}
-    usual = {"id": f"j{number}", "project": "a", "rank": 0, "place": (0.0, number), "most_gpus": workers * gpus}
+    usual: dict[str, Any] = {"id": f"j{number}", "project": "a", "rank": 0, "place": (0.0, number)}
+    usual |= {"most_gpus": workers * gpus}
     return Entry(**(usual | {"needs": needs, "workers": workers, "held": each} | more))
 
 
@@ -106,12 +107,12 @@ def test_on_its_own_cluster_a_job_holds_its_quota_and_nothing_here() -> None:
         **{"origin": "outside", "submitted_at": None},
     )
     hardware = Hardware(nodes(0), drivers=1)
-    cluster = Cluster(hardware, {"a": Quota(gpus=12)}, [Entry.of(row, hardware)])
+    cluster = Cluster(hardware, {"a": Quota(gpus=12)}, [Entry.of(row, hardware, 0.0)])
     assert cluster.free == {"CPU": 16, "GPU": 8} and cluster.drivers == 0
     assert waits([entry(2, gpus=8), entry(3, gpus=4)], cluster) == ["quota", "quota"]
     assert waits([entry(2, gpus=4)], cluster) == [None]
     row.submitted_at = 9.0  # it was resumed here
-    assert Cluster(hardware, {}, [Entry.of(row, hardware)]).free == {"CPU": 8, "GPU": 0}
+    assert Cluster(hardware, {}, [Entry.of(row, hardware, 0.0)]).free == {"CPU": 8, "GPU": 0}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,14 @@ def test_where_the_driver_is(grows: bool, asked: Any, held: dict[str, float], on
         **{"cpus": 4.0, "gpus": 0.0, "custom": {}, "most_gpus": 0.0, "resources": asked},
         **{"origin": "rest", "submitted_at": 1.0},
     )
-    found = Entry.of(row, Hardware([], grows=grows))
+    found = Entry.of(row, Hardware([], grows=grows), 100.0)
     assert (found.held, found.on_head) == (held, on_head)
+
+
+@pytest.mark.parametrize(("age_s", "held"), [(5.0, {}), (60.0, {"CPU": 2.0})])
+def test_a_job_that_starts_is_not_seen_at_once(age_s: float, held: dict[str, float]) -> None:
+    starting = job(state="STARTING", cpus=4.0, resources={"workers": 2}, submitted_at=100.0)
+    assert Entry.of(starting, Hardware([]), 100.0 + age_s).held == held
 
 
 SIZES = st.sampled_from([1.0, 2.0, 3.0, 5.0])
