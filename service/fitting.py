@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.packing import EPS, workers_on
-from service.queue import Quota
+from service.usage import Quota
 from workloads.preflight import Problem
 from workloads.spec_any import AnySpec
 from workloads.spec_training import Resources

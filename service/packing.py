@@ -49,6 +49,10 @@ class Rooms:
         self.nodes = [dict(node) for node in nodes]
         self._first: dict[tuple[tuple[str, float], ...], int] = {}  # node that may have room, by what is asked of it
 
+    def free(self, names: Iterable[str]) -> dict[str, float]:
+        """Of all nodes together."""
+        return {name: sum(max(0.0, node.get(name, 0.0)) for node in self.nodes) for name in names}
+
     def take(self, each: Mapping[str, float], workers: int) -> Places:
         """Takes room for as many of the workers as there is any for, in the order of the nodes."""
         places: Places = {}

@@ -22,12 +22,13 @@ from service.lead import Lead
 from service.logs import Wanted, part
 from service.observe.rounds import Rounds
 from service.projects import quota_of
-from service.queue import Cluster, Entry, admitted, giving_way, ordered
+from service.queue import admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.releases import Releases
 from service.settings import Settings
 from service.store import ACTIVE, SETTLED, TERMINAL, Job, JobState, Project, Store
+from service.usage import Cluster, Entry
 from workloads import preflight, tracing
 from workloads.log_file import append
 from workloads.log_lines import about

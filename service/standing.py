@@ -14,9 +14,10 @@ from service.errors import Unavailable
 from service.fitting import misfit
 from service.packing import Hardware, together
 from service.projects import quota_of
-from service.queue import Cluster, Entry, Quota, admitted, ordered, starts
+from service.queue import admitted, ordered, starts
 from service.ray_jobs import RayJobs
 from service.store import ACTIVE, Job, Project, Store
+from service.usage import Cluster, Entry, Quota
 from workloads.spec_any import parse_spec
 
 FRESH_S = 2.0  # an answer may be so old: a long list of jobs reads the queue once
@@ -65,16 +66,18 @@ class Standing:
         if job.id not in places:
             return {"position": None, "length": len(places), "expected_start": None, "reason": "came this moment"}
         place = places[job.id]
-        return {**place, "reason": self._too_large(job)} if place and job.id in self._misfits else place
+        if place and job.id in self._misfits:
+            return {**place, "reason": self._too_large(job) or place["reason"]}
+        return place
 
     def _too_large(self, job: Job) -> str | None:
         """What could be changed about a job for which there would be no room if nothing ran; worked out when asked."""
         nodes, quota = [node.total for node in self._hardware.nodes], self._quotas.get(job.project, Quota())
-        problem = misfit(parse_spec(job.spec), nodes, job.project, quota)
-        if problem is None:
+        try:
+            problem = misfit(parse_spec(job.spec), nodes, job.project, quota)
+        except ValueError:  # of an older version
             return None
-        said = f"{problem.message}, so others pass it until that changes"
-        return f"{said}; {problem.hint}" if problem.hint else said
+        return f"{problem.message}, so others pass it until that changes; {problem.hint}" if problem else None
 
     def _read(self) -> dict[str, Place]:
         with self._store.session() as session:

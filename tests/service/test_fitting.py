@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.fitting import misfit
-from service.queue import Quota
+from service.usage import Quota
 from tests.service.world import BODY
 from workloads.spec import JobSpec
 from workloads.spec_search import SearchSpec
