@@ -28,7 +28,7 @@ COLUMNS = (
     *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload, Job.origin),
     *(Job.created_at, Job.resumed_at, Job.submitted_at, Job.started_at),
     *(Job.cpus, Job.gpus, Job.custom, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
-    Job.spec["resources"].label("resources"),
+    Job.spec[("resources", "workers")].label("workers"),
 )
 
 

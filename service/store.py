@@ -86,9 +86,9 @@ class Job(Base):
     __mapper_args__ = {"version_id_col": revision}  # two writers of one row: the second fails and looks again
 
     @property
-    def resources(self) -> dict[str, Any] | None:
-        """That its spec asks for; None: a deployment."""
-        found: dict[str, Any] | None = self.spec.get("resources")
+    def workers(self) -> int | list[int] | None:
+        """That its spec asks for, or [least, most]; None: a deployment."""
+        found: int | list[int] | None = self.spec.get("resources", {}).get("workers")
         return found
 
     def become(self, state: JobState, message: str) -> None:

@@ -45,13 +45,13 @@ class Entry:
 
     @classmethod
     def of(cls, job: Any, hardware: Hardware, now: float, seconds: float = math.inf) -> Entry:
-        """Of a `store.Job`, or a row with its columns and `resources` of its spec; `now` is since the epoch."""
+        """Of a `store.Job`, or a row with its columns and `workers` of its spec; `now` is since the epoch."""
         place = job.resumed_at or job.created_at, job.number
         needs = {name: need for name, need in {"CPU": job.cpus, "GPU": job.gpus, **job.custom}.items() if need}
         most_gpus = max(job.most_gpus, job.gpus)  # an older front end knows none of the first
         if job.origin == "outside" and job.submitted_at is None:  # and was never resumed here
             return cls(job.id, job.project, job.rank, place, {}, most_gpus, seconds, 0, {}, on_head=False)
-        asked = (job.resources or {}).get("workers", 1)
+        asked = job.workers or 1
         least, most = asked if isinstance(asked, list) else (asked, asked)
         driver = of_driver(needs, most, grows=hardware.grows)
         trains_alone = most == 1 and not job.gpus

@@ -36,7 +36,7 @@ def job(**columns: Any) -> SimpleNamespace:
     """A row that runs."""
     usual: dict[str, Any] = {"id": "k", "project": "a", "rank": 0, "number": 1, "state": "RUNNING", "origin": "rest"}
     usual |= {"resumed_at": None, "created_at": 0.0, "submitted_at": 1.0, "cpus": 1.0, "gpus": 0.0, "most_gpus": 0.0}
-    return SimpleNamespace(**(usual | {"custom": {}, "resources": {}} | columns))
+    return SimpleNamespace(**(usual | {"custom": {}, "workers": 1} | columns))
 
 
 def test_a_worker_has_room_on_one_node_or_none() -> None:
@@ -94,19 +94,7 @@ def test_the_head_holds_so_many_drivers() -> None:
 
 
 def test_on_its_own_cluster_a_job_holds_its_quota_and_nothing_here() -> None:
-    row = SimpleNamespace(
-        **{
-            "id": "k",
-            "project": "a",
-            "rank": 0,
-            "resumed_at": None,
-            "created_at": 0.0,
-            "number": 1,
-            "state": "RUNNING",
-        },
-        **{"cpus": 8.0, "gpus": 8.0, "custom": {}, "most_gpus": 8.0, "resources": {"workers": 8}},
-        **{"origin": "outside", "submitted_at": None},
-    )
+    row = job(cpus=8.0, gpus=8.0, most_gpus=8.0, workers=8, origin="outside", submitted_at=None)
     hardware = Hardware(nodes(0), drivers=1)
     cluster = Cluster(hardware, {"a": Quota(gpus=12)}, [Entry.of(row, hardware, 0.0)])
     assert cluster.free == {"CPU": 16, "GPU": 8} and cluster.drivers == 0
@@ -119,34 +107,21 @@ def test_on_its_own_cluster_a_job_holds_its_quota_and_nothing_here() -> None:
 @pytest.mark.parametrize(
     ("grows", "asked", "held", "on_head"),
     [
-        (False, {"workers": 1}, {}, True),  # the driver trains, on the head
-        (True, {"workers": 1}, {"CPU": 4.0}, False),
-        (False, {"workers": [1, 2]}, {"CPU": 4.0}, True),
-        (True, {"workers": 2}, {"CPU": 2.0}, True),
+        (False, 1, {}, True),  # the driver trains, on the head
+        (True, 1, {"CPU": 4.0}, False),
+        (False, [1, 2], {"CPU": 4.0}, True),
+        (True, 2, {"CPU": 2.0}, True),
         (True, None, {"CPU": 4.0}, False),
     ],
 )
 def test_where_the_driver_is(grows: bool, asked: Any, held: dict[str, float], on_head: bool) -> None:
-    row = SimpleNamespace(
-        **{
-            "id": "k",
-            "project": "a",
-            "rank": 0,
-            "resumed_at": None,
-            "created_at": 0.0,
-            "number": 1,
-            "state": "RUNNING",
-        },
-        **{"cpus": 4.0, "gpus": 0.0, "custom": {}, "most_gpus": 0.0, "resources": asked},
-        **{"origin": "rest", "submitted_at": 1.0},
-    )
-    found = Entry.of(row, Hardware([], grows=grows), 100.0)
+    found = Entry.of(job(cpus=4.0, workers=asked), Hardware([], grows=grows), 100.0)
     assert (found.held, found.on_head) == (held, on_head)
 
 
 @pytest.mark.parametrize(("age_s", "held"), [(5.0, {}), (60.0, {"CPU": 2.0})])
 def test_a_job_that_starts_is_not_seen_at_once(age_s: float, held: dict[str, float]) -> None:
-    starting = job(state="STARTING", cpus=4.0, resources={"workers": 2}, submitted_at=100.0)
+    starting = job(state="STARTING", cpus=4.0, workers=2, submitted_at=100.0)
     assert Entry.of(starting, Hardware([]), 100.0 + age_s).held == held
 
 
