@@ -98,7 +98,9 @@ class JobView(TypedDict):
     method: Annotated[str | None, Field(description="null: it does not train.")]
     search: Annotated[str | None, Field(description="null: it does not search.")]
     deploy: Annotated[str | None, Field(description="The model that it deploys; null: it does not.")]
-    origin: Annotated[str, Field(description="`rest`, or `ray`: it came by `ray job submit`.")]
+    origin: Annotated[
+        str, Field(description="`rest`; `ray`: by `ray job submit`; `outside`: by `manta submit --k8s`, or by hand.")
+    ]
     created_at: str
     started_at: str | None
     finished_at: str | None

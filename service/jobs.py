@@ -25,6 +25,7 @@ from service.events import START, read_events
 from service.job_views import Comparison, EventView, JobView, QueueView
 from service.patches import differences
 from service.principal import ALL
+from service.projects import expect_room
 from service.registry import Registry
 from service.settings import Settings
 from service.standing import Place, Standing
@@ -84,6 +85,7 @@ class Jobs:
 
         Raises:
             Conflict: it is finished, or still about to stop, or `max_duration` is over already.
+            TooMany: it had ended, and its project has as many unfinished jobs as it may.
         """
         job = self.get(job_id)
         if max_duration is not None and is_deploy(job.spec):
@@ -120,6 +122,9 @@ class Jobs:
                         row.resumed_at = _now()
                     if max_duration is not None:
                         row.spec = row.spec | {"max_duration": max_duration}
+                    if job.state in TERMINAL and state not in TERMINAL:
+                        session.flush()
+                        expect_room(session, row.project)
             except StaleDataError:
                 continue  # the reconciler wrote at the same moment: look again
             self._wake()
@@ -130,6 +135,7 @@ class Jobs:
 
         Raises:
             Conflict: it succeeded, is paused, or about to stop.
+            TooMany: its project has as many unfinished jobs as it may.
         """
         return self._ask(job_id, RETRY)
 

@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 
 from service.errors import Conflict, Forbidden, TooMany
 from service.principal import ALL, Principal
-from service.queue import Quota
 from service.store import ACTIVE, TERMINAL, Job, Project, Store
 from service.tokens import no_such_project
+from service.usage import Quota
 
 
 class Used(TypedDict):

@@ -3,7 +3,8 @@
 Of the jobs that wait the one goes first whose priority is highest; among those one of the project that uses least of
 the cluster for its share (of CPUs, GPUs or others, whichever is most: dominant resource fairness, NSDI 2011); among
 those the one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can
-take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster.
+take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster. One
+that would not fit if the cluster were empty keeps nothing of either: nothing that ends makes room for it.
 """
 
 from __future__ import annotations
@@ -11,122 +12,26 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from service.packing import EPS, Rooms
+from service.usage import Cluster, Entry, Shape
 
 Priority = Literal["low", "normal", "high"]
 RANKS: dict[Priority, int] = {"low": -1, "normal": 0, "high": 1}
 
-EPS = 1e-6  # of a GPU: sums of fractions
-
 
 class Wait(NamedTuple):
-    """Why an entry does not start: there is no room, or the quota of its project is used."""
+    """Why an entry does not start.
+
+    `misfit`: no cluster or quota of this size will ever hold it; `quota`: that of its project is used; `head`: which
+    holds no more drivers; `room`: there is none on the nodes.
+    """
 
     reason: str
-    by_quota: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What the queue knows of a job.
-
-    Attributes:
-        id: of the job.
-        project: whose it is.
-        rank: of its priority; more is sooner.
-        place: when it came, and its number.
-        needs: to start, by the names of Ray.
-        most_gpus: that it may grow to; what quotas count.
-        seconds: how long it will run, or goes on running; inf: nobody knows.
-    """
-
-    id: str
-    project: str
-    rank: int
-    place: tuple[float, int]
-    needs: Mapping[str, float]
-    most_gpus: float
-    seconds: float = math.inf
-
-    @classmethod
-    def of(cls, job: Any, seconds: float = math.inf) -> Entry:
-        """Of a `store.Job`, or a row with its columns."""
-        place = job.resumed_at or job.created_at, job.number
-        needs = {name: need for name, need in {"CPU": job.cpus, "GPU": job.gpus, **job.custom}.items() if need}
-        most_gpus = max(job.most_gpus, job.gpus)  # an older front end knows none of the first
-        return cls(job.id, job.project, job.rank, place, needs, most_gpus, seconds)
-
-
-@dataclass(frozen=True)
-class Quota:
-    """Of a project; None: no limit.
-
-    Attributes:
-        gpus: that its running jobs may have together.
-        running: jobs at a time.
-        share: of the cluster, beside those of others.
-    """
-
-    gpus: float | None = None
-    running: int | None = None
-    share: float = 1.0
-
-
-@dataclass
-class Use:
-    """What the running jobs of a project have."""
-
-    has: Counter[str] = field(default_factory=Counter)
-    most_gpus: float = 0.0
-    running: int = 0
-
-    def add(self, entry: Entry, sign: int = 1) -> None:
-        for name, need in entry.needs.items():
-            self.has[name] += sign * need  # type: ignore[assignment]  # typeshed counts by int
-        self.most_gpus += sign * entry.most_gpus
-        self.running += sign
-
-
-@dataclass
-class Cluster:
-    """What there is, and who uses what of it.
-
-    Attributes:
-        total: by the names of Ray, or what an autoscaler may add to.
-        quotas: of projects that have one.
-        used: by project.
-    """
-
-    total: Mapping[str, float]
-    quotas: Mapping[str, Quota] = field(default_factory=dict)
-    used: defaultdict[str, Use] = field(default_factory=lambda: defaultdict(Use))
-
-    @classmethod
-    def running(cls, total: Mapping[str, float], quotas: Mapping[str, Quota], entries: Iterable[Entry]) -> Cluster:
-        """The cluster with these on it."""
-        cluster = cls(total, quotas)
-        for entry in entries:
-            cluster.used[entry.project].add(entry)
-        return cluster
-
-    @property
-    def free(self) -> defaultdict[str, float]:
-        free = defaultdict(float, self.total)
-        for use in self.used.values():
-            for name, amount in use.has.items():
-                free[name] -= amount
-        return free
-
-    def load(self, project: str, use: Use) -> float:
-        """Dominant part of the cluster that a project uses, for its share."""
-        parts = (amount / max(self.total.get(name, 0.0), EPS) for name, amount in use.has.items())
-        return max(parts, default=0.0) / self.quota(project).share
-
-    def quota(self, project: str) -> Quota:
-        return self.quotas.get(project, Quota())
+    kind: Literal["misfit", "quota", "head", "room"]
 
 
 def ordered(waiting: Iterable[Entry], cluster: Cluster) -> list[Entry]:
@@ -164,24 +69,42 @@ def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, 
         queue: by `ordered`.
         cluster: changed as entries start.
     """
-    free, promised = cluster.free, Counter[str]()  # GPUs of the quotas of projects, to those that wait for them
+    rooms, drivers = Rooms(cluster.rooms.nodes), cluster.drivers  # without what those that wait keep
+    promised = Counter[str]()  # GPUs of the quotas of projects, to those that wait for them
+    without = dict[Shape, Wait]()  # room: rooms only shrink, so the next one of a shape need not look
     for entry in queue:
         use, quota = cluster.used[entry.project], cluster.quota(entry.project)
+        if not cluster.holds(entry):
+            said = f"needs {_listed(entry)}, for which there would be no room if nothing ran here"
+            yield entry, Wait(said, "misfit")
+            continue
+        if quota.gpus is not None and entry.most_gpus > quota.gpus + EPS:
+            said = f"may have {entry.most_gpus:g} GPUs, project {entry.project} no more than {quota.gpus:g}"
+            yield entry, Wait(said, "misfit")
+            continue
         if quota.running is not None and use.running >= quota.running:
-            yield entry, Wait(f"project {entry.project} runs {use.running} jobs, as many as it may", by_quota=True)
+            yield entry, Wait(f"project {entry.project} runs {use.running} jobs, as many as it may", "quota")
             continue
         most = use.most_gpus + promised[entry.project] + entry.most_gpus
         if quota.gpus is not None and entry.most_gpus and most > quota.gpus + EPS:
             promised[entry.project] += entry.most_gpus  # type: ignore[assignment]  # typeshed counts by int
             said = f"project {entry.project} has {use.most_gpus:g} of the {quota.gpus:g} GPUs that it may have"
-            yield entry, Wait(said, by_quota=True)
+            yield entry, Wait(said, "quota")
             continue
-        lacks = [f"{entry.needs[name]:g} {name} ({max(0.0, free[name]):g} free)" for name in lacking(entry, free)]
-        for name, need in entry.needs.items():
-            free[name] -= need
-        if not lacks:
-            use.add(entry)
-        yield entry, Wait(f"needs {' and '.join(lacks)}", by_quota=False) if lacks else None
+        if entry.on_head and cluster.head_is_full(drivers):
+            said = f"the head holds the drivers of {cluster.hardware.drivers} jobs at a time (max_running_jobs)"
+            yield entry, Wait(said, "head")
+            continue
+        if (wait := without.get(entry.shape)) is None:
+            drivers += entry.on_head
+            here = rooms.take(entry.each, entry.workers)
+            if sum(here.values()) == entry.workers:
+                cluster.put(entry, here)
+                yield entry, None
+                continue
+            wait = without[entry.shape] = Wait(_lacks(entry, sum(here.values()), rooms), "room")
+            cluster.owe(entry, rooms, here)
+        yield entry, wait
 
 
 def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -> dict[str, float]:
@@ -209,7 +132,7 @@ def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -
         if not ends:
             break
         now, _, ended = heapq.heappop(ends)
-        cluster.used[ended.project].add(ended, -1)
+        cluster.remove(ended)
     return found
 
 
@@ -221,29 +144,42 @@ def giving_way(blocked: Entry, running: Iterable[Entry], cluster: Cluster) -> li
         running: that may be paused.
         cluster: without those that are about to stop.
     """
-    free, found = cluster.free, list[Entry]()
+    rooms, drivers, found = Rooms(cluster.rooms.nodes), cluster.drivers, list[Entry]()
 
-    def freed(entry: Entry, sign: int = 1) -> defaultdict[str, float]:
-        changed = defaultdict(float, free)
-        for name, need in entry.needs.items():
-            changed[name] += sign * need
-        return changed
+    def fits() -> bool:
+        places = rooms.take(blocked.each, blocked.workers)
+        rooms.change(blocked.each, places, 1)
+        full = blocked.on_head and cluster.head_is_full(drivers)
+        return sum(places.values()) == blocked.workers and not full
 
     lower = (entry for entry in running if entry.rank < blocked.rank)
     for entry in sorted(lower, key=lambda entry: (entry.rank, *(-part for part in entry.place))):
-        if not lacking(blocked, free):
+        if fits():
             break
         found.append(entry)
-        free = freed(entry)
-    if lacking(blocked, free):
+        cluster.give(entry, rooms, 1)
+        drivers -= entry.on_head
+    if not fits():
         return []
     for entry in [*found]:
-        if not lacking(blocked, less := freed(entry, -1)):
+        cluster.give(entry, rooms, -1)
+        drivers += entry.on_head
+        if fits():
             found.remove(entry)
-            free = less
+        else:
+            cluster.give(entry, rooms, 1)
+            drivers -= entry.on_head
     return found
 
 
-def lacking(entry: Entry, free: Mapping[str, float]) -> list[str]:
-    """Names of what there is too little of."""
-    return [name for name, need in entry.needs.items() if need > free[name] + EPS]
+def _lacks(entry: Entry, fit: int, rooms: Rooms) -> str:
+    """What there is too little of, all together or node by node; `rooms` are without the workers that fit."""
+    free = rooms.free(entry.needs)
+    has = {name: free[name] + fit * need for name, need in entry.each.items()}
+    short = [f"{need:g} {name} ({has[name]:g} free)" for name, need in entry.needs.items() if need > has[name] + EPS]
+    return f"needs {' and '.join(short) or f'{_listed(entry)} (the nodes have room for {fit})'}"
+
+
+def _listed(entry: Entry) -> str:
+    each = " and ".join(f"{need:g} {name}" for name, need in entry.each.items())
+    return f"{entry.workers} workers of {each}" if entry.workers > 1 else each

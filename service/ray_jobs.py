@@ -11,11 +11,12 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from service.errors import Unavailable
+from service.packing import Hardware, Node, of_driver, together
 from service.settings import Settings
 from workloads import tracing
 from workloads.spec_any import read_spec
@@ -23,7 +24,12 @@ from workloads.spec_any import read_spec
 logger = logging.getLogger(__name__)
 
 RayStatus = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
-CAPACITY_TTL_S = 5.0
+HARDWARE_TTL_S = 0.5  # a round asks once; a burst of submissions seldom more often
+GIB = 1 << 30
+DRIVER_GIB = 0.46  # resident, of a job that trains on workers, after its imports: measured (cluster/README.md)
+HEAD_GIB = 3.0  # of Ray's control plane and the front end, as 8 GiB hold about ten drivers
+HEAD_SHARE = 0.4  # at most, of a small head
+HEAD = "node:__internal_head__"  # the resource by which Ray marks it
 TAIL_LINES = 30
 
 
@@ -41,7 +47,7 @@ class RayJobs:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._client: Any = None
-        self._nodes: tuple[float, list[dict[str, float]]] | None = None
+        self._hardware: tuple[float, Hardware] | None = None
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -95,15 +101,11 @@ class RayJobs:
                 raise  # else the answer was lost, not the job
 
     def _reserved(self, spec: Path) -> dict[str, Any]:
-        """What the driver needs when it is the one that trains: custom resources, and cores.
-
-        Its cores only where the cluster grows, since there the head gives out none.
-        """
+        """What the driver needs when it is the one that trains."""
         resources = read_spec(spec).resources
-        if resources.max_workers > 1 or resources.gpus:
-            return {}
-        cores = resources.cpus if self._settings.cluster_cpus else None
-        return {"entrypoint_num_cpus": cores, "entrypoint_resources": resources.custom or None}
+        needs = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
+        asked = of_driver(needs, resources.max_workers, grows=self._grows)
+        return {"entrypoint_num_cpus": asked.pop("CPU", None), "entrypoint_resources": asked or None}
 
     def stop(self, job_id: str, attempt: int) -> None:
         """SIGTERM, and SIGKILL after the grace; an attempt that Ray does not know is stopped already."""
@@ -118,31 +120,42 @@ class RayJobs:
             return ""
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
-    def nodes(self) -> list[dict[str, float]]:
-        """Resources of each node; of a cluster that grows, whose next nodes nobody knows, all in one.
-
-        Asked at most every few seconds.
-        """
-        if self._nodes is None or time.monotonic() - self._nodes[0] > CAPACITY_TTL_S:
+    def hardware(self) -> Hardware:
+        """What there is and what of it is used; of a cluster that grows, all in one node: nobody knows the next."""
+        if self._hardware is None or time.monotonic() - self._hardware[0] > HARDWARE_TTL_S:
             import ray
+            from ray._private.state import available_resources_per_node
 
             try:
-                found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                found = [node for node in ray.nodes() if node["Alive"]]
+                free = available_resources_per_node()
             except Exception as error:  # ray raises SystemError, ConnectionError and RaySystemError here
                 raise Unavailable(f"Ray's resources are not known: {error}") from error
+            found.sort(key=lambda node: HEAD not in node["Resources"])  # it first, where drivers run
+            nodes = [Node(node["Resources"], _used(node["Resources"], free.get(node["NodeID"]))) for node in found]
             ours = self._settings
+            drivers = ours.max_running_jobs or (drivers_on(nodes[0].total) if nodes else None)
             most = {"CPU": ours.cluster_cpus, "GPU": ours.cluster_gpus} | ours.cluster_custom
             if any(most.values()):
-                total = _sum(found)
-                found = [total | {name: max(total.get(name, 0.0), amount) for name, amount in most.items()}]
-            self._nodes = time.monotonic(), found
-        return self._nodes[1]
+                now = together(nodes)
+                grown = {name: max(now.total.get(name, 0.0), amount) for name, amount in most.items()}
+                nodes = [Node({**now.total, **grown}, now.used)]
+            self._hardware = time.monotonic(), Hardware(nodes, drivers, self._grows)
+        return self._hardware[1]
 
-    def capacity(self) -> dict[str, float]:
-        """CPUs, GPUs and the rest of the whole cluster, or what it may grow to."""
-        return _sum(self.nodes())
+    @property
+    def _grows(self) -> bool:
+        return self._settings.cluster_cpus > 0
 
 
-def _sum(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for node in nodes for name in node)
-    return {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
+def drivers_on(node: Mapping[str, float]) -> int | None:
+    """How many drivers the memory holds that Ray has on this node; None where it is not the head."""
+    if HEAD not in node or "memory" not in node:
+        return None
+    memory = node["memory"] / GIB
+    return max(1, int((memory - min(HEAD_GIB, HEAD_SHARE * memory)) / DRIVER_GIB))
+
+
+def _used(total: Mapping[str, float], free: Mapping[str, float] | None) -> dict[str, float]:
+    """Nothing of a node that joined this moment; Ray does not name what a node has nothing left of."""
+    return {} if free is None else {name: amount - free.get(name, 0.0) for name, amount in total.items()}

@@ -25,12 +25,13 @@ from service.lead import Lead
 from service.logs import Wanted, part
 from service.observe.rounds import Rounds
 from service.projects import quota_of
-from service.queue import Cluster, Entry, admitted, giving_way, ordered
+from service.queue import admitted, giving_way, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.releases import Releases
 from service.settings import Settings
 from service.store import ACTIVE, AWAY, LONGEST_ID, SETTLED, TERMINAL, Job, JobState, Project, Store
+from service.usage import Cluster, Entry
 from workloads import preflight, tracing
 from workloads.log_file import append
 from workloads.log_lines import about
@@ -138,12 +139,12 @@ class Reconciler:
         """Looks at every unfinished job once."""
         try:
             statuses = self._ray.statuses()
-            capacity = self._ray.capacity()
+            hardware = self._ray.hardware()
+            self._adopt()
         except Unavailable as error:
             self.ray_error = error.detail
             return
         self.ray_error = None
-        self._adopt()
         with self._store.session() as session:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
@@ -151,9 +152,11 @@ class Reconciler:
             states = _states(session, sorted(named))
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
-        cluster = Cluster.running(capacity, quotas, map(Entry.of, active))
+        now = self._clock()
+        running = {job.id: Entry.of(job, hardware, now) for job in active}
+        cluster = Cluster(hardware, quotas, running.values())
         unheld = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
-        queue = ordered(map(Entry.of, unheld), cluster)
+        queue = ordered((Entry.of(job, hardware, now) for job in unheld), cluster)
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
@@ -168,18 +171,18 @@ class Reconciler:
             except Exception as error:  # whatever it is, it is this job's alone
                 self._tell(job, error)
         self._checks.keep({job.id for job in jobs if job.held})
-        blocked = next((entry for entry, wait in verdicts if wait is not None and not wait.by_quota), None)
+        blocked = next((entry for entry, wait in verdicts if wait is not None and wait.kind in ("room", "head")), None)
         if self._settings.preemption and blocked is not None:
-            self._make_room(blocked, active, cluster)
+            self._make_room(blocked, active, running, cluster)
         self._deployments()
 
-    def _make_room(self, blocked: Entry, active: Sequence[Job], cluster: Cluster) -> None:
+    def _make_room(self, blocked: Entry, active: Sequence[Job], running: Mapping[str, Entry], cluster: Cluster) -> None:
         """Pauses jobs of lower priority for `blocked`, unless those that are about to stop are enough."""
         stopping = [job for job in active if job.state in ("PAUSING", "CANCELLING")]
         for job in stopping:
-            cluster.used[job.project].add(Entry.of(job), -1)
+            cluster.remove(running[job.id])
         others = {job.id: job for job in active if job not in stopping}
-        for entry in giving_way(blocked, map(Entry.of, others.values()), cluster):
+        for entry in giving_way(blocked, map(running.__getitem__, others), cluster):
             with suppress(StaleDataError), self._store.session() as session:
                 row = session.get(Job, others[entry.id].number)
                 assert row is not None
@@ -322,7 +325,7 @@ class Reconciler:
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
 
     def _adopt(self) -> None:
-        """Rows for runs that came by `ray job submit`."""
+        """Rows for runs that came by `ray job submit`, or by themselves: those are on another cluster."""
         if not self._settings.runs.is_dir():
             return
         new = set(os.listdir(self._settings.runs)) - self._known - self._unreadable  # noqa: PTH208 ten thousand names
@@ -330,6 +333,7 @@ class Reconciler:
             return
         with self._store.session() as session:
             self._known = set(session.scalars(sa.select(Job.id)))
+        here: Mapping[str, RayStatus] | None = None
         for path in (self._settings.runs / name for name in sorted(new - self._known)):
             run = RunFolder(path)
             try:
@@ -337,15 +341,17 @@ class Reconciler:
                 if record is None or not run.spec.exists():
                     continue  # no run yet, or none at all
                 spec = spec_of(run)
-                self._follow(path.name, spec, record)
-            except AWAY:
+                if here is None:
+                    here = self._ray.statuses()  # anew: a run is known to Ray before it has a folder
+                self._follow(path.name, spec, record, ours=path.name in here)
+            except (Unavailable, *AWAY):
                 raise
             except Exception as error:  # one such folder must not keep the others from their round
                 logger.warning("%s is not followed: %s", ascii(str(path)), brief(error))
                 self._unreadable.add(path.name)
 
-    def _follow(self, job_id: str, spec: AnySpec, record: Record) -> None:
-        """A row for a run that came by `ray job submit`."""
+    def _follow(self, job_id: str, spec: AnySpec, record: Record, *, ours: bool) -> None:
+        """A row for a run that this cluster's Ray knows, or that works on another one."""
         if len(job_id) > LONGEST_ID:
             raise ValueError(
                 f"got a name of {len(job_id)} characters, expected at most {LONGEST_ID}; use a shorter one"
@@ -354,7 +360,7 @@ class Reconciler:
             id=job_id,
             name=spec.name,
             spec=spec.model_dump(mode="json"),
-            origin="ray",
+            origin="ray" if ours else "outside",
             attempt=record.attempt,
             created_at=record.started_at,
             cpus=spec.resources.cpus,
@@ -362,10 +368,10 @@ class Reconciler:
             custom=spec.resources.custom,
             most_gpus=spec.resources.most_gpus,
         )
-        job.become("STARTING", "came by `ray job submit`")
+        job.become("STARTING", "came by `ray job submit`" if ours else "came by itself, on another cluster")
         with self._store.session() as session:
             session.add(job)
-        logger.info("job %s came by Ray and is followed from now on", job_id)
+        logger.info("job %s %s and is followed from now on", job_id, "came by Ray" if ours else "is of another cluster")
 
 
 def _states(session: Session, job_ids: Sequence[str]) -> dict[str, JobState]:

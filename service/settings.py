@@ -38,6 +38,7 @@ class Settings(BaseSettings):
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
         cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
         cluster_gpus: the same of GPUs.
+        max_running_jobs: whose drivers the head holds at once; more wait. 0: as many as its memory does, 0.46 GiB each.
         preemption: a job for which there is no room pauses running ones of lower priority.
         cluster_custom: the same of custom resources of Ray, as JSON: {"h100": 8}.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
@@ -74,6 +75,7 @@ class Settings(BaseSettings):
     stop_grace_s: int = Field(default=60, ge=1)
     cluster_cpus: float = Field(default=0, ge=0)
     cluster_gpus: float = Field(default=0, ge=0)
+    max_running_jobs: int = Field(default=0, ge=0)
     preemption: bool = False
     cluster_custom: dict[str, Annotated[float, Field(ge=0)]] = {}
     predictor_cpus: float = Field(default=0, ge=0)

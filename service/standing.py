@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import sqlalchemy as sa
 
 from service.errors import Unavailable
+from service.fitting import misfit
+from service.packing import Hardware, together
 from service.projects import quota_of
-from service.queue import Cluster, Entry, admitted, ordered, starts
+from service.queue import admitted, ordered, starts
 from service.ray_jobs import RayJobs
 from service.store import ACTIVE, Job, Project, Store
+from service.usage import Cluster, Entry, Quota
+from workloads.spec_any import parse_spec
 
 FRESH_S = 2.0  # an answer may be so old: a long list of jobs reads the queue once
 REST = 20  # times as long as a reading took, before a job that came since then has the queue read again
 FORESEEN = 200  # jobs at the front, whose start is worked out
+PLAYED = 32  # nodes; of more it is worked out as if they were one: on 1,000 it took seconds
 COLUMNS = (
-    *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload),
+    *(Job.id, Job.number, Job.project, Job.state, Job.held, Job.reason, Job.rank, Job.workload, Job.origin),
     *(Job.created_at, Job.resumed_at, Job.submitted_at, Job.started_at),
     *(Job.cpus, Job.gpus, Job.custom, Job.most_gpus, Job.step, Job.best_step, Job.total_steps),
+    Job.spec[("resources", "workers")].label("workers"),
 )
 
 
@@ -40,6 +47,7 @@ class Standing:
     def __init__(self, store: Store, ray: RayJobs, clock: Callable[[], float] = time.time) -> None:
         self._store, self._ray, self._clock = store, ray, clock
         self._read_at, self._places = -math.inf, dict[str, Place | None]()
+        self._hardware, self._quotas, self._misfits = Hardware([]), dict[str, Quota](), set[str]()
         self._rests_until = -math.inf  # before that no job that is new to it has the queue read again
 
     def of(self, job: Job) -> Place | None:
@@ -57,7 +65,19 @@ class Standing:
                 self._rests_until = ended + REST * (ended - began)
         if job.id not in places:
             return {"position": None, "length": len(places), "expected_start": None, "reason": "came this moment"}
-        return places[job.id]
+        place = places[job.id]
+        if place and job.id in self._misfits:
+            return {**place, "reason": self._too_large(job) or place["reason"]}
+        return place
+
+    def _too_large(self, job: Job) -> str | None:
+        """What could be changed about a job for which there would be no room if nothing ran; worked out when asked."""
+        nodes, quota = [node.total for node in self._hardware.nodes], self._quotas.get(job.project, Quota())
+        try:
+            problem = misfit(parse_spec(job.spec), nodes, job.project, quota)
+        except ValueError:  # of an older version
+            return None
+        return f"{problem.message}, so others pass it until that changes; {problem.hint}" if problem else None
 
     def _read(self) -> dict[str, Place]:
         with self._store.session() as session:
@@ -69,22 +89,30 @@ class Standing:
             seconds = {name: found for name, found in session.execute(earlier)}
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         held = [row for row in rows if row.held and row.state == "QUEUED"]
-        waiting = [
-            Entry.of(row, _seconds(row, seconds)) for row in rows if row.state == "QUEUED" and not row.held and row.cpus
-        ]
-        running = [Entry.of(row, self._remaining(row, seconds)) for row in rows if row.state in ACTIVE and row.cpus]
-        capacity, away = dict[str, float](), None
+        hardware, away = Hardware([]), None
         try:
-            capacity = self._ray.capacity()
+            hardware = self._ray.hardware()
         except Unavailable as error:
             away = error.detail
-        queue = ordered(waiting, Cluster.running(capacity, quotas, running))
-        reasons = {
-            entry.id: away or (wait.reason if wait else None)
-            for entry, wait in admitted(queue, Cluster.running(capacity, quotas, running))
-        }
-        front = [] if away else queue[:FORESEEN]
-        after = starts(front, running, Cluster.running(capacity, quotas, running))
+        waiting = [
+            Entry.of(row, hardware, self._read_at, _seconds(row, seconds))
+            for row in rows
+            if row.state == "QUEUED" and not row.held and row.cpus
+        ]
+        running = [
+            Entry.of(row, hardware, self._read_at, self._remaining(row, seconds))
+            for row in rows
+            if row.state in ACTIVE and row.cpus
+        ]
+        queue = ordered(waiting, Cluster(hardware, quotas, running))
+        waits = {entry.id: wait for entry, wait in admitted(queue, Cluster(hardware, quotas, running)) if wait}
+        reasons = {entry.id: away or (waits[entry.id].reason if entry.id in waits else None) for entry in queue}
+        misfits = () if away else (name for name, wait in waits.items() if wait.kind == "misfit")
+        self._hardware, self._quotas, self._misfits = hardware, quotas, set(misfits)
+        front = [] if away else [entry for entry in queue[:FORESEEN] if entry.id not in self._misfits]
+        if len(hardware.nodes) > PLAYED:
+            hardware = replace(hardware, nodes=[together(hardware.nodes)])
+        after = starts(front, running, Cluster(hardware, quotas, running))
         found: dict[str, Place] = {
             entry.id: {
                 "position": i,

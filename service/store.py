@@ -62,7 +62,7 @@ class Job(Base):
     held: Mapped[bool] = mapped_column(default=False)  # until these have succeeded and it was checked
     project: Mapped[str] = mapped_column(sa.String(63), default=DEFAULT_PROJECT, index=True)
     owner: Mapped[str] = mapped_column(sa.String(80), default=LOCAL.name)  # the principal that submitted it
-    origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", or "ray": came by `ray job submit`
+    origin: Mapped[str] = mapped_column(sa.String(8))  # "rest", "ray" (`ray job submit`), "outside" (another cluster)
     state: Mapped[JobState] = mapped_column(sa.String(16), index=True)
     attempt: Mapped[int] = mapped_column(default=0)
     stalled: Mapped[int] = mapped_column(default=0)  # attempts in a row without progress
@@ -92,6 +92,12 @@ class Job(Base):
     events: WriteOnlyMapped[JobEvent] = sa.orm.relationship()
 
     __mapper_args__ = {"version_id_col": revision}  # two writers of one row: the second fails and looks again
+
+    @property
+    def workers(self) -> int | list[int] | None:
+        """That its spec asks for, or [least, most]; None: a deployment."""
+        found: int | list[int] | None = self.spec.get("resources", {}).get("workers")
+        return found
 
     def become(self, state: JobState, message: str) -> None:
         """Sets the state, and writes the event of it in the same transaction."""

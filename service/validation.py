@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,10 @@ class Validation:
 
     def _too_large(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
         """A job that could never start; nothing is said of the cluster while Ray is away."""
-        try:
-            nodes = self._ray.nodes()
-        except Unavailable:
-            nodes = []
-        found = misfit(spec.resources, nodes, project, self._projects.quota(project))
+        nodes: list[Mapping[str, float]] = []
+        with suppress(Unavailable):
+            nodes = [node.total for node in self._ray.hardware().nodes]
+        found = misfit(spec, nodes, project, self._projects.quota(project))
         return [] if found is None else [found]
 
 

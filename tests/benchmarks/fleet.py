@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import sqlalchemy as sa
 
+from service.packing import Hardware, Node
 from service.ray_jobs import RayStatus, submission_id
 from service.reconciler import Reconciler
 from service.registry import Registry
@@ -73,8 +74,8 @@ class Fleet:
     def log_tail(self, job_id: str, attempt: int) -> str:
         return ""  # processes that say nothing
 
-    def capacity(self) -> dict[str, float]:
-        return {"CPU": 12.0 * GPUS * self.nodes, "GPU": float(GPUS * self.nodes)}
+    def hardware(self) -> Hardware:
+        return Hardware([Node({"CPU": 12.0 * GPUS, "GPU": float(GPUS)})] * self.nodes)
 
     def submit(self, job_id: str, attempt: int) -> None:
         assert len(self.runs) < self.nodes, "a node was given twice"

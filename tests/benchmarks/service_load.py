@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from service.packing import Hardware, Node
 from service.ray_jobs import RayStatus, submission_id
 from service.settings import Settings
 from service.store import Job, ModelVersion, Project, Store
@@ -56,11 +57,8 @@ class Engine:
                 del self._running[name]
         return dict(self._known)
 
-    def nodes(self) -> list[dict[str, float]]:
-        return [self.capacity()]
-
-    def capacity(self) -> dict[str, float]:
-        return {"CPU": float(CPUS)}
+    def hardware(self) -> Hardware:
+        return Hardware([Node({"CPU": float(CPUS)})])
 
     def submit(self, job_id: str, attempt: int) -> None:
         name = submission_id(job_id, attempt)

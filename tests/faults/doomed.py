@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from service.app import build
+from service.packing import Hardware, Node
 from service.parts import build_parts
 from service.ray_jobs import RayJobs
 from service.settings import Settings
@@ -66,12 +67,9 @@ class Doomed(RayJobs):
             kwargs["runtime_env"]["env_vars"]["PYTHONPATH"] = str(ROOT)
         return super()._call(name, *args, **kwargs)
 
-    def nodes(self) -> list[dict[str, float]]:
-        return [self.capacity()]
-
-    def capacity(self) -> dict[str, float]:
+    def hardware(self) -> Hardware:
         """Told, not asked for: a process that has joined the cluster is ended by Ray when its head dies."""
-        return {"CPU": float(CPUS), "GPU": 0.0}
+        return Hardware([Node({"CPU": float(CPUS), "GPU": 0.0})])
 
 
 def die() -> None:

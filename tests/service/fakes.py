@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from service.errors import Unavailable
+from service.packing import Hardware, Node
 from service.ray_jobs import RayStatus, submission_id
 from workloads.record import Record, RunFolder, RunState
 
@@ -26,6 +27,7 @@ class FakeRay:
         self.submitted: list[tuple[str, int]] = []
         self.stopped: list[str] = []
         self.cpus, self.gpus = cpus, gpus
+        self.drivers: int | None = None
         self.away = False
         self.refuse_submit = False
 
@@ -58,8 +60,8 @@ class FakeRay:
         self._reach()
         return [{"CPU": self.cpus, "GPU": self.gpus}]
 
-    def capacity(self) -> dict[str, float]:
-        return self.nodes()[0]
+    def hardware(self) -> Hardware:
+        return Hardware([Node(total) for total in self.nodes()], self.drivers)
 
 
 class Inline(Executor):

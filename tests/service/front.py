@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from service.packing import Hardware, Node
 from service.ray_jobs import RayStatus, submission_id
 from service.reconciler import Reconciler
 from service.registry import Registry
@@ -28,11 +29,8 @@ class FolderRay:
     def statuses(self) -> dict[str, RayStatus]:
         return {path.name: "RUNNING" for path in self._attempts.iterdir()}
 
-    def nodes(self) -> list[dict[str, float]]:
-        return [self.capacity()]
-
-    def capacity(self) -> dict[str, float]:
-        return {"CPU": 1000.0}
+    def hardware(self) -> Hardware:
+        return Hardware([Node({"CPU": 1000.0})])
 
     def log_tail(self, job_id: str, attempt: int) -> str:
         return ""

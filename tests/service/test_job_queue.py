@@ -9,7 +9,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.queue import Cluster, Entry, Quota, admitted, giving_way, lacking, ordered, starts
+from service.packing import Hardware, Node
+from service.queue import admitted, giving_way, ordered, starts
+from service.usage import Cluster, Entry, Quota
 
 PROJECTS = ("a", "b", "c")
 
@@ -26,7 +28,7 @@ def gpus(name: str, n: float, project: str = "a", **more: object) -> Entry:
 
 
 def cluster(cpus: float = 4, gpus: float = 0, running: tuple[Entry, ...] = (), **quotas: Quota) -> Cluster:
-    return Cluster.running({"CPU": cpus, "GPU": gpus}, quotas, running)
+    return Cluster(Hardware([Node({"CPU": cpus, "GPU": gpus})]), quotas, running)
 
 
 def ids(entries: list[Entry]) -> str:
@@ -55,12 +57,12 @@ def test_a_share_is_a_weight_and_the_scarcest_resource_counts() -> None:
 
 def test_a_job_without_room_keeps_what_there_is_and_no_more() -> None:
     queue = [gpus("a0", 8), gpus("a1", 2), entry("a2")]
-    on = cluster(cpus=4, gpus=6)
-    assert starting(queue, on) == "a2"  # a1 would take GPUs that a0 waits for; a2 asks for none
-    waits = {one.id: wait for one, wait in admitted(queue[:2], cluster(cpus=4, gpus=6)) if wait}
-    assert waits["a0"].reason == "needs 8 GPU (6 free)" and not waits["a0"].by_quota
+    running = (gpus("b9", 2),)
+    assert starting(queue, cluster(4, 8, running)) == "a2"  # a1 would take GPUs that a0 waits for; a2 asks for none
+    waits = {one.id: wait for one, wait in admitted(queue[:2], cluster(4, 8, running)) if wait}
+    assert waits["a0"].reason == "needs 8 GPU (6 free)" and waits["a0"].kind == "room"
     assert waits["a1"].reason == "needs 2 GPU (0 free)"
-    assert starting([entry("a0", cpus=6), entry("a1")], cluster(cpus=4)) == ""
+    assert starting([entry("a0", cpus=6), entry("a1")], cluster(6, running=(entry("b9", cpus=2),))) == ""
 
 
 def test_a_quota_holds_back_its_own_project_only() -> None:
@@ -68,7 +70,7 @@ def test_a_quota_holds_back_its_own_project_only() -> None:
     on = cluster(a=Quota(running=1))
     waits = {one.id: wait for one, wait in admitted(queue, on)}
     assert waits["a0"] is None and waits["b2"] is None
-    assert waits["a1"] is not None and waits["a1"] == ("project a runs 1 jobs, as many as it may", True)
+    assert waits["a1"] is not None and waits["a1"] == ("project a runs 1 jobs, as many as it may", "quota")
     elastic = entry("a1", needs={"CPU": 1, "GPU": 1}, most_gpus=4)  # may grow beyond
     on = cluster(gpus=8, running=(gpus("a0", 1),), a=Quota(gpus=4))
     ((_, wait),) = admitted([elastic], on)
@@ -115,7 +117,7 @@ QUOTAS = st.dictionaries(
 @given(JOBS, QUOTAS, st.integers(1, 16), FLOATS)
 def test_whoever_waits(waiting: list[Entry], quotas: dict[str, Quota], cpus: int, some: float) -> None:
     """All are in the queue once, priorities and arrivals are kept, and what starts fits beside what runs."""
-    on = Cluster.running({"CPU": cpus, "GPU": some}, quotas, waiting[:2])
+    on = Cluster(Hardware([Node({"CPU": cpus, "GPU": some})]), quotas, waiting[:2])
     queue = ordered(waiting[2:], on)
     assert sorted(one.id for one in queue) == sorted(one.id for one in waiting[2:])
     assert all(one.rank >= other.rank for one, other in itertools.pairwise(queue))
@@ -133,7 +135,7 @@ def test_whoever_waits(waiting: list[Entry], quotas: dict[str, Quota], cpus: int
             assert on.used[project].most_gpus <= quota.gpus + 1e-6
         if quota.running is not None and mine:
             assert on.used[project].running <= quota.running
-    if queue and not quotas and not lacking(queue[0], before):
+    if queue and not quotas and all(need <= before[name] for name, need in queue[0].needs.items()):
         assert started[0] == queue[0]
 
 

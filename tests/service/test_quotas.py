@@ -100,6 +100,12 @@ def test_a_full_project_waits_or_asks(secured: Secured, admin: TestClient) -> No
     secured.parts.jobs.cancel(jobs[0].id)
     secured.parts.submissions.submit(BODY, None, LOCAL, "vision")
     secured.parts.submissions.submit(BODY)  # of another project
+    again = admin.post(f"/v1/jobs/{jobs[0].id}:retry")
+    assert (again.status_code, again.json()["detail"].split(",")[0]) == (429, "got 3 unfinished jobs of project vision")
+    assert secured.parts.jobs.get(jobs[0].id).state == "CANCELLED"
+    secured.parts.jobs.pause(jobs[1].id)
+    admin.patch("/v1/projects/vision", json={"max_unfinished": 1})
+    assert secured.parts.jobs.resume(jobs[1].id).state == "QUEUED"  # it was one of them all the time
 
 
 def test_high_is_not_everybodys(secured: Secured) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.ray_jobs import RayJobs
+from service.ray_jobs import GIB, HEAD, RayJobs, drivers_on
 from service.settings import Settings
 from tests.toy import TOY_MAE
 from workloads.spec import JobSpec
@@ -85,11 +85,27 @@ def test_a_driver_that_trains_takes_the_custom_resources(
     assert submitted(tmp_path, asked).get("entrypoint_resources") == custom
 
 
-def test_capacity_is_what_the_cluster_may_grow_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    nodes = [{"Alive": alive, "Resources": {"CPU": 4.0, "memory": 1.0}} for alive in (True, False, True)]
+def test_what_there_is_and_what_the_cluster_may_grow_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nodes: list[dict[str, Any]] = [
+        {"NodeID": name, "Alive": name != "gone", "Resources": {"CPU": 4.0, "memory": 8.0 * GIB}}
+        for name in ("new", "gone", "head")
+    ]
+    nodes[2]["Resources"][HEAD] = 1.0
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    assert RayJobs(Settings(home=tmp_path)).nodes() == [{"CPU": 4.0, "memory": 1.0}] * 2
-    assert RayJobs(Settings(home=tmp_path)).capacity() == {"CPU": 8.0, "memory": 2.0}
-    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16, cluster_custom={"h100": 16})
-    never_less = {"CPU": 8.0, "GPU": 16.0, "h100": 16.0, "memory": 2.0}
-    assert RayJobs(grows).nodes() == [never_less]
+    free = {"head": {"CPU": 1.0, "memory": 8.0 * GIB, HEAD: 1.0}}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    found = RayJobs(Settings(home=tmp_path)).hardware()
+    assert [node.total["CPU"] for node in found.nodes] == [4.0, 4.0] and HEAD in found.nodes[0].total
+    assert [node.used.get("CPU") for node in found.nodes] == [3.0, None]
+    assert (found.drivers, found.grows) == (10, False)
+    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16, cluster_custom={"h100": 16}, max_running_jobs=3)
+    found = RayJobs(grows).hardware()
+    never_less = {"CPU": 8.0, "GPU": 16.0, "h100": 16.0, "memory": 16.0 * GIB, HEAD: 1.0}
+    assert [node.total for node in found.nodes] == [never_less]
+    assert (found.nodes[0].used["CPU"], found.drivers, found.grows) == (3.0, 3, True)
+
+
+@pytest.mark.parametrize(("gib", "drivers"), [(0.1, 1), (4, 5), (8, 10), (48, 97)])
+def test_how_many_drivers_the_memory_of_the_head_holds(gib: float, drivers: int) -> None:
+    assert drivers_on({HEAD: 1.0, "memory": gib * GIB}) == drivers
+    assert drivers_on({"memory": gib * GIB}) is drivers_on({HEAD: 1.0}) is None
