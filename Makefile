@@ -42,8 +42,8 @@ check: dev      ## lint, format, types, layers, the image and the chart
 	$(BIN)/hadolint cluster/Dockerfile
 	$(BIN)/helm lint --quiet --strict helm/manta --values helm/manta/ci/minimal-values.yaml
 
-test: dev       ## the whole suite, on two processes of one thread each; one of them has the Ray cluster
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --no-loadscope-reorder --durations 30
+test: dev       ## the whole suite, on three processes of one thread each: that with the Ray cluster waits for most of its time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --no-loadscope-reorder --durations 30
 
 soak: dev       ## every fault at random moments; SOAK_MINUTES (30), FAULTS_SEED
 	$(BIN)/pytest -m soak
