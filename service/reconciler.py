@@ -81,6 +81,7 @@ class Reconciler:
         self._deployments, self._clock = deployments, clock
         self.lead = Lead(store.engine)
         self._known: set[str] = set()  # ids in the table, whose rows are never deleted
+        self._folders: set[str] = set()  # names in the folder of runs, in this round
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
@@ -201,7 +202,8 @@ class Reconciler:
 
     def _settle_run(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
         run = RunFolder(self._settings.runs / job.id)
-        record = run.read_record()
+        # ten thousand that wait for the first time have none, but in a database restored from before they ran
+        record = run.read_record() if job.attempt or job.id in self._folders else None
         now = self._clock()
         alive = self._alive(job.id, record, now)
         most = self._settings.max_attempts
@@ -326,9 +328,9 @@ class Reconciler:
 
     def _adopt(self) -> None:
         """Rows for runs that came by `ray job submit`, or by themselves: those are on another cluster."""
-        if not self._settings.runs.is_dir():
-            return
-        new = set(os.listdir(self._settings.runs)) - self._known - self._unreadable  # noqa: PTH208 ten thousand names
+        runs = self._settings.runs
+        self._folders = set(os.listdir(runs)) if runs.is_dir() else set()  # noqa: PTH208 ten thousand names
+        new = self._folders - self._known - self._unreadable
         if not new:
             return
         with self._store.session() as session:

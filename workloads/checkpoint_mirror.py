@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from workloads.checkpoint_folder import MIRRORED, Seal, complete, kept, latest_step, remove, seals, stem, step_of
+from workloads.data.sources import impatient
 from workloads.log_file import segment, segments
 from workloads.record import RunFolder, write_atomic
 from workloads.spec_training import CheckpointPolicy
@@ -149,7 +150,8 @@ class Mirror:
             from pyarrow import fs
 
             if "://" in self._url:
-                store, path = fs.FileSystem.from_uri(self._url)
+                patient, path = fs.FileSystem.from_uri(self._url)
+                store = impatient(patient)
             else:
                 store, path = fs.LocalFileSystem(), str(Path(self._url).absolute())
             path = f"{path.rstrip('/')}/{self._name}"  # not in the URL, where a name would have to be quoted

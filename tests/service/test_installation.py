@@ -31,7 +31,7 @@ from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.installation]
 
 
 def manta(home: Path, *arguments: str, code: int = 0) -> str:
@@ -184,9 +184,7 @@ def test_everything_comes_back_after_a_restart(
     open_to_all = [name for name, _, _ in listening(head_of(home).pid)]
     assert all("ServeReplica" in name for name in open_to_all), open_to_all  # Ray's own, which checks the token
     manta(home, "doctor")  # exit code 0: it finds nothing wrong
-    began = time.monotonic()
     manta(home, "down")
-    assert time.monotonic() - began < 8  # 5 s of it for the processes, the rest is Python's start
     manta(home, "jobs", code=4)
     manta(home, "up", "--cpus", "3")
     with Client(head_of(home).url) as client:

@@ -215,10 +215,17 @@ def _arrow_store(root: str) -> Any:
         if "libjvm" in str(error) or "libhdfs" in str(error):  # hundreds of lines, of each place where it is not
             raise Unsupported(f"{root}: hdfs:// needs Java and Hadoop's libhdfs") from error
         raise
+    return impatient(store)
+
+
+def impatient(store: Any) -> Any:
+    """A file system that pyarrow made of a URL, with few retries of its own: asking again is for who uses it.
+
+    As it is made, it asks a server that is silent for 100 s (S3) or 15 min (GCS).
+    """
     if store.type_name not in ("s3", "gcs"):
         return store
-    # What a URL makes asks a server that is silent for 100 s (S3) or 15 min (GCS); asking again is for `retried`.
-    _, (options,) = store.__reduce__()  # the arguments of its constructor, whose own retries are few
+    _, (options,) = store.__reduce__()  # the arguments of its constructor, whose defaults are others
     if store.type_name == "gcs":
         options["retry_time_limit"] = timedelta(seconds=CONNECT_S)
     return type(store)(**options)

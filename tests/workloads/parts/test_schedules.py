@@ -113,8 +113,9 @@ def test_the_rate_is_continuous_at_the_end_of_the_warmup(schedule, base):
 def test_the_rate_grows_then_falls(schedule, base, steps_per_epoch):
     total = 100 * steps_per_epoch
     curve = [learning_rate(schedule, base, step, total, steps_per_epoch) for step in range(total)]
-    top = math.ceil(schedule.warmup_epochs * steps_per_epoch)
-    assert curve[: top + 1] == sorted(curve[: top + 1])
+    end = schedule.warmup_epochs * steps_per_epoch  # between two steps, perhaps
+    warm, top = math.floor(end) + 1, math.ceil(end)
+    assert curve[:warm] == sorted(curve[:warm])
     assert curve[top:] == pytest.approx(sorted(curve[top:], reverse=True), rel=1e-12)
     assert min(curve) >= 0 and max(curve) <= base * (1 + 1e-12)
 
