@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,13 +19,14 @@ import psutil
 from cluster import embedded
 from tests.faults.brief import TOLD
 from tests.faults.doomed import POINTS
-from tests.faults.installed import ANSWER_S, Installation, Postgres
+from tests.faults.installed import ANSWER_S, Installation, Postgres, installation
 from tests.faults.ray_faults import below
 from tests.faults.table import KillRow
 from tests.faults.trial import until
 from tests.service.world import BODY
 
 SETTLE_S = 900.0  # in which the last job has ended
+EPOCHS = 30  # of 0.1 s: as long as Ray takes to start a job, so that kills meet jobs at work too
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,16 @@ def ordeal(installed: Installation, kills: list[Kill], jobs: int, rng: random.Ra
         ended=sum(lines["ended"] for lines in told),
         seconds=round(time.monotonic() - began),
     )
+
+
+def on_own_cluster(kills: list[Kill], home: Path, jobs: int, rng: random.Random, database_url: str = "") -> KillRow:
+    """`ordeal` of an installation with a head of its own, which may be among those that are killed."""
+    head = embedded.start(home / "cluster", num_cpus=4)
+    with installation(home / "home", head, database_url) as installed:
+        try:
+            return ordeal(installed, kills, jobs, rng, EPOCHS)
+        finally:
+            embedded.stop(installed.head)
 
 
 def unfinished(jobs: list[dict[str, Any]]) -> dict[str, str]:

@@ -190,7 +190,7 @@ def test_by_command(service: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.exit_code == code, (result.output, result.exception)
         return result
 
-    made = manta("create", PUBLIC, "--event", "FAILED")
+    made = manta("create", PUBLIC, "--event", "failed")
     assert made.stdout.startswith("whsec_") and "not shown again" in made.stderr
     (hook,) = json.loads(manta("list", "--json").stdout)
     assert hook["events"] == ["FAILED"] and "secret" not in hook
