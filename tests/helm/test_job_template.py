@@ -78,3 +78,11 @@ def test_the_selectors_of_the_readme_find_what_they_are_for() -> None:
     assert [pod.where for pod in pods(docs) if matches("get pod", pod.labels)] == ["RayService manta, head"]
     assert matches("delete rayjob", job_template(docs)["metadata"]["labels"])
     assert readme.index("delete rayjob") < readme.index("helm uninstall manta") < readme.index("delete pvc")
+
+
+def test_a_job_of_its_own_cluster_may_have_a_whole_group_where_that_of_the_service_does_not_grow() -> None:
+    docs = render("gpu-spot", "autoscaling.enabled=false", *(f"workers[{i}].minReplicas=1" for i in range(3)))
+    made = ray_job(job_template(docs), job(workers=16, gpus_per_worker=1), "job-0123456789ab")
+    assert chosen(made) == ("h100", 2)
+    (service,) = [doc for doc in docs if doc["kind"] == "RayService"]
+    assert {group["maxReplicas"] for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]} == {1}

@@ -227,7 +227,7 @@ CPUs, which the head has none of. */}}
 groupName: {{ $g.name }}
 replicas: {{ $g.minReplicas }}
 minReplicas: {{ $g.minReplicas }}
-maxReplicas: {{ $v.autoscaling.enabled | ternary $g.maxReplicas $g.minReplicas }}
+maxReplicas: {{ or $v.autoscaling.enabled (not .service) | ternary $g.maxReplicas $g.minReplicas }}
 rayStartParams:
   node-manager-port: "6380"
 {{- /* Here and not as num-gpus of rayStartParams: KubeRay refuses a group with resources in both. */}}
