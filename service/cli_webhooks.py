@@ -17,7 +17,7 @@ WebhookId = Annotated[str, typer.Argument(help="As `manta webhook list` shows it
 @webhook_app.command()
 def create(
     url: Annotated[str, typer.Argument(help="https://HOST/PATH that takes POST requests.")],
-    event: Annotated[list[str], typer.Option(help="A state of jobs, such as failed; may be repeated.")] = list(TERMINAL),  # noqa: B006
+    event: Annotated[list[str], typer.Option(help="A state, such as failed; may be repeated.")] = list(TERMINAL),  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Makes a webhook and prints its secret, this once."""
