@@ -24,27 +24,26 @@ os.environ.update(embedded.MODE)  # before any conftest below imports ray, which
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """The tests of a file share a process, and so do all that start Ray: one cluster, and beside it one installation.
+    """The tests of a file share a process, and so do all that start Ray: one cluster, one installation at a time.
 
     Groups of xdist would say the same, but version 3.8 does not see them with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
-        marked = _marked(self.config.rootpath / file)
-        marks = marked.get("pytestmark", "") + marked.get(test.partition("[")[0], "")
-        return next((group for group in ("installation", "ray") if f"mark.{group}" in marks), file)
+        marked = _marked_ray(self.config.rootpath / file)
+        return "ray" if marked & {"pytestmark", test.partition("[")[0]} else file
 
 
 @cache
-def _marked(file: Path) -> dict[str, str]:
-    """The marks of the tests of a file as they are written, by name; `pytestmark`: those of all."""
-    found = {}
+def _marked_ray(file: Path) -> set[str]:
+    """Names of the tests of a file that are marked `ray`; `pytestmark` when all are."""
+    found = set()
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = " ".join(map(ast.unparse, node.decorator_list))
-        elif isinstance(node, ast.Assign):
-            found |= {ast.unparse(target): ast.unparse(node.value) for target in node.targets}
+        if isinstance(node, ast.FunctionDef) and any("mark.ray" in ast.unparse(mark) for mark in node.decorator_list):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign) and "mark.ray" in ast.unparse(node.value):
+            found |= {ast.unparse(target) for target in node.targets}
     return found
 
 

@@ -30,6 +30,5 @@ def test_of_postgresql(cluster: Head, rng: random.Random, record_kill: Record, t
         record_kill(ordeal(installed, [of_postgres(server)], 6, rng))
 
 
-@pytest.mark.installation
 def test_of_the_head_of_ray(rng: random.Random, record_kill: Record, tmp_path: Path) -> None:
     record_kill(on_own_cluster([HEAD], tmp_path, 6, rng))

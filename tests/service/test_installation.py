@@ -31,7 +31,7 @@ from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.installation]
+pytestmark = pytest.mark.ray
 
 
 def manta(home: Path, *arguments: str, code: int = 0) -> str:
