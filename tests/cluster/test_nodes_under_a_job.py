@@ -119,7 +119,7 @@ def test_an_elastic_job_goes_where_its_resource_comes_and_goes(
 
     with ExitStack() as stays, Client(head.url) as client:
         document = toy_job(epochs=None, steps=4, resources={"custom_per_worker": {"rack": 1}}).model_dump(mode="json")
-        with pytest.raises(ApiError, match="expected at most the 0 of this cluster"):
+        with pytest.raises(ApiError, match="expected at most the 2 CPU and 0 rack of a node"):
             client.submit(document)
         stays.enter_context(node(head, 1))
         until(lambda: racks(head) == 1)
