@@ -14,6 +14,7 @@ import pytest
 
 from cluster import health
 from cluster.embedded import Head
+from tests.clock import Clock
 from tests.helm.chart import CHART, one, render
 
 
@@ -70,18 +71,6 @@ def test_the_exit_code_is_what_an_engine_reads(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(health, "url_of", lambda _: f"http://127.0.0.1:{answering}/other")
     assert health.main([]) == 1
     assert health.main([f"http://127.0.0.1:{answering}/readyz"]) == 0
-
-
-class Clock:
-    """Time that passes by sleeping alone."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

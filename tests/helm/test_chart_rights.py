@@ -9,18 +9,9 @@ import pytest
 
 from service import kubernetes
 from tests.helm.chart import Doc, of_kind, one, render
-from tests.toy import TOY_MAE
-from workloads.spec import JobSpec
+from tests.service.test_kubernetes import job
 
 OF_KIND = {"configmaps": ("", "configmaps"), "RayJob": ("ray.io", "rayjobs")}
-JOB = {
-    "name": "toy",
-    "method": TOY_MAE,
-    "model": {"name": "vit", "image_size": 16, "patch_size": 8, "dim": 8, "depth": 1, "heads": 1},
-    "data": {"train": {"shards": "/data/train.tar"}},
-    "steps": 1,
-    "batch_size": 8,
-}
 
 
 def asked_of_kubectl(docs: list[Doc], monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str, str]]:
@@ -36,7 +27,7 @@ def asked_of_kubectl(docs: list[Doc], monkeypatch: pytest.MonkeyPatch) -> set[tu
         return ""
 
     monkeypatch.setattr(kubernetes, "_kubectl", kubectl)
-    kubernetes.submit(JobSpec.model_validate(JOB))
+    kubernetes.submit(job())
     return asked
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clock import Clock
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.data import sources
 from workloads.data.manifest import count, open_manifest, peek
@@ -18,19 +19,6 @@ from workloads.data.shards import DataError, Unreachable, expand, read_classes
 from workloads.data.sources import RETRY_DELAYS_S, hurried, retried, sizes
 from workloads.preflight import PATIENCE_S, NoAnswer, check
 from workloads.spec import JobSpec
-
-
-class Clock:
-    """Time that passes by sleeping only."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture
