@@ -6,8 +6,13 @@ Ray places the workers of a job in its own order, so what is found here is that 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.settings import NodeGroup
 
 EPS = 1e-6  # of a GPU: sums of fractions
 
@@ -32,7 +37,7 @@ class Hardware:
     """A cluster.
 
     Attributes:
-        nodes: of a cluster that grows one, of all that may come.
+        nodes: those that are there, the head first, and those that may come.
         drivers: that its head holds at a time; None: nobody knows.
         grows: an autoscaler adds nodes, and the head gives out no CPU.
     """
@@ -40,6 +45,22 @@ class Hardware:
     nodes: Sequence[Node]
     drivers: int | None = None
     grows: bool = False
+
+
+def may_come(groups: Sequence[NodeGroup], there: Iterable[Node]) -> list[Node]:
+    """The nodes of the groups that are not there yet."""
+    names = sorted({name for group in groups for name in group.resources})
+
+    def size(resources: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(resources.get(name, 0.0) for name in names)
+
+    made = Counter(size(node.total) for node in there)
+    nodes = []
+    for group in groups:
+        already = min(group.count, made[size(group.resources)])
+        made[size(group.resources)] -= already  # another group may be of this size too
+        nodes += [Node(group.resources)] * (group.count - already)
+    return nodes
 
 
 class Rooms:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from service.errors import Unavailable
-from service.packing import Hardware, Node, of_driver, together
+from service.packing import Hardware, Node, may_come, of_driver
 from service.settings import Settings
 from workloads import tracing
 from workloads.spec_any import read_spec
@@ -121,7 +121,7 @@ class RayJobs:
         return "\n".join(str(self._call("get_job_logs", name)).splitlines()[-TAIL_LINES:])
 
     def hardware(self) -> Hardware:
-        """What there is and what of it is used; of a cluster that grows, all in one node: nobody knows the next."""
+        """What there is and what of it is used, and the nodes that may come."""
         if self._hardware is None or time.monotonic() - self._hardware[0] > HARDWARE_TTL_S:
             import ray
             from ray._private.state import available_resources_per_node
@@ -135,17 +135,13 @@ class RayJobs:
             nodes = [Node(node["Resources"], _used(node["Resources"], free.get(node["NodeID"]))) for node in found]
             ours = self._settings
             drivers = ours.max_running_jobs or (drivers_on(nodes[0].total) if nodes else None)
-            most = {"CPU": ours.cluster_cpus, "GPU": ours.cluster_gpus} | ours.cluster_custom
-            if any(most.values()):
-                now = together(nodes)
-                grown = {name: max(now.total.get(name, 0.0), amount) for name, amount in most.items()}
-                nodes = [Node({**now.total, **grown}, now.used)]
+            nodes += may_come(ours.cluster_nodes, [node for node in nodes if HEAD not in node.total])
             self._hardware = time.monotonic(), Hardware(nodes, drivers, self._grows)
         return self._hardware[1]
 
     @property
     def _grows(self) -> bool:
-        return self._settings.cluster_cpus > 0
+        return bool(self._settings.cluster_nodes)
 
 
 def drivers_on(node: Mapping[str, float]) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cluster.job_environment import OF_JOBS, foreign
@@ -26,6 +26,20 @@ def _words(value: Any) -> Any:
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
+class NodeGroup(BaseModel):
+    """Nodes of one size that an autoscaler may make.
+
+    Attributes:
+        count: at most.
+        resources: of each, by the names of Ray.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int = Field(ge=0)
+    resources: dict[str, Annotated[float, Field(ge=0)]]
+
+
 class Settings(BaseSettings):
     """Each field is a variable `MANTA_<NAME>`; built once, in the CLI or the replica, and passed down.
 
@@ -36,11 +50,10 @@ class Settings(BaseSettings):
         reconcile_interval_s: between two looks at all jobs.
         max_attempts: of a job, in a row without progress.
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
-        cluster_cpus: that an autoscaler may grow the cluster to; 0: what it has is all.
-        cluster_gpus: the same of GPUs.
+        cluster_nodes: that an autoscaler may make, as JSON: [{"count": 4, "resources": {"CPU": 96, "GPU": 8}}]. Without
+            any, those that are there are all.
         max_running_jobs: whose drivers the head holds at once; more wait. 0: as many as its memory does, 0.46 GiB each.
         preemption: a job for which there is no room pauses running ones of lower priority.
-        cluster_custom: the same of custom resources of Ray, as JSON: {"h100": 8}.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
         log_format: text: lines for people; json: an object a line, for what collects logs; also of jobs.
         host: address the front end listens on. Beyond loopback it does not start without a token.
@@ -73,11 +86,9 @@ class Settings(BaseSettings):
     reconcile_interval_s: float = Field(default=1.0, gt=0)
     max_attempts: int = Field(default=5, ge=1)
     stop_grace_s: int = Field(default=60, ge=1)
-    cluster_cpus: float = Field(default=0, ge=0)
-    cluster_gpus: float = Field(default=0, ge=0)
+    cluster_nodes: tuple[NodeGroup, ...] = ()
     max_running_jobs: int = Field(default=0, ge=0)
     preemption: bool = False
-    cluster_custom: dict[str, Annotated[float, Field(ge=0)]] = {}
     predictor_cpus: float = Field(default=0, ge=0)
 
     log_format: LogFormat = "text"

@@ -141,7 +141,7 @@ def test_a_job_outlives_its_head(
         "MANTA_RAY_DASHBOARD_URL": f"http://127.0.0.1:{pod.dashboard}",
         "MANTA_FIRST_ADMIN_TOKEN_FILE": str(home / "admin_token"),
         "MANTA_ALLOWED_ROOTS": "*",
-        "MANTA_CLUSTER_CPUS": "2",
+        "MANTA_CLUSTER_NODES": '[{"count": 1, "resources": {"CPU": 2}}]',
     }
     config["http_options"] = {"host": "127.0.0.1", "port": pod.http}
     url = f"http://127.0.0.1:{pod.http}"

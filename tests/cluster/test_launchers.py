@@ -96,11 +96,11 @@ def test_serve_is_set_up_as_in_the_embedded_cluster(tmp_path: Path) -> None:
 
 
 def test_the_cluster_that_may_come_is_the_one_that_is_told_of() -> None:
-    """The settings of the service are what all nodes have together at most."""
+    """The setting of the service names the nodes of the autoscaler."""
     variables = commands(RAY_UP["head_start_ray_commands"])[1][0]
     nodes = RAY_UP["available_node_types"]["gpu"]
-    for name, amount in nodes["resources"].items():
-        assert int(variables[f"MANTA_CLUSTER_{name}S"]) == amount * nodes["max_workers"]
+    told = json.loads(variables["MANTA_CLUSTER_NODES"])
+    assert told == [{"count": nodes["max_workers"], "resources": nodes["resources"]}]
     assert nodes["max_workers"] <= RAY_UP["max_workers"]
 
 

@@ -26,7 +26,7 @@ def test_the_front_end_of_the_config_takes_requests(cluster: Head, tmp_path: Pat
         "MANTA_RAY_DASHBOARD_URL": cluster.dashboard_url,
         "MANTA_FIRST_ADMIN_TOKEN_FILE": str(tmp_path / "admin_token"),
         "MANTA_ALLOWED_ROOTS": "/data s3://bucket",
-        "MANTA_CLUSTER_GPUS": "8",
+        "MANTA_CLUSTER_NODES": '[{"count": 1, "resources": {"CPU": 8, "GPU": 8}}]',
     }
     config["http_options"] = {"host": "127.0.0.1", "port": cluster.http_port}
     applications = f"{cluster.dashboard_url}/api/serve/applications/"

@@ -135,8 +135,11 @@ def test_the_settings_that_the_front_end_gets_are_read_by_it(monkeypatch: pytest
     for name, value in app["runtime_env"]["env_vars"].items():
         monkeypatch.setenv(name, value)
     settings = Settings()
-    assert (settings.cluster_cpus, settings.cluster_gpus) == (4 * 8 + 4 * 96 + 16 * 16, 4 * 8 + 16)
-    assert settings.cluster_custom == {"h100": 4 * 8}
+    assert [(group.count, group.resources) for group in settings.cluster_nodes] == [
+        (4, {"CPU": 8, "GPU": 0}),
+        (4, {"CPU": 96, "GPU": 8, "h100": 8}),
+        (16, {"CPU": 16, "GPU": 1}),
+    ]
     assert (settings.host, settings.tokens, settings.stop_grace_s) == ("0.0.0.0", "required", 90)
     assert settings.allowed_roots == ("s3://training-data", "/data/imagenet")
     assert settings.mirror_roots == ("s3://checkpoints",)

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from service.fitting import misfit
+from service.packing import Node
 from service.ray_jobs import GIB, HEAD, RayJobs, drivers_on
-from service.settings import Settings
+from service.settings import NodeGroup, Settings
+from service.usage import Quota
+from tests.service.world import BODY
 from tests.toy import TOY_MAE
 from workloads.spec import JobSpec
 
@@ -64,7 +68,12 @@ def submitted(home: Path, resources: dict[str, Any], **settings: Any) -> dict[st
 def test_on_a_cluster_that_grows_a_driver_that_trains_reserves_its_cores(
     tmp_path: Path, resources: dict[str, Any], cpus: int | None
 ) -> None:
-    assert submitted(tmp_path, resources, cluster_cpus=64).get("entrypoint_num_cpus") == cpus
+    assert (
+        submitted(tmp_path, resources, cluster_nodes=(NodeGroup(count=4, resources={"CPU": 16}),)).get(
+            "entrypoint_num_cpus"
+        )
+        == cpus
+    )
 
 
 def test_elsewhere_drivers_run_on_the_head(tmp_path: Path) -> None:
@@ -98,11 +107,29 @@ def test_what_there_is_and_what_the_cluster_may_grow_to(monkeypatch: pytest.Monk
     assert [node.total["CPU"] for node in found.nodes] == [4.0, 4.0] and HEAD in found.nodes[0].total
     assert [node.used.get("CPU") for node in found.nodes] == [3.0, None]
     assert (found.drivers, found.grows) == (10, False)
-    grows = Settings(home=tmp_path, cluster_cpus=4, cluster_gpus=16, cluster_custom={"h100": 16}, max_running_jobs=3)
-    found = RayJobs(grows).hardware()
-    never_less = {"CPU": 8.0, "GPU": 16.0, "h100": 16.0, "memory": 16.0 * GIB, HEAD: 1.0}
-    assert [node.total for node in found.nodes] == [never_less]
-    assert (found.nodes[0].used["CPU"], found.drivers, found.grows) == (3.0, 3, True)
+    sizes = {"CPU": 8.0, "GPU": 8.0, "h100": 8.0}, {"CPU": 4.0}
+    groups = tuple(NodeGroup(count=2, resources=size) for size in sizes)
+    found = RayJobs(Settings(home=tmp_path, cluster_nodes=groups, max_running_jobs=3)).hardware()
+    assert [node.total["CPU"] for node in found.nodes] == [4.0, 4.0, 8.0, 8.0, 4.0]  # one of the second is there
+    assert found.nodes[2] == Node(sizes[0])
+    assert [node.used.get("CPU") for node in found.nodes[:2]] == [3.0, None]
+    assert (found.drivers, found.grows) == (3, True)
+
+
+def test_a_worker_larger_than_any_node_that_may_come_is_none_that_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "head", "Alive": True, "Resources": {HEAD: 1.0}}])
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {})
+    groups = NodeGroup(count=4, resources={"CPU": 96, "GPU": 8}), NodeGroup(count=2, resources={"CPU": 8, "GPU": 0})
+    nodes = [node.total for node in RayJobs(Settings(home=tmp_path, cluster_nodes=groups)).hardware().nodes]
+    spec = JobSpec.model_validate(BODY | {"batch_size": 64, "resources": {"gpus_per_worker": 16}})
+    problem = misfit(spec, nodes, "a", Quota())
+    assert problem is not None
+    assert problem.message == "got workers of 1 CPU and 16 GPU, expected at most the 96 CPU and 8 GPU of a node"
+    assert problem.hint == "resources.gpus_per_worker: 8 fits"
+    fits = spec.resources.model_copy(update={"gpus_per_worker": 8.0, "workers": 4})
+    assert misfit(spec.model_copy(update={"resources": fits}), nodes, "a", Quota()) is None
 
 
 @pytest.mark.parametrize(("gib", "drivers"), [(0.1, 1), (4, 5), (8, 10), (48, 97)])

@@ -14,14 +14,11 @@
 {{- /* The settings of the service: fields of service/settings.py. */}}
 {{- define "manta.settings" -}}
 {{- $v := .Values -}}
-{{- $cpus := 0 -}}{{- $gpus := 0 -}}{{- $custom := dict -}}
+{{- $nodes := list -}}
 {{- range $v.workers -}}
-{{- $pods := $v.autoscaling.enabled | ternary (int .maxReplicas) (int .minReplicas) -}}
-{{- $cpus = add $cpus (mul $pods .cpus) -}}
-{{- $gpus = add $gpus (mul $pods (default 0 .gpus)) -}}
-{{- range $name, $amount := .custom -}}
-{{- $_ := set $custom $name (add (default 0 (get $custom $name)) (mul $pods $amount)) -}}
-{{- end -}}
+{{- $pods := $v.autoscaling.enabled | ternary .maxReplicas .minReplicas -}}
+{{- $resources := merge (dict "CPU" .cpus "GPU" (default 0 .gpus)) (default dict .custom) -}}
+{{- $nodes = append $nodes (dict "count" $pods "resources" $resources) -}}
 {{- end -}}
 MANTA_HOST: 0.0.0.0
 MANTA_TOKENS: required
@@ -32,10 +29,8 @@ MANTA_METRICS_TOKEN_FILE: /etc/manta/metrics_token
 MANTA_LOG_FORMAT: {{ $v.frontend.logFormat }}
 MANTA_ALLOWED_ROOTS: {{ join " " $v.frontend.allowedRoots | quote }}
 MANTA_MIRROR_ROOTS: {{ join " " $v.frontend.mirrorRoots | quote }}
-# What the groups may grow to: jobs for more are refused, others wait.
-MANTA_CLUSTER_CPUS: {{ $cpus | quote }}
-MANTA_CLUSTER_GPUS: {{ $gpus | quote }}
-MANTA_CLUSTER_CUSTOM: {{ toJson $custom | quote }}
+# What the groups may grow to: jobs that would not fit then are refused, others wait.
+MANTA_CLUSTER_NODES: {{ toJson $nodes | quote }}
 MANTA_PREDICTOR_CPUS: {{ $v.serving.cpusPerModel | quote }}
 MANTA_STOP_GRACE_S: {{ $v.jobs.checkpointSeconds | quote }}
 {{- range $name, $value := $v.frontend.settings }}
