@@ -68,12 +68,8 @@ def submitted(home: Path, resources: dict[str, Any], **settings: Any) -> dict[st
 def test_on_a_cluster_that_grows_a_driver_that_trains_reserves_its_cores(
     tmp_path: Path, resources: dict[str, Any], cpus: int | None
 ) -> None:
-    assert (
-        submitted(tmp_path, resources, cluster_nodes=(NodeGroup(count=4, resources={"CPU": 16}),)).get(
-            "entrypoint_num_cpus"
-        )
-        == cpus
-    )
+    groups = (NodeGroup(count=4, resources={"CPU": 16}),)
+    assert submitted(tmp_path, resources, cluster_nodes=groups).get("entrypoint_num_cpus") == cpus
 
 
 def test_elsewhere_drivers_run_on_the_head(tmp_path: Path) -> None:
