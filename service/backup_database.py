@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.store import migrate, revision_of
+from service.migrate import migrate, revision_of
 
 ROWS = 1000  # in memory at once
 VERSION_TABLE = "alembic_version"

@@ -29,8 +29,8 @@ def _office() -> Iterator[Any]:
         return
     from service.client import ApiError
     from service.installation import Installation
+    from service.migrate import NewerDatabase
     from service.settings import Settings
-    from service.store import NewerDatabase
 
     try:
         with Installation(Settings()) as installation:

@@ -49,8 +49,8 @@ def restore(
 
     from service import backup as backups
     from service.backup_database import BackupError
+    from service.migrate import NewerDatabase
     from service.settings import Settings
-    from service.store import NewerDatabase
 
     try:
         made = backups.restore(Settings(), source.absolute())

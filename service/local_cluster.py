@@ -81,7 +81,8 @@ def _expect_tokens(settings: Settings) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     from service.errors import ServiceError
-    from service.store import NewerDatabase, Store
+    from service.migrate import NewerDatabase
+    from service.store import Store
     from service.tokens import NoToken, Tokens, expect_tokens
 
     default = not settings.database_url.get_secret_value()

@@ -2,32 +2,24 @@
 
 The table of jobs is the truth; Ray is the engine.
 
-SQLite by default, PostgreSQL by URL. Schema changes are Alembic migrations, applied
-when the service starts.
+SQLite by default, PostgreSQL by URL.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import alembic.command
-import alembic.config
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, WriteOnlyMapped, mapped_column, sessionmaker
 
-from service import postgres
+from service import postgres, sqlite
+from service.migrate import migrate, migrate_when_there
 from service.principal import DEFAULT_PROJECT, LOCAL, Role
-
-logger = logging.getLogger(__name__)
 
 JobState = Literal[
     "QUEUED", "STARTING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLING", "CANCELLED", "PAUSING", "PAUSED"
@@ -39,9 +31,6 @@ TERMINAL: tuple[JobState, ...] = ("SUCCEEDED", "FAILED", "CANCELLED")
 SETTLED: tuple[JobState, ...] = (*TERMINAL, "PAUSED")  # nothing to do until somebody asks for it
 LONGEST_ID = 80  # of a job
 AWAY = (OperationalError, sa.exc.TimeoutError)  # the database, or so busy that it is as good as that
-PAUSE_S, MAX_PAUSE_S = 0.5, 8.0  # between tries to open a database that is away
-WRITER_S = 60.0  # for which a thread waits for its turn, then it is SQLite's to say no
-MIGRATION = 0x6D6967  # "mig": the advisory lock of migrations
 
 
 class Base(DeclarativeBase):
@@ -271,20 +260,19 @@ class Store:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # An error tells the statement, not what is in it. A server may have restarted since the last session.
-        sqlite = url.startswith("sqlite")
-        options = {} if sqlite else {"pool_pre_ping": True, "pool_timeout": postgres.POOL_S}
+        is_sqlite = url.startswith("sqlite")
+        options = {} if is_sqlite else {"pool_pre_ping": True, "pool_timeout": postgres.POOL_S}
         self.engine = sa.create_engine(url, hide_parameters=True, **options)
-        if sqlite:
-            sa.event.listen(self.engine, "connect", _sqlite_pragmas)
-            _queue_writers(self.engine)
+        if is_sqlite:
+            sqlite.set_up(self.engine)
         else:
             postgres.bound(self.engine)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         try:
-            if sqlite:
+            if is_sqlite:
                 migrate(self.engine)
             else:
-                _migrate_when_there(postgres.unbound(url), patience_s)
+                migrate_when_there(postgres.unbound(url), patience_s)
         except BaseException:
             self.engine.dispose()
             raise
@@ -316,95 +304,3 @@ class Store:
 
     def close(self) -> None:
         self.engine.dispose()
-
-
-def _sqlite_pragmas(connection: Any, _: Any) -> None:
-    """Readers beside a writer, waiting instead of failing, and commits that survive a power cut."""
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "busy_timeout=10000", "foreign_keys=ON", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _queue_writers(engine: sa.Engine) -> None:
-    """Lets the threads of this process write one after another, each when it is woken.
-
-    SQLite has one writer at a time and no queue: others sleep and try again, and in a burst some find it taken each
-    time until `busy_timeout` is over.
-    """
-    writer = threading.Lock()
-
-    def before(connection: sa.Connection, _: Any, __: str, ___: Any, context: Any, ____: bool) -> None:
-        writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
-        if writes and not connection.info.get("writer"):
-            connection.info["writer"] = writer.acquire(timeout=WRITER_S)
-
-    def after(_: Any, record: Any) -> None:
-        if record.info.pop("writer", False):
-            writer.release()
-
-    sa.event.listen(engine, "before_cursor_execute", before)
-    sa.event.listen(engine, "checkin", after)  # behind the commit
-
-
-class NewerDatabase(RuntimeError):
-    """The schema is of a version of Manta that this one does not know."""
-
-
-def migrate(engine: sa.Engine, to: str | None = None) -> None:
-    """Brings the schema to the newest version, or leaves it as it was; of front ends that start together one does it.
-
-    Args:
-        engine: of the database.
-        to: another revision, also an earlier one; what that cannot hold is lost.
-
-    Raises:
-        NewerDatabase: a newer version of Manta was here.
-    """
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.connect() as connection:
-        if sqlite := engine.dialect.name == "sqlite":
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a table is altered by dropping and renaming it
-            connection.commit()
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # Python's driver begins none for a change of the schema
-        else:
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION)))
-        revision = _known_revision(connection, config)
-        config.attributes["connection"] = connection
-        back = to is not None and revision is not None and to < revision
-        (alembic.command.downgrade if back else alembic.command.upgrade)(config, to or "head")
-        connection.commit()
-        if sqlite:
-            connection.exec_driver_sql("PRAGMA foreign_keys=ON")
-
-
-def _migrate_when_there(engine: sa.Engine, patience_s: float) -> None:
-    """`migrate` on a server that may be about to start."""
-    pause_s, ends = PAUSE_S, time.monotonic() + patience_s
-    while True:
-        try:
-            return migrate(engine)
-        except OperationalError as error:
-            if not postgres.may_pass(error) or time.monotonic() + pause_s > ends:
-                raise
-            where = engine.url.render_as_string(hide_password=True)
-            logger.warning("waits for the database %s (%s); again in %s s", where, error.orig, pause_s)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, MAX_PAUSE_S)
-
-
-def revision_of(connection: sa.Connection) -> str | None:
-    """Of the schema; None: the database has none of ours."""
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _known_revision(connection: sa.Connection, config: alembic.config.Config) -> str | None:
-    revision = revision_of(connection)
-    known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
-    if revision is not None and revision not in known:
-        raise NewerDatabase(
-            f"got a database of revision {revision}, expected at most {known[0]}: a newer Manta was here; upgrade this "
-            "one, or restore the backup from before"
-        )
-    return revision

@@ -1,4 +1,4 @@
-"""Alembic's entry: migrates the connection that `service.store.migrate` hands over."""
+"""Alembic's entry: migrates the connection that `service.migrate` hands over."""
 
 from alembic import context
 

@@ -1,7 +1,9 @@
 """Two workers under Ray Train against two under torchrun, each with DDP over gloo and one thread.
 
-They take turns: a job is run as the service runs it while the ranks of torchrun sleep, then these train. Compared is
-the steady state, so the loop, its reader, its exchange, and what Ray's processes take from the cores; no start.
+They take turns: a job is run as the service runs it while the ranks of torchrun sleep, then these train. Both decode
+and augment the same shards by the same reader, in threads beside the training, since with two ranks on two cores there
+is nowhere else to do it. Compared is the steady state, so the loop, its exchange, and what Ray's processes take from
+the cores; no start.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def wait_for(path: Path) -> None:
 
 
 def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
-    """Under torchrun: PyTorch's DDP over batches that are ready in memory.
+    """Under torchrun: the shortest loop of PyTorch's DDP.
 
     Returns:
         steps/s of each round: median over intervals of `log_steps` steps without the first, as for `ours`.
@@ -39,23 +41,25 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
     from tests.benchmarks import synthetic
     from workloads import assemble
     from workloads.batches import to_device
+    from workloads.data.ahead import ahead
     from workloads.data.reader import Reader
 
     ranks = synthetic.own_rank()
     spec, method = synthetic.build(document)
     views = assemble.views_of(spec)
     reader = Reader(assemble.open_stream(spec.data["train"]), views, batch_size=spec.batch_size)
-    ready = [to_device(reader.batch(i, ranks.rank, ranks.world_size), views, ranks.device) for i in range(4)]
+    steps = spec.steps or 0
+    raw = reader.batches(0, rounds * steps, ranks.rank, ranks.world_size)
+    batches = ahead((to_device(batch, views, ranks.device) for batch in raw), depth=1)
     model = DistributedDataParallel(method)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, fused=True)
-    steps = spec.steps or 0
     rates = []
     for i in range(rounds):
         wait_for(Path(turns) / f"go-{i}")
         stamps = [time.perf_counter()]
         for step in range(steps):
             optimizer.zero_grad()
-            model(ready[step % 4], Progress(step, 0, steps)).loss.backward()
+            model(next(batches), Progress(step, 0, steps)).loss.backward()
             optimizer.step()
             if (step + 1) % spec.log_steps == 0:
                 stamps.append(time.perf_counter())
@@ -64,6 +68,7 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
         dist.barrier()
         if ranks.rank == 0:
             (Path(turns) / f"bare-{i}").touch()
+    batches.close()
     del model
     synthetic.leave()
     return rates

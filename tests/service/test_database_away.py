@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+import service.migrate as migrate_module
 import service.postgres
-import service.store as store_module
 from service.local_cluster import ClusterError, up
 from service.parts import build_parts
 from service.settings import Settings
@@ -158,7 +158,7 @@ def test_a_front_end_waits_for_a_database_that_comes_later(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, name = Clock(), postgres.create()
-    monkeypatch.setattr(store_module, "time", clock)
+    monkeypatch.setattr(migrate_module, "time", clock)
 
     def come() -> None:
         if len(clock.slept) == 3:
@@ -176,7 +176,7 @@ def test_a_front_end_waits_for_a_database_that_comes_later(
 
 def test_it_waits_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(store_module, "time", clock)
+    monkeypatch.setattr(migrate_module, "time", clock)
     with pytest.raises(OperationalError, match="refused"):
         Store(closed(), patience_s=20)
     assert clock.slept == [0.5, 1, 2, 4, 8]
@@ -184,7 +184,7 @@ def test_it_waits_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_stays_wrong_is_not_waited_for(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(store_module, "time", clock)
+    monkeypatch.setattr(migrate_module, "time", clock)
     with pytest.raises(OperationalError, match="does not exist"):
         Store(postgres.url("no_such_database"), patience_s=60)
     assert clock.slept == []

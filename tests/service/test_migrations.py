@@ -15,10 +15,12 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import IntegrityError
 
-import service.store
+import service.migrate
+from service import sqlite
+from service.migrate import NewerDatabase, migrate
 from service.parts import build_parts
 from service.settings import Settings
-from service.store import Base, Job, ModelVersion, NewerDatabase, Store, migrate
+from service.store import Base, Job, ModelVersion, Store
 from tests.service.fakes import FakeRay, write_record
 from tests.service.rest import NoDeployments
 from tests.service.world import BODY
@@ -27,7 +29,7 @@ from workloads.spec import JobSpec
 SPEC = JobSpec.model_validate(BODY).model_dump(mode="json")
 
 
-MIGRATIONS = Path(service.store.__file__).parent / "migrations"
+MIGRATIONS = Path(service.migrate.__file__).parent / "migrations"
 REVISIONS = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][::-1]
 
 
@@ -35,7 +37,7 @@ REVISIONS = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk
 def engine(empty_database: str) -> Iterator[sa.Engine]:
     engine = sa.create_engine(empty_database)
     if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", service.store._sqlite_pragmas)
+        sa.event.listen(engine, "connect", sqlite.pragmas)
     yield engine
     engine.dispose()
 

@@ -12,8 +12,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
-import service.store
-from service.store import Job, ModelName, Project, Store, migrate
+from service import sqlite
+from service.migrate import migrate
+from service.store import Job, ModelName, Project, Store
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ OLD = {
 def old(tmp_path: Path) -> Iterator[sa.Engine]:
     """A database of the version before projects, with two jobs, their events and a model of two versions."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'old.db'}")
-    sa.event.listen(engine, "connect", service.store._sqlite_pragmas)
+    sa.event.listen(engine, "connect", sqlite.pragmas)
     migrate(engine, "0002")
     with engine.begin() as connection:
         for i, key in ((1, "'k'"), (2, "NULL")):
