@@ -190,9 +190,10 @@ class CoKe(Method):
         return None if start is None or progress.epoch < start else progress.epoch - start
 
     def after_step(self, progress: Progress) -> None:
-        x, index = self._waiting.take()
-        for k in self.clusterings:
-            k.update(x, index, self._averaged(progress))  # type: ignore[operator]
+        if columns := self._waiting.take():
+            x, index = columns
+            for k in self.clusterings:
+                k.update(x, index, self._averaged(progress))  # type: ignore[operator]
 
     def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
         for k in self.clusterings:

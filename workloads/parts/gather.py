@@ -81,7 +81,11 @@ class Waiting:
         self._parts.append(tuple(column.detach() for column in columns))
 
     def take(self) -> list[Tensor]:
-        """The columns of the batch of all ranks in its order, [world * B, ...] each; none where nothing was put."""
+        """The columns of the batch of all ranks in its order, [world * B, ...] each.
+
+        None where nothing was put, and none where something is not finite: a step that is skipped must leave no trace
+        in what methods remember. To see that, the device is waited for.
+        """
         columns = [gather(torch.cat(parts)) for parts in zip(*self._parts, strict=True)]
         self._parts.clear()
-        return columns
+        return columns if all(column.isfinite().all() for column in columns) else []
