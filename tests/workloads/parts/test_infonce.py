@@ -46,15 +46,14 @@ def test_keys_of_the_global_loss_get_no_gradient() -> None:
     assert q.grad is not None and k.grad is None
 
 
-@pytest.mark.parametrize("name", ["info_nce", "global_info_nce", "queue_info_nce", "nt_xent"])
+@pytest.mark.parametrize("name", ["info_nce", "global_info_nce", "nt_xent"])
 def test_similarities_are_of_float32_also_under_autocast(name: str) -> None:
     torch.manual_seed(0)
     q, k = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
-    more = (k.flip(0),) if name == "queue_info_nce" else ()
     loss = getattr(infonce, name)
-    expected = loss(q, k, *more, 0.2)
+    expected = loss(q, k, 0.2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss(q, k, *more, 0.2)
+        found = loss(q, k, 0.2)
     pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
     assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in pairs)
 
