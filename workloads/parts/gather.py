@@ -67,6 +67,14 @@ def first_row(rows: int) -> int:
     return rows * dist.get_rank() if dist.is_initialized() else 0
 
 
+def shares(weight: Tensor) -> Tensor:
+    """Weights [B] of samples of this rank -> shares: the mean over ranks of sums by them is that over the whole batch.
+
+    Divided by the sum here instead, a rank with few samples that count would give each of them too much.
+    """
+    return weight / gather(weight.sum()[None]).mean().clamp(min=1e-6)
+
+
 class Waiting:
     """Tensors of the micro-batches of a step, until `after_step` asks for those of the whole batch.
 

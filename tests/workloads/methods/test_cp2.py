@@ -78,6 +78,9 @@ def test_losses_golden() -> None:
     assert dense_loss(S, M_Q, M_K).item() == pytest.approx(1.767744292, abs=1e-9)
     over_keys = dense_loss(S.mT, M_K, M_Q).item()  # a softmax over the places of the key is another loss
     assert over_keys == pytest.approx(1.622032781, abs=1e-9)
+    pairs = M_Q[:, :, None] * M_K[:, None, :]
+    joint = -(S.flatten(1).log_softmax(dim=1).view_as(S) * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
+    assert joint.mean().item() == pytest.approx(3.055854397, abs=1e-9)  # the card's second wrong variant
     instance, _ = queue_info_nce(pooled(Q, M_Q).float(), pooled(K, M_K).float(), ROWS.float(), 0.2)
     assert instance.mean().item() == pytest.approx(4.186044122, rel=1e-6)
 

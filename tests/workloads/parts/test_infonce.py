@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from workloads.parts import infonce
-from workloads.parts.gather import first_row, gather
+from workloads.parts.gather import first_row, gather, shares
 from workloads.parts.infonce import global_info_nce, info_nce, masked_info_nce
 
 
@@ -97,6 +97,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 8, generator=generator), torch.randn(6, 8, generator=generator)
 
 
+COUNTED = torch.tensor([1.0, 0, 1, 0, 0, 1])
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
@@ -105,6 +108,7 @@ def _rank(rank: int, folder: str) -> None:
     loss = global_info_nce(q, k, 0.2)
     loss.backward()
     seen = {"gathered": gather(k), "first": first_row(len(k)), "loss": loss.detach(), "grad": q.grad}
+    seen["share"] = shares(COUNTED.chunk(2)[rank])
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -118,5 +122,6 @@ def test_two_ranks_have_the_loss_of_their_common_batch(tmp_path: Path) -> None:
     loss.backward()
     assert all(torch.equal(each["gathered"], k) for each in ranks)
     assert [each["first"] for each in ranks] == [0, 3]
+    assert torch.allclose(torch.cat([each["share"] for each in ranks]) / 2, COUNTED / 3)  # all that count equally
     assert sum(each["loss"] for each in ranks).item() / 2 == pytest.approx(loss.item(), abs=1e-6)
     assert torch.allclose(torch.cat([each["grad"] for each in ranks]) / 2, q.grad, atol=1e-6)
