@@ -19,9 +19,10 @@ from workloads.methods.densecl import dense_pairs, match
 from workloads.models.encoders import build_encoder
 from workloads.parts.ema import copy_of
 from workloads.parts.queue_infonce import queue_info_nce
+from workloads.parts.sharded_softmax import RowsOverRanks, instance_cross_entropy
 from workloads.spec import JobSpec
 
-DIM, QUEUE = 128, 4096
+DIM, QUEUE, INSTANCES = 128, 4096, 600_000
 METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr", "layers": 2},  # as many as lightly's head has
     "moco_v2": {"name": "moco_v2", "queue": QUEUE},
@@ -156,6 +157,25 @@ class DenseLoss(nn.Module):
         return Output(queue_info_nce(q, k, self.rows, self.temperature)[0].mean())
 
 
+def softmax_memory(instances: int) -> float:
+    """Bytes of this rank at the peak of two steps of SGD over one row of 128 for each instance, without the rest."""
+    import resource
+
+    ranks = synthetic.own_rank()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    table = RowsOverRanks(instances, DIM)
+    table.share_out(ranks.device)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
+    features, index = torch.randn(16, DIM, requires_grad=True), torch.arange(16)
+    for _ in range(2):
+        instance_cross_entropy(features, index, table, 0.15)[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    synthetic.leave()
+    return 1024 * (peak - before)
+
+
 def rows() -> list[Row]:
     """(what, measured, wanted, reached)."""
     made: list[Row] = []
@@ -171,5 +191,8 @@ def rows() -> list[Row]:
     loss = apart.ratio(found["loss"], found["moco_v2"])
     what = "contrast: the dense loss / a step of MoCo v2, ResNet-50 at 224 px"
     made.append((what, f"{loss:.1%}", "< 5 %", loss < 0.05))
+    one, two = (apart.run(softmax_memory, ranks=ranks, instances=INSTANCES) / INSTANCES for ranks in (1, 2))
+    what = f"contrast: peak of a step of the softmax over {INSTANCES:,} rows, bytes a row: a rank of 2 / one rank"
+    made.append((what, f"{two / one:.2f} ({two:,.0f} / {one:,.0f})", ".5, +- 10 %", abs(2 * two / one - 1) <= 0.1))
     what = "contrast: step of DenseCL, with its dense head / of MoCo v2, there; what their FLOPs predict"
     return [*made, (what, f"{ratio:.3f}; {found['predicted']:.3f}", "", None)]
