@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tests.learning import encoder_of, pretrained, untrained
 from tests.toy import difference, no_load, png
 from tests.toy_methods import toy_method_job
-from tests.toy_volumes import Scan, write_volumes
 from tests.two_ranks import TwoRanks
 from workloads import artifact, assemble, checkpoint
 from workloads.data.keys import sample_keys
@@ -292,46 +291,30 @@ def partitions_of(encoder: nn.Module, shards: str, spec: JobSpec) -> Features:
         return Features(encoder.eval()(torch.cat(x)), torch.cat(y))
 
 
-def figures(seed: int) -> Scan:
-    """16 slices of 32 x 32: a disc, a ring, a cross and two discs for four slices each.
-
-    Every slice has its own place, size and brightness, which say nothing of the figure.
-    """
-    rng = np.random.default_rng(seed)
-    slices = []
-    for z in range(16):
-        y, x = np.meshgrid(*(np.arange(32) - 15.5 - rng.uniform(-4, 4) for _ in "yx"), indexing="ij")
-        r, size = np.hypot(y, x), rng.uniform(6, 9)
-        apart = np.minimum(np.hypot(y, x - size), np.hypot(y, x + size))
-        cross = (np.minimum(abs(y), abs(x)) < size / 4) & (r < size)
-        figure = [r < size * 0.7, (r < size) & (r > size * 0.6), cross, apart < size / 2][z // 4]
-        slices.append(rng.uniform(10, 60) + rng.uniform(80, 180) * figure + rng.normal(0, 8, figure.shape))
-    return np.stack(slices).clip(0, 255).astype(np.uint8), np.zeros((16, 32, 32), np.uint8)
-
-
 @pytest.mark.slow
-def test_slices_of_a_partition_have_like_features(tmp_path: Path) -> None:
-    """Which partition a slice of another scan is of, by its neighbours: .76 -> .99.
+def test_slices_of_a_partition_have_like_features(data_folder: Path, tmp_path: Path) -> None:
+    """Which quarter of another hippocampus a slice is of, by its neighbours: .802 -> .868 (200 steps: .887).
 
-    These scans were chosen because the effect shows here: on ellipsoids whose depth drifts, as on `toy_volumes.scan`,
-    it hardly does. There six runs, of 150 to 400 steps, with and without brightness that changes from slice to slice,
-    went from .62 or .64 to .63 to .69 (at one depth from .57 to .60).
+    The encoder sees one slice at a time: that slices at one height are alike in all volumes is all that it is told.
     """
-    shards = write_volumes(tmp_path / "scans", {"train": 48, "test": 24}, figures)
+    shards = {
+        name: str(data_folder / "hippocampus" / f"{name}.tar") for name in ("train-{000000..000003}", "val-000000")
+    }
     spec = JobSpec.model_validate(
         {
             "name": "learning",
-            "method": {"name": "medical_cl", "depth": 16, "dim": 32, "hidden_dim": 64},
-            "model": {"name": "unet", "image_size": 32, "channels": [8, 16, 16]},
-            "data": {"train": {"shards": shards["train"]}},
-            "steps": 150,
+            "method": {"name": "medical_cl", "loss": "gd", "depth": 48},
+            "model": {"name": "unet", "image_size": 48, "channels": [8, 16, 32, 32]},
+            "data": {"train": {"shards": shards[0]}},
+            "steps": 100,
             "batch_size": 6,
-            "optimizer": {"lr": 3e-3, "weight_decay": 0},
+            "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0},
+            "schedule": {"name": "constant"},
         }
     )
     after = encoder_of(pretrained(spec, tmp_path, "job"))
     before, now = (
-        knn_accuracy(*(partitions_of(encoder, shards[n], spec) for n in ("train", "test")), k=20, temperature=0.07)
+        knn_accuracy(*(partitions_of(encoder, each, spec) for each in shards), k=20, temperature=0.07)
         for encoder in (untrained(spec), after)
     )
-    assert now > before + 0.1, (before, now)
+    assert now > before + 0.03, (before, now)
