@@ -15,9 +15,11 @@ from torch import Tensor
 
 from workloads.data.keys import uniform
 from workloads.models.architecture import Architecture, Block
-from workloads.models.binas import FEATURES, STEM, Positive
+from workloads.models.binas import FEATURES, STEM
+from workloads.models.structure import Channels
 
-Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Depth = Annotated[int, Field(ge=1, le=16)]  # beyond, the program of `search.ilp` grows too large to be looked at
+Expansion = Annotated[int, Field(ge=1, le=99)]
 
 
 class Configuration(NamedTuple):
@@ -52,18 +54,18 @@ class Space(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stem: Positive = STEM
-    first: Positive = 16
-    widths: Some = (24, 40, 80, 112, 192)
+    stem: Channels = STEM
+    first: Channels = 16
+    widths: tuple[Channels, ...] = Field(default=(24, 40, 80, 112, 192), min_length=1, max_length=16)
     strides: Annotated[tuple[Annotated[int, Field(ge=1, le=2)], ...], Field(min_length=1)] = (2, 2, 2, 1, 2)
     relu_stages: int = Field(default=2, ge=0)
-    min_depth: Positive = 2
-    max_depth: Positive = 4
-    expansions: Some = (3, 4, 6)
-    kernels: Some = (3, 5)
+    min_depth: Depth = 2
+    max_depth: Depth = 4
+    expansions: tuple[Expansion, ...] = Field(default=(3, 4, 6), min_length=1, max_length=8)
+    kernels: tuple[int, ...] = Field(default=(3, 5), min_length=1)
     se: Annotated[tuple[bool, ...], Field(min_length=1)] = (False, True)
-    last: Positive = 960
-    features: Positive = FEATURES
+    last: Channels = 960
+    features: Channels = FEATURES
 
     @model_validator(mode="after")
     def _fits(self) -> Space:

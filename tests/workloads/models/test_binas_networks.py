@@ -86,7 +86,7 @@ def test_names_of_the_paper_and_wrong_ones() -> None:
         ValidationError, match=r"got structure 'binas-g', expected an architecture string or one of binas-a"
     ):
         BinasConfig(structure="binas-g")
-    with pytest.raises(ValidationError, match="'ir_r1_k4_s1_e3_c24' at character 2"):
+    with pytest.raises(ValidationError, match=r"structure\n.*'ir_r1_k4_s1_e3_c24' at character 2"):
         BinasConfig(structure="[['ir_r1_k4_s1_e3_c24']]")
 
 
