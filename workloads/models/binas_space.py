@@ -18,8 +18,9 @@ from workloads.models.architecture import Architecture, Block
 from workloads.models.binas import FEATURES, STEM
 from workloads.models.structure import Channels
 
-Depth = Annotated[int, Field(ge=1, le=16)]  # beyond, the program of `search.ilp` grows too large to be looked at
+Depth = Annotated[int, Field(ge=1)]
 Expansion = Annotated[int, Field(ge=1, le=99)]
+MOST_PRODUCTS = 10_000  # of configurations and depths: the paper's 720; `search.ilp` has a variable for each
 
 
 class Configuration(NamedTuple):
@@ -56,12 +57,12 @@ class Space(BaseModel):
 
     stem: Channels = STEM
     first: Channels = 16
-    widths: tuple[Channels, ...] = Field(default=(24, 40, 80, 112, 192), min_length=1, max_length=16)
+    widths: tuple[Channels, ...] = Field(default=(24, 40, 80, 112, 192), min_length=1)
     strides: Annotated[tuple[Annotated[int, Field(ge=1, le=2)], ...], Field(min_length=1)] = (2, 2, 2, 1, 2)
     relu_stages: int = Field(default=2, ge=0)
     min_depth: Depth = 2
     max_depth: Depth = 4
-    expansions: tuple[Expansion, ...] = Field(default=(3, 4, 6), min_length=1, max_length=8)
+    expansions: tuple[Expansion, ...] = Field(default=(3, 4, 6), min_length=1)
     kernels: tuple[int, ...] = Field(default=(3, 5), min_length=1)
     se: Annotated[tuple[bool, ...], Field(min_length=1)] = (False, True)
     last: Channels = 960
@@ -81,6 +82,13 @@ class Space(BaseModel):
                 raise ValueError(f"got {name}={list(values)}, expected each once, the smaller first")
         if not set(self.kernels) <= {3, 5, 7}:
             raise ValueError(f"got kernels={list(self.kernels)}, expected 3, 5 or 7")
+        configurations = len(self.expansions) * len(self.kernels) * len(self.se)
+        products = len(self.widths) * self.max_depth * configurations * len(self.depths)
+        if products > MOST_PRODUCTS:
+            raise ValueError(
+                f"got a space of {products:,} products of blocks, configurations and depths, expected at most "
+                f"{MOST_PRODUCTS:,}; allow fewer"
+            )
         return self
 
     @property

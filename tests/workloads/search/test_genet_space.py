@@ -104,10 +104,12 @@ def test_a_budget_that_no_combination_meets_is_refused_where_a_table_tells(tmp_p
     assert where == ("budget", "latency", "ms") and said.startswith("got 0.001, expected at least ")
     least = float(said.split("at least ")[1].split(";")[0])
     assert config(1.001 * least).problems("cpu") == [] != config(0.999 * least).problems("cpu")
+    assert config(1.0).least() == {"latency_ms": pytest.approx(least, rel=1e-3)}
     ((where, said),) = config(1.0, kernels=(5,)).problems("cpu")
     assert where == ("budget", "latency", "table") and "conv 5x5 stride" in said
     without = GENetLLRConfig.model_validate({"master": TINY, "budget": {"latency": {"ms": 1, "device": "cuda"}}})
     assert "name its file in table" in without.problems("cpu")[0][1] and without.problems("cuda") == []
+    assert without.least() == {}
 
 
 def test_the_grid_of_a_table_covers_what_is_asked_of_published_networks() -> None:
