@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from workloads.data.views import Size
 from workloads.models.architecture import Architecture, ArchitectureError, Block, parse, round8, text
 from workloads.models.pooled_cnn import PooledCNN
-from workloads.models.structure import Channels
+from workloads.models.structure import Channels, String
 from workloads.models.timm_import import timm
 
 STEM, FEATURES = 32, 1280  # channels in the paper
@@ -56,7 +56,7 @@ class BinasConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    structure: Annotated[str, AfterValidator(_structure)]
+    structure: Annotated[String, AfterValidator(_structure)]
     image_size: Size = 224
     stem: Channels = STEM
     features: Channels = FEATURES

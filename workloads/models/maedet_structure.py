@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from workloads.catalog import problems_of
-from workloads.models.structure import Branch, Channels, Conv, Layers, StructureError
+from workloads.models.structure import MOST_TEXT, Branch, Channels, Conv, Layers, StructureError
 
 NESTED = re.compile(r"[\[{\]}]|[0-9]{20,}")
 
@@ -83,7 +83,7 @@ class Block(BaseModel):
 
 
 Structure = tuple[Block, ...]
-_blocks = TypeAdapter(Structure)
+_blocks: TypeAdapter[Structure] = TypeAdapter(Annotated[Structure, Field(max_length=999)])
 
 
 def parse(value: Any) -> Structure:
@@ -99,7 +99,7 @@ def parse(value: Any) -> Structure:
     except ValidationError as error:
         (where, message), *_ = problems_of(error, Block)
         if not where:
-            raise StructureError(f"got {value!r:.100}, expected a list of blocks such as {text(EXAMPLE)}") from error
+            raise StructureError(f"{message}, expected a list of blocks such as {text(EXAMPLE)}") from error
         place = ", ".join([f"block {int(where[0]) + 1}", *map(str, where[1:])])
         raise StructureError(f"in {place}: {message} (a block is such as {json.dumps(BODY)})") from error
     width = 3
@@ -116,6 +116,8 @@ def parse(value: Any) -> Structure:
 def _read(string: str) -> Any:
     """JSON, but for lists in blocks and numbers without end: these Python refuses without a place, or by recursion."""
     depth = 0
+    if len(string) > MOST_TEXT:
+        raise StructureError(f"got {len(string):,} characters, expected at most {MOST_TEXT:,}; take fewer blocks")
     for found in NESTED.finditer(string):
         depth += -1 if found[0] in "]}" else 1 if found[0] in "[{" else 3
         if depth > 2:

@@ -36,6 +36,9 @@ EXAMPLE = "SuperConvK3BNRELU(3,8,1,1)"
 MOST_CHANNELS, MOST_LAYERS = 99_999, 999  # of a part: far beyond any paper's, and what is counted stays small
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+MOST_TEXT = 100_000  # characters
+String = Annotated[str, Field(max_length=MOST_TEXT)]
+"""Of a whole network: the longest of the papers has 619."""
 NUMBERS = re.compile(r"(?:[1-9][0-9]{0,4},)+[1-9][0-9]{0,2}")  # no more digits than these; layers are the last
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from workloads.data.views import Size
 from workloads.models.pooled_cnn import PooledCNN
-from workloads.models.structure import EPS, Branch, Conv, Structure, StructureError, parse, parse_network, text
+from workloads.models.structure import EPS, Branch, Conv, String, Structure, StructureError, parse, parse_network, text
 from workloads.models.timm_import import timm
 
 GAIN = 3.26
@@ -53,7 +53,7 @@ class ZenNetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    structure: Annotated[str, AfterValidator(_structure)]
+    structure: Annotated[String, AfterValidator(_structure)]
     image_size: Size = 224
     se: bool = False
 

@@ -38,7 +38,7 @@ class Infeasible(ValueError):
         return str(self.args[1])
 
 
-class Unsolved(RuntimeError):
+class Unsolved(ValueError):
     """HiGHS neither found a network within the budgets nor proved that there is none."""
 
 

@@ -16,6 +16,7 @@ from numpy.random import Generator
 from pydantic import AfterValidator, Field
 
 from workloads.models.structure import (
+    String,
     Structure,
     StructureError,
     flops,
@@ -53,7 +54,7 @@ class ZenNASConfig(EvolutionConfig):
         repeats: scores of a candidate, whose mean counts.
     """
 
-    initial: Annotated[str, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
+    initial: Annotated[String, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
     space: Space = "server"
     classes: int = Field(default=1000, ge=2)
     batch_size: int = Field(default=64, ge=2)
@@ -68,7 +69,7 @@ class ZenNASConfig(EvolutionConfig):
         }
 
     def least(self) -> Mapping[str, float]:
-        structures = smallest(parse(self.initial), self.space)  # none is cheaper: the initial one is not either
+        structures = smallest(parse(self.initial), self.space)  # of which one is no dearer than the initial one
         found = [self.costs(structure) for structure in structures]
         least = {name: min(costs[name] for costs in found) for name in found[0]}
         if self.budget.latency is not None and self.budget.latency.table is not None:

@@ -104,10 +104,7 @@ def split(structure: Structure) -> Structure:
 
 
 def smallest(structure: Structure, space: Space) -> list[Structure]:
-    """The same parts at their least: one layer, 8 channels or fewer; with their own types, and with each of the space.
-
-    No structure that mutations lead to has less of the types that one of these has.
-    """
+    """The same parts at their least: one layer, 8 channels or fewer; of their own types, and of each of the space."""
     found: dict[Structure, None] = {}
     for name in (None, *TYPES[space]):
         parts = [

@@ -86,6 +86,9 @@ def test_names_of_the_paper_and_wrong_ones() -> None:
         with pytest.raises(ValidationError, match=said) as caught:
             ZenNetConfig(structure=structure)
         assert [error["loc"] for error in caught.value.errors()] == [("structure",)]
-    for other in ([], {}, 3, None):
+    others: list[Any] = [[], {}, 3, None]
+    for other in others:
         with pytest.raises(ValidationError, match="valid string"):
-            ZenNetConfig(structure=other)  # type: ignore[arg-type]
+            ZenNetConfig(structure=other)
+    with pytest.raises(ValidationError, match="at most 100000 characters"):
+        ZenNetConfig(structure="SuperConvK3BNRELU(3,3,1,1)" * 4000)
