@@ -63,13 +63,14 @@ def methods(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJso
 
 @app.command()
 def searches(name: Annotated[str | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
-    """Lists the architecture searches, or shows the schema of one."""
+    """Lists the architecture searches with their settings, or shows the schema of one; --json: of all."""
     with connected() as client:
         found = client.searches() if name is None else client.search(name)
     if as_json or name is not None:
         show_json(found)
     else:
-        show_table(["name", "paper"], [(s["name"], s["paper"]) for s in found])
+        rows = [(s["name"], s["paper"], ", ".join(s["schema"]["properties"])) for s in found]
+        show_table(["name", "paper", "settings"], rows)
 
 
 @app.command()

@@ -123,8 +123,12 @@ def load(kind: str, name: str) -> Any:
 def problems_of(error: ValidationError, config: type[BaseModel]) -> list[tuple[tuple[str | int, ...], str]]:
     """(location, sentence) of each error of a pydantic model; an unknown key is answered by the nearest valid ones."""
     found: list[tuple[tuple[str | int, ...], str]] = []
-    for item in error.errors(include_url=False, include_context=False):
+    items = error.errors(include_url=False, include_context=False)
+    inside = {item["loc"][:n] for item in items for n in range(len(item["loc"]))}
+    for item in items:
         location = item["loc"]
+        if item["type"] == "too_short" and location in inside:
+            continue  # of a tuple pydantic counts only what is valid
         if item["type"] == "extra_forbidden":
             owner: Any = config
             for part in location[:-1]:
@@ -134,6 +138,8 @@ def problems_of(error: ValidationError, config: type[BaseModel]) -> list[tuple[t
             message = f"got unknown key {location[-1]!r}; {nearest(str(location[-1]), keys)}"
         elif item["type"] == "missing":
             message = f"got nothing for {location[-1]!r}, expected a value; add it"
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ")  # ours says itself what was got
         else:
             message = f"got {item['input']!r:.100}: {item['msg']}"
         found.append((location, message))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,13 +64,15 @@ def search_of(spec: SearchSpec, home: Path, device: torch.device, island: int = 
 
 
 def score(search: Search, chunk: Sequence[tuple[int, str]]) -> Scored:
-    """Measures candidates; one that fails has no score, as one that is over budget."""
+    """Measures candidates; one that fails has no score, as one that is over budget; nor one whose numbers are none."""
     since = time.perf_counter()
     results: dict[int, Result] = {}
     errors: list[str] = []
     for index, candidate in chunk:
         try:
             results[index] = search.score(candidate, index)
+            if not all(map(math.isfinite, results[index].values())):
+                raise ArithmeticError(f"got {results[index]}, expected finite numbers; take settings less extreme")
         except (RuntimeError, ValueError, ArithmeticError) as error:  # memory is a RuntimeError
             logger.warning("candidate %d could not be scored: %s", index, candidate, exc_info=not errors)
             errors.append(f"{type(error).__name__}: {error}")

@@ -43,7 +43,7 @@ class Problem(BaseModel):
         return self.sentence + (f" ({self.hint})" if self.hint else "")
 
 
-MOST_SIZE = 2**24  # of an integer in the config of a network or a method: none of any paper comes near
+MOST_SIZE = 2**24  # of an integer in the config of a network, a method or a search: none of any paper comes near
 MOST_MODULES = 50_000  # of a network; a ViT of 100 blocks has 2,000
 
 PATIENCE_S = 5.0  # of `check` with a store that does not answer
@@ -147,6 +147,9 @@ def _search(spec: SearchSpec) -> list[Problem]:
         message = f"got {each} workers for an island, expected at most {most}: more would wait for each other's scores"
         hint = f"islands: {-(-spec.resources.max_workers // most)}" if cls.islands else "ask for fewer"
         return [Problem(loc=["resources", "workers"], message=message, hint=hint)]
+    for key, value in spec.search.config.items():
+        if key != "budget" and _largest(value) > MOST_SIZE:
+            return [_too_large("search", key)]
     config = cls.Config.model_validate(spec.search.config)
     device = "cuda" if spec.resources.gpus else "cpu"
     found = [Problem(loc=["search", *loc], message=message) for loc, message in config.problems(device)]
@@ -198,6 +201,10 @@ def _largest(config: Any) -> int:
     return abs(config) if isinstance(config, int) else 0
 
 
+def _too_large(*loc: str) -> Problem:
+    return Problem(loc=[*loc], message=f"got an integer above {MOST_SIZE:,}, expected sizes of networks that there are")
+
+
 @contextmanager
 def _bounded() -> Iterator[None]:
     """Ends the construction of a network of a billion blocks by ValueError: on the meta device that takes days."""
@@ -241,8 +248,7 @@ def _fit(spec: JobSpec, home: Path) -> list[Problem]:
     from workloads.models.encoders import build_encoder
 
     if huge := [field for field in ("method", "model") if _largest(getattr(spec, field).config) > MOST_SIZE]:
-        message = f"got an integer above {MOST_SIZE:,}, expected sizes of networks that there are"
-        return [Problem(loc=[huge[0]], message=message)]
+        return [_too_large(huge[0])]
     size = height_width(assemble.image_size(spec))
     cls, _ = assemble.method_of(spec)
     indexed = not spec.data[cls.streams[0]].piped

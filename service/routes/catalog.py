@@ -1,4 +1,7 @@
-"""/v1/methods, /v1/searches and /v1/evaluations: what a job may name, with the schema of each."""
+"""/v1/methods, /v1/searches and /v1/evaluations: what a job may name, with the schema of each.
+
+The few searches are listed with all that is known of them; of methods that would be 100 kB.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,6 @@ class MethodList(TypedDict):
     methods: list[WithPaper]
 
 
-class SearchList(TypedDict):
-    searches: list[WithPaper]
-
-
 class EvaluationList(TypedDict):
     evaluations: list[CatalogName]
 
@@ -52,6 +51,10 @@ class SearchEntry(Entry):
     paper: str
     streams: Annotated[list[str], Field(description="Names that `data` must have.")]
     islands: Annotated[bool, Field(description="Whether several populations may evolve beside each other.")]
+
+
+class SearchList(TypedDict):
+    searches: list[SearchEntry]
 
 
 def _entry(kind: str, name: str) -> Any:
@@ -85,9 +88,8 @@ def get_method(name: str) -> MethodEntry:
 
 @router.get("/searches")
 def list_searches() -> SearchList:
-    return {
-        "searches": [{"name": name, "paper": catalog.load("search", name).paper} for name in sorted(catalog.SEARCHES)]
-    }
+    """Each with its schema and paper."""
+    return {"searches": [_entry("search", name) for name in sorted(catalog.SEARCHES)]}
 
 
 @router.get("/searches/{name}")

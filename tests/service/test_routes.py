@@ -97,6 +97,11 @@ def test_a_search_is_a_job(client: TestClient) -> None:
         ({"search": TOY_SEARCH | {"name": "zen"}}, ["search", "name"], "did you mean 'zen_nas'"),
         ({"search": TOY_SEARCH | {"budget": {"parameters": 9}}}, ["search", "budget", "parameters"], "at least 5,337"),
         ({"search": TOY_SEARCH | {"initial": "Super(3)"}}, ["search", "initial"], "at character 0"),
+        (
+            {"search": {"name": "mae_det", "initial": "[" * 50_000, "budget": {"layers": 9}}},
+            ["search", "initial"],
+            "at character 2",
+        ),
         ({"islands": 2}, [], "got 1 workers for 2 islands"),
         ({"resources": {"workers": 8}}, ["resources"], "expected at most 4"),
         (
@@ -120,7 +125,7 @@ def test_searches_are_listed_with_their_papers_and_schemas(client: TestClient) -
     assert {"zen_nas", "mae_det"} <= {one["name"] for one in listed} == set(catalog.SEARCHES)
     for one in listed:
         entry = client.get(f"/v1/searches/{one['name']}").json()
-        assert entry["paper"] == one["paper"] and "arXiv" in entry["paper"]
+        assert entry == one and "arXiv" in entry["paper"]
         assert entry["schema"]["properties"] and entry["summary"]
     assert "did you mean 'zen_nas'" in client.get("/v1/searches/zen_na").json()["detail"]
 

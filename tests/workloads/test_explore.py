@@ -220,11 +220,27 @@ def test_when_all_fail_the_job_does(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert re.search(r"got no score by \d+ candidates, expected some; the last: .*out of memory", record.reason)
 
 
+def test_scores_that_are_no_numbers_are_failures(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert execute(toy_search({"g": 1e300}), run, tmp_path, job_id="j") == FAILED
+    record = run.read_record()
+    assert record is not None and record.reason is not None
+    assert re.search(r"got no score by \d+ .*got \{'score': nan\}, expected finite numbers", record.reason)
+
+
 @pytest.mark.parametrize(
     ("fields", "loc", "says"),
     [
         ({"search": {"name": "zen_nass"}}, ["search", "name"], "did you mean 'zen_nas'"),
         ({"search": {"populatoin": 3}}, ["search", "populatoin"], "got unknown key"),
+        ({"search": {"image_size": 10**9}}, ["search", "image_size"], "got an integer above 16,777,216"),
+        ({"search": {"batch_size": 10**12}}, ["search", "batch_size"], "got an integer above 16,777,216"),
+        ({"search": {"g": float("inf")}}, ["search", "g"], "finite number"),
+        (
+            {"search": {"budget": {"parameters": 10**12, "latency": {"ms": 1, "batch_size": 10**9}}}},
+            ["search", "budget", "latency", "batch_size"],
+            "less than or equal to 65536",
+        ),
         ({"search": {"budget": {"layers": 2}}}, ["search", "budget", "layers"], "expected at least 6"),
         (
             {"search": {"budget": {"latency": {"ms": 1, "device": "cuda"}}}},

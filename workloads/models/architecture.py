@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 EXAMPLE = "'ir_r1_k5_s2_e3_c24_nre_se0.25'"
-PATTERN = re.compile(r"(ds|ir|cn)_r1_k([1357])_s([12])(?:_e([1-9]\d*))?_c([1-9]\d*)(_nre)?(_se0\.25)?")
+PATTERN = re.compile(r"(ds|ir|cn)_r1_k([1357])_s([12])(?:_e([1-9][0-9]{0,1}))?_c([1-9][0-9]{0,4})(_nre)?(_se0\.25)?")
 
 
 class ArchitectureError(ValueError):
@@ -115,7 +115,7 @@ def parse(string: str) -> Architecture:
             stages.append([])
         stages[-1].append(_block(string, at))
         at += len(f"'{stages[-1][-1]}'")
-        found = re.compile(r", |\], \[|\]\]$").match(string, at)
+        found = re.compile(r", |\], \[|\]\]\Z").match(string, at)
         if found is None:
             raise ArchitectureError(
                 f"got {string[at:][:30]!r} at character {at}, expected ', ' or '], [' or, last, ']]'"
@@ -131,13 +131,13 @@ def _block(string: str, at: int) -> Block:
     found = PATTERN.fullmatch(quoted[1])
     if found is None:
         raise ArchitectureError(
-            f"got {quoted[0]} at character {at}, expected KIND_r1_kN_sN_eN_cN, then maybe _nre, maybe _se0.25: "
-            f"KIND ds, ir or cn, kernel 1, 3, 5 or 7, stride 1 or 2, such as {EXAMPLE}"
+            f"got {quoted[0]:.60} at character {at}, expected KIND_r1_kN_sN_eN_cN, then maybe _nre, maybe _se0.25: "
+            f"KIND ds, ir or cn, kernel 1, 3, 5 or 7, stride 1 or 2, e 1 to 99, c 1 to 99,999, such as {EXAMPLE}"
         )
     kind, kernel, stride, expansion, width, relu, se = found.groups()
     if (kind == "cn") != (expansion is None) or (kind == "ds" and expansion != "1") or (kind == "cn" and se):
         raise ArchitectureError(
-            f"got {quoted[0]} at character {at}, expected eN of ir, e1 of ds, and neither e nor se0.25 of cn"
+            f"got {quoted[0]:.60} at character {at}, expected eN of ir, e1 of ds, and neither e nor se0.25 of cn"
         )
     return Block(kind, int(kernel), int(stride), int(width), int(expansion or 1), bool(relu), bool(se))
 

@@ -17,15 +17,15 @@ from typing import Annotated, Any
 
 import torch.nn.functional as F
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from workloads.data.views import Size
-from workloads.models.architecture import Architecture, Block, parse, round8, text
+from workloads.models.architecture import Architecture, ArchitectureError, Block, parse, round8, text
 from workloads.models.pooled_cnn import PooledCNN
+from workloads.models.structure import Channels, String
 from workloads.models.timm_import import timm
 
-Positive = Annotated[int, Field(ge=1)]
 STEM, FEATURES = 32, 1280  # channels in the paper
 
 
@@ -34,6 +34,14 @@ def published() -> dict[str, str]:
     """Name -> architecture of the networks that came with the paper."""
     networks: dict[str, str] = yaml.safe_load(Path(__file__).with_name("binas.yaml").read_text())
     return networks
+
+
+def _structure(string: str) -> str:
+    if "[" not in string:
+        raise ArchitectureError(
+            f"got structure {string[:60]!r}, expected an architecture string or one of {', '.join(published())}"
+        )
+    return text(parse(string))
 
 
 class BinasConfig(BaseModel):
@@ -48,25 +56,16 @@ class BinasConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    structure: str
+    structure: Annotated[String, AfterValidator(_structure)]
     image_size: Size = 224
-    stem: Positive = STEM
-    features: Positive = FEATURES
+    stem: Channels = STEM
+    features: Channels = FEATURES
 
     @model_validator(mode="before")
     @classmethod
     def _of_the_paper(cls, fields: dict[str, Any]) -> dict[str, Any]:
         known = published().get(str(fields.get("structure")))
         return fields if known is None else fields | {"structure": known}
-
-    @model_validator(mode="after")
-    def _parses(self) -> BinasConfig:
-        if "[" not in self.structure:
-            raise ValueError(
-                f"got structure {self.structure!r}, expected an architecture string or one of {', '.join(published())}"
-            )
-        parse(self.structure)
-        return self
 
     def build(self) -> Binas:
         return Binas(self.structure, self.stem, self.features)

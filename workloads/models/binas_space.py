@@ -15,9 +15,12 @@ from torch import Tensor
 
 from workloads.data.keys import uniform
 from workloads.models.architecture import Architecture, Block
-from workloads.models.binas import FEATURES, STEM, Positive
+from workloads.models.binas import FEATURES, STEM
+from workloads.models.structure import Channels
 
-Some = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Depth = Annotated[int, Field(ge=1)]
+Expansion = Annotated[int, Field(ge=1, le=99)]
+MOST_PRODUCTS = 10_000  # of configurations and depths: the paper's 720; `search.ilp` has a variable for each
 
 
 class Configuration(NamedTuple):
@@ -52,18 +55,18 @@ class Space(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stem: Positive = STEM
-    first: Positive = 16
-    widths: Some = (24, 40, 80, 112, 192)
+    stem: Channels = STEM
+    first: Channels = 16
+    widths: tuple[Channels, ...] = Field(default=(24, 40, 80, 112, 192), min_length=1)
     strides: Annotated[tuple[Annotated[int, Field(ge=1, le=2)], ...], Field(min_length=1)] = (2, 2, 2, 1, 2)
     relu_stages: int = Field(default=2, ge=0)
-    min_depth: Positive = 2
-    max_depth: Positive = 4
-    expansions: Some = (3, 4, 6)
-    kernels: Some = (3, 5)
+    min_depth: Depth = 2
+    max_depth: Depth = 4
+    expansions: tuple[Expansion, ...] = Field(default=(3, 4, 6), min_length=1)
+    kernels: tuple[int, ...] = Field(default=(3, 5), min_length=1)
     se: Annotated[tuple[bool, ...], Field(min_length=1)] = (False, True)
-    last: Positive = 960
-    features: Positive = FEATURES
+    last: Channels = 960
+    features: Channels = FEATURES
 
     @model_validator(mode="after")
     def _fits(self) -> Space:
@@ -79,6 +82,13 @@ class Space(BaseModel):
                 raise ValueError(f"got {name}={list(values)}, expected each once, the smaller first")
         if not set(self.kernels) <= {3, 5, 7}:
             raise ValueError(f"got kernels={list(self.kernels)}, expected 3, 5 or 7")
+        configurations = len(self.expansions) * len(self.kernels) * len(self.se)
+        products = len(self.widths) * self.max_depth * configurations * len(self.depths)
+        if products > MOST_PRODUCTS:
+            raise ValueError(
+                f"got a space of {products:,} products of blocks, configurations and depths, expected at most "
+                f"{MOST_PRODUCTS:,}; allow fewer"
+            )
         return self
 
     @property

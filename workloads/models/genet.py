@@ -13,14 +13,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from torch import Tensor, nn
 
 from workloads.data.views import Size
 from workloads.models.pooled_cnn import PooledCNN
+from workloads.models.structure import Channels, Layers
 from workloads.models.timm_import import timm
 
-Positive = Annotated[int, Field(ge=1)]
 RATIO = {"XX": 1.0, "BL": 0.25, "DW": 3.0}  # channels inside a layer by those that it gives
 
 
@@ -28,10 +35,29 @@ class Block(NamedTuple):
     """Some layers of one kind: `[BL, 384, 7, 2]`."""
 
     kind: Literal["XX", "BL", "DW"]
-    channels: Positive
-    layers: Positive
+    channels: Channels
+    layers: Layers
     stride: Literal[1, 2]  # of the first layer
     kernel: Literal[3, 5] = 3
+
+
+def _block(value: Any, read: ValidatorFunctionWrapHandler) -> Block:
+    """Errors that name the entry of a block, rather than its number in a list."""
+    try:
+        block: Block = read(value)
+        return block
+    except ValidationError as error:
+        said = []
+        for item in error.errors(include_url=False, include_context=False):
+            at = item["loc"][0] if item["loc"] else None
+            said.append(f"{Block._fields[at]}: {item['msg']}" if isinstance(at, int) else item["msg"])
+        raise ValueError(
+            f"got {value!r:.60}, expected [{', '.join(Block._fields)}] ({'; '.join(said)}); "
+            'write one such as ["BL", 384, 7, 2]'
+        ) from error
+
+
+Blocks = Annotated[tuple[Annotated[Block, WrapValidator(_block)], ...], Field(min_length=1, max_length=100)]
 
 
 class GENetConfig(BaseModel):
@@ -40,49 +66,49 @@ class GENetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image_size: Size = 192
-    stem: Positive
-    blocks: tuple[Block, ...] = Field(min_length=1)
-    last: Positive
+    stem: Channels
+    blocks: Blocks
+    last: Channels
 
     def build(self) -> GENet:
         return GENet(self.stem, self.blocks, self.last)
 
 
 class GENetLight(GENetConfig):
-    stem: Positive = 13
-    blocks: tuple[Block, ...] = (
+    stem: Channels = 13
+    blocks: Blocks = (
         Block("XX", 48, 1, 2),
         Block("XX", 48, 3, 2),
         Block("BL", 384, 7, 2),
         Block("DW", 560, 2, 2),
         Block("DW", 256, 1, 1),
     )
-    last: Positive = 1920
+    last: Channels = 1920
 
 
 class GENetNormal(GENetConfig):
-    stem: Positive = 32
-    blocks: tuple[Block, ...] = (
+    stem: Channels = 32
+    blocks: Blocks = (
         Block("XX", 128, 1, 2),
         Block("XX", 192, 2, 2),
         Block("BL", 640, 6, 2),
         Block("DW", 640, 4, 2),
         Block("DW", 640, 1, 1),
     )
-    last: Positive = 2560
+    last: Channels = 2560
 
 
 class GENetLarge(GENetConfig):
     image_size: Size = 256
-    stem: Positive = 32
-    blocks: tuple[Block, ...] = (
+    stem: Channels = 32
+    blocks: Blocks = (
         Block("XX", 128, 1, 2),
         Block("XX", 192, 2, 2),
         Block("BL", 640, 6, 2),
         Block("DW", 640, 5, 2),
         Block("DW", 640, 4, 1),
     )
-    last: Positive = 2560
+    last: Channels = 2560
 
 
 def convolution(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

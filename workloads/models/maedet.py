@@ -38,7 +38,7 @@ def _named(value: Any) -> Structure:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         if value not in published():
             raise StructureError(
-                f"got structure {value!r}, expected a list of blocks or one of {', '.join(published())}"
+                f"got structure {value[:60]!r}, expected a list of blocks or one of {', '.join(published())}"
             )
         return published()[value]
     return parse(value)

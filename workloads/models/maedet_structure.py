@@ -15,6 +15,7 @@ of, and what it counts, is here; `models.maedet` builds it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 from operator import mul
@@ -23,9 +24,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from workloads.catalog import problems_of
-from workloads.models.structure import Branch, Conv, StructureError
+from workloads.models.structure import MOST_TEXT, Branch, Channels, Conv, Layers, StructureError
 
-Positive = Annotated[int, Field(ge=1)]
+NESTED = re.compile(r"[\[{\]}]|[0-9]{20,}")
 
 
 def _short(name: Any) -> Any:
@@ -41,12 +42,12 @@ class Block(BaseModel):
     kind: Annotated[Literal["ConvKXBNRELU", "ResK1KXK1", "ResK1KX", "ResKXKX"], BeforeValidator(_short)] = Field(
         alias="class"
     )
-    width_in: Positive = Field(alias="in")
-    width: Positive = Field(alias="out")
+    width_in: Channels = Field(alias="in")
+    width: Channels = Field(alias="out")
     stride: Literal[1, 2] = Field(alias="s")
     kernel: Literal[1, 3, 5, 7] = Field(alias="k")
-    layers: Positive | None = Field(default=None, alias="L")
-    bottleneck: Positive | None = Field(default=None, alias="btn")
+    layers: Layers | None = Field(default=None, alias="L")
+    bottleneck: Channels | None = Field(default=None, alias="btn")
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Block:
@@ -82,7 +83,7 @@ class Block(BaseModel):
 
 
 Structure = tuple[Block, ...]
-_blocks = TypeAdapter(Structure)
+_blocks: TypeAdapter[Structure] = TypeAdapter(Annotated[Structure, Field(max_length=999)])
 
 
 def parse(value: Any) -> Structure:
@@ -92,21 +93,15 @@ def parse(value: Any) -> Structure:
         StructureError: what is wrong, and at which character or in which block.
     """
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise StructureError(
-                f"got {value[error.pos : error.pos + 30]!r} at character {error.pos}, expected a list of blocks as "
-                f"JSON such as {text(EXAMPLE)} ({error.msg})"
-            ) from error
+        value = _read(value)
     try:
         blocks = _blocks.validate_python(value)
     except ValidationError as error:
         (where, message), *_ = problems_of(error, Block)
         if not where:
-            raise StructureError(f"got {value!r:.100}, expected a list of blocks such as {text(EXAMPLE)}") from error
+            raise StructureError(f"{message}, expected a list of blocks such as {text(EXAMPLE)}") from error
         place = ", ".join([f"block {int(where[0]) + 1}", *map(str, where[1:])])
-        raise StructureError(f"in {place}: {message}") from error
+        raise StructureError(f"in {place}: {message} (a block is such as {json.dumps(BODY)})") from error
     width = 3
     for i, block in enumerate(blocks, 1):
         if block.width_in != width:
@@ -116,6 +111,27 @@ def parse(value: Any) -> Structure:
     if not blocks:
         raise StructureError(f"got no block, expected some such as {text(EXAMPLE)}")
     return blocks
+
+
+def _read(string: str) -> Any:
+    """JSON, but for lists in blocks and numbers without end: these Python refuses without a place, or by recursion."""
+    depth = 0
+    if len(string) > MOST_TEXT:
+        raise StructureError(f"got {len(string):,} characters, expected at most {MOST_TEXT:,}; take fewer blocks")
+    for found in NESTED.finditer(string):
+        depth += -1 if found[0] in "]}" else 1 if found[0] in "[{" else 3
+        if depth > 2:
+            at, why = found.start(), "a structure has neither lists in blocks nor such numbers"
+            break
+    else:
+        try:
+            return json.loads(string)
+        except json.JSONDecodeError as error:
+            at, why = error.pos, error.msg
+    raise StructureError(
+        f"got {string[at : at + 30]!r} at character {at}, expected a list of blocks as JSON such as {text(EXAMPLE)} "
+        f"({why})"
+    )
 
 
 def text(structure: Sequence[Block]) -> str:
@@ -191,4 +207,5 @@ def _parts(structure: Sequence[Block]) -> Iterator[tuple[Branch, int]]:
     return chain.from_iterable(block.parts() for block in structure)
 
 
+BODY = {"class": "ResK1KXK1", "in": 32, "out": 48, "s": 2, "k": 5, "L": 2, "btn": 32}
 EXAMPLE: Structure = (Block(kind="ConvKXBNRELU", width_in=3, width=32, stride=2, kernel=3),)

@@ -20,6 +20,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Annotated
+
+from pydantic import Field
 
 KERNELS, EXPANSIONS = (3, 5, 7), (1, 2, 4, 6)
 BODY = [
@@ -29,6 +32,14 @@ BODY = [
 ]
 CONV = [f"SuperConvK{k}BNRELU" for k in (1, *KERNELS)]
 EPS = 1e-3  # of every BatchNorm
+EXAMPLE = "SuperConvK3BNRELU(3,8,1,1)"
+MOST_CHANNELS, MOST_LAYERS = 99_999, 999  # of a part: far beyond any paper's, and what is counted stays small
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+MOST_TEXT = 100_000  # characters
+String = Annotated[str, Field(max_length=MOST_TEXT)]
+"""Of a whole network: the longest of the papers has 619."""
+NUMBERS = re.compile(r"(?:[1-9][0-9]{0,4},)+[1-9][0-9]{0,2}")  # no more digits than these; layers are the last
 
 
 class StructureError(ValueError):
@@ -90,18 +101,24 @@ class Part:
 
     def branches(self) -> Iterator[Branch]:
         """What it computes, in order."""
-        if self.bottleneck is None:
-            for i in range(self.layers):
-                width_in, stride = (self.width, 1) if i else (self.width_in, self.stride)
-                yield Branch((Conv(width_in, self.width, self.kernel, stride),), residual=False)
-            return
-        for i in range(self.layers):
-            width_in, stride = (self.width, 1) if i else (self.width_in, self.stride)
-            for j, convs in enumerate(self._layer(width_in, stride, self.bottleneck)):
-                differ = convs[0].width_in != convs[-1].width
-                yield Branch(convs, residual=True, projects=differ or i == j == 0)
+        for layer, count in self.parts():
+            for _ in range(count):
+                yield from layer
 
-    def _layer(self, width_in: int, stride: int, inner: int) -> list[tuple[Conv, ...]]:
+    def parts(self) -> list[tuple[list[Branch], int]]:
+        """Its first layer, once, and the others, which are alike, with their number."""
+        first = self._layer(self.width_in, self.stride)
+        if self.bottleneck is not None:
+            first[0] = replace(first[0], projects=True)
+        return [(first, 1), (self._layer(self.width, 1), self.layers - 1)]
+
+    def _layer(self, width_in: int, stride: int) -> list[Branch]:
+        if self.bottleneck is None:
+            return [Branch((Conv(width_in, self.width, self.kernel, stride),), residual=False)]
+        halves = self._halves(width_in, stride, self.bottleneck)
+        return [Branch(convs, residual=True, projects=convs[0].width_in != convs[-1].width) for convs in halves]
+
+    def _halves(self, width_in: int, stride: int, inner: int) -> list[tuple[Conv, ...]]:
         k = self.kernel
         if "IDW" in self.type:
             expansion = int(re.findall(r"E(\d)", self.type)[0])
@@ -148,28 +165,48 @@ def parse(string: str) -> Structure:
         parts.append(_part(string, at, parts[-1].width if parts else None))
         at += len(str(parts[-1]))
     if not parts:
-        raise StructureError("got an empty structure, expected parts such as SuperConvK3BNRELU(3,8,1,1)")
+        raise StructureError(f"got an empty structure, expected parts such as {EXAMPLE}")
     return tuple(parts)
+
+
+def parse_network(string: str) -> Structure:
+    """`parse` of a whole network, whose first part sees images.
+
+    Raises:
+        StructureError: what is wrong, and at which character.
+    """
+    structure = parse(string)
+    if structure[0].width_in != 3:
+        raise StructureError(
+            f"got {structure[0]} at character 0, which sees images, expected 3 channels to come in; "
+            f"write {replace(structure[0], width_in=3)}"
+        )
+    return structure
 
 
 def _part(string: str, at: int, width_before: int | None) -> Part:
     found = re.compile(r"(\w+)\(([^()]*)\)").match(string, at)
     if found is None:
-        raise StructureError(f"got {string[at : at + 30]!r} at character {at}, expected Type(numbers)")
+        raise StructureError(
+            f"got {string[at : at + 30]!r} at character {at}, expected Type(numbers); write parts such as {EXAMPLE}"
+        )
     name, inside = found.groups()
     if name not in CONV and name not in BODY:
         near = difflib.get_close_matches(name, [*CONV, *BODY], n=3, cutoff=0)
-        raise StructureError(f"got type {name!r} at character {at}, expected one such as {', '.join(near)}")
+        raise StructureError(f"got type {name[:30]!r} at character {at}, expected one such as {', '.join(near)}")
     fields = ["in", "out", "stride", *(["bottleneck"] if name in BODY else []), "layers"]
     numbers = inside.split(",")
-    if len(numbers) != len(fields) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", inside):
+    if len(numbers) != len(fields) or not NUMBERS.fullmatch(inside):
         raise StructureError(
-            f"got {name}({inside}) at character {at}, expected {name}({','.join(fields)}), 1 or more each"
+            f"got {name}({inside:.60}) at character {at}, expected {name}({','.join(fields)}), 1 or more each, at "
+            f"most {MOST_LAYERS} layers and {MOST_CHANNELS:,} channels"
         )
     values = dict(zip(fields, map(int, numbers), strict=True))
     part = Part(name, values["in"], values["out"], values["stride"], values["layers"], values.get("bottleneck"))
     if part.stride > 2:
-        raise StructureError(f"got {part} at character {at}, expected a stride of 1 or 2")
+        raise StructureError(
+            f"got {part} at character {at}, expected a stride of 1 or 2; write {replace(part, stride=2)}"
+        )
     if width_before not in (None, part.width_in):
         raise StructureError(
             f"got {part} at character {at}, behind a part of {width_before} channels, expected as many to come in; "
@@ -210,15 +247,15 @@ def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool 
 def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
     """Multiply-adds of a part and the side of its maps; its parameters where `size` is None."""
     total = 0
-    for branch in part.branches():
+    for branch, count in ((branch, count) for layer, count in part.parts() for branch in layer):
         stride = 1
         for conv in branch.convs:
             stride *= conv.stride
             if size is not None:
                 size = -(-size // conv.stride)
             places = 1 if size is None else size**2
-            total += (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
+            total += count * (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
         if residual and branch.projects:
             weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
-            total += weights if size is None else weights * size**2 // stride**2
+            total += count * (weights if size is None else weights * size**2 // stride**2)
     return total, size or 1

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from workloads.data.views import Size
 from workloads.models.pooled_cnn import PooledCNN
-from workloads.models.structure import EPS, Branch, Conv, Structure, parse, text
+from workloads.models.structure import EPS, Branch, Conv, String, Structure, StructureError, parse, parse_network, text
 from workloads.models.timm_import import timm
 
 GAIN = 3.26
@@ -32,6 +32,14 @@ def published() -> dict[str, dict[str, Any]]:
     """Name -> structure and image size of the networks that came with the paper."""
     networks: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("zennet.yaml").read_text())
     return networks
+
+
+def _structure(string: str) -> str:
+    if "(" not in string:
+        raise StructureError(
+            f"got structure {string[:60]!r}, expected a structure string or one of {', '.join(published())}"
+        )
+    return text(parse_network(string))
 
 
 class ZenNetConfig(BaseModel):
@@ -45,28 +53,19 @@ class ZenNetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    structure: str
+    structure: Annotated[String, AfterValidator(_structure)]
     image_size: Size = 224
     se: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _of_the_paper(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        known = published().get(fields.get("structure", ""))
+        known = published().get(str(fields.get("structure")))
         return (
             fields
             if known is None
             else {"image_size": known["image_size"]} | fields | {"structure": known["structure"]}
         )
-
-    @model_validator(mode="after")
-    def _parses(self) -> ZenNetConfig:
-        if "(" not in self.structure:
-            raise ValueError(
-                f"got structure {self.structure!r}, expected a structure string or one of {', '.join(published())}"
-            )
-        parse(self.structure)
-        return self
 
     def build(self) -> ZenNet:
         return ZenNet(parse(self.structure), se=self.se)

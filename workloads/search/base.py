@@ -31,7 +31,7 @@ out to be over budget, or failed."""
 class SearchConfig(BaseModel):
     """Beside its user, frozen; a typo in a job is an error, not a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
         """What fields cannot say by themselves: (where, got and expected), such as a budget that nothing can meet.

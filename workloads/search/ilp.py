@@ -7,13 +7,18 @@ product. The paper gives the quadratic program to CPLEX as it is.
 
 from __future__ import annotations
 
+import logging
 import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_array, csr_array, eye_array, kron
 
 from workloads.search.bilinear import Array, Bilinear, Problem, Shape
+from workloads.search.budget import COUNTED
+
+logger = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 100.0  # as in the paper
 
@@ -31,6 +36,15 @@ class Infeasible(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class Unsolved(ValueError):
+    """HiGHS neither found a network within the budgets nor proved that there is none."""
+
+
+class Found(NamedTuple):
+    network: Array
+    proven: bool  # that no other has less
 
 
 class Program:
@@ -64,8 +78,12 @@ class Program:
         Q = form.Q.reshape(-1, C, self.shape.stages, D).transpose(0, 2, 1, 3)
         return np.r_[form.p, form.q, Q[tuple(self.pairs.T)].ravel()]
 
-    def minimise(self, form: Bilinear, within: list[tuple[Bilinear, float]]) -> Array | None:
-        """The network with the least of `form` whose other forms are at most so much; None: there is none."""
+    def minimise(self, form: Bilinear, within: list[tuple[Bilinear, float]]) -> Found | None:
+        """The network with the least of `form` whose other forms are at most so much; None: there is none.
+
+        Raises:
+            Unsolved: the time was over before there was one.
+        """
         constraints = [LinearConstraint(self.equal, self.right, self.right)]
         for cost, limit in within:
             constraints.append(LinearConstraint(self.row(cost)[None] / limit, -np.inf, 1 - cost.constant / limit))
@@ -76,9 +94,22 @@ class Program:
         if found.x is None:
             if found.status == 2:
                 return None
-            raise RuntimeError(f"HiGHS found no network in {TIME_LIMIT_S:.0f} s: {found.message}")
+            raise Unsolved(f"got no network by HiGHS in {TIME_LIMIT_S:.0f} s, expected one: {found.message}")
+        if found.status != 0:
+            short = found.fun - found.mip_dual_bound
+            logger.warning("HiGHS ended with a network that may be %.3g from the best: %s", short, found.message)
         sizes = np.cumsum([len(form.p), len(form.q)])
-        return self.shape.nearest(found.x[: sizes[0]], found.x[sizes[0] : sizes[1]])
+        return Found(self.shape.nearest(found.x[: sizes[0]], found.x[sizes[0] : sizes[1]]), found.status == 0)
+
+
+def least(problem: Problem) -> dict[str, float]:
+    """The least of each cost, whatever the others."""
+    program, found = Program(problem.shape, list(problem.costs.values())), {}
+    for name, form in problem.costs.items():
+        cheapest = program.minimise(form, [])
+        assert cheapest is not None, "without budgets every network will do"
+        found[name] = float(form(*problem.shape.one_hot(cheapest.network)))
+    return found
 
 
 def smallest(problem: Problem) -> Array:
@@ -86,29 +117,35 @@ def smallest(problem: Problem) -> Array:
 
     Raises:
         Infeasible: there is none; says the least of a budget that those before it allow.
+        Unsolved: the time was over before that was known.
     """
     program = Program(problem.shape, list(problem.costs.values()))
     network: Array = np.zeros(len(problem.shape.choices), int)
     before: list[str] = []
     for name, limit in problem.limits.items():
         form = problem.costs[name]
-        least = program.minimise(form, [(problem.costs[one], problem.limits[one]) for one in before])
-        assert least is not None, "the budgets before were met"
-        cost = float(form(*problem.shape.one_hot(least)))
+        cheapest = program.minimise(form, [(problem.costs[one], problem.limits[one]) for one in before])
+        assert cheapest is not None, "the budgets before were met"
+        network = cheapest.network
+        cost = float(form(*problem.shape.one_hot(network)))
         if cost > limit * (1 + 1e-9):
-            others = f" within {', '.join(f'{one}: {_said(problem.limits[one])}' for one in before)}" if before else ""
+            said, expected = _said(name, limit), _said(name, cost)
+            if not cheapest.proven:
+                raise Unsolved(f"got no network with {name}: {said} in {TIME_LIMIT_S:.0f} s, only one with {expected}")
+            others = ", ".join(f"{one}: {_said(one, problem.limits[one])}" for one in before)
             raise Infeasible(
                 name,
-                f"got {name}: {_said(limit)}, expected at least {_said(cost)}, the least that a network of the space "
-                f"has{others}; allow as much",
+                f"got {name}: {said}, expected at least {expected}, the least that a network of the space "
+                f"has{' within ' * bool(others)}{others}; allow as much",
             )
-        network = least
         before.append(name)
     return network
 
 
-def _said(cost: float) -> str:
-    """At least as much, so that it is enough."""
+def _said(name: str, cost: float) -> str:
+    """At least as much, so that it is enough; what is counted without decimals."""
+    if name in COUNTED:
+        return f"{math.ceil(cost - 1e-6):,}"
     digits = max(0, 3 - math.floor(math.log10(cost)))
     return f"{math.ceil(cost * 10**digits - 1e-6) / 10**digits:,.{digits}f}"
 
@@ -118,10 +155,11 @@ def solve(problem: Problem) -> Array:
 
     Raises:
         Infeasible: there is none.
+        Unsolved: the time was over before there was one.
     """
     feasible = smallest(problem)
     objective = problem.objective
     lost = Bilinear(-objective.constant, -objective.p, -objective.q, -objective.Q)
     program = Program(problem.shape, [lost, *(problem.costs[name] for name in problem.limits)])
     found = program.minimise(lost, [(problem.costs[name], limit) for name, limit in problem.limits.items()])
-    return feasible if found is None else problem.repaired(found, feasible)  # HiGHS may exceed a bound by 1e-6
+    return feasible if found is None else problem.repaired(found.network, feasible)  # HiGHS may exceed it by 1e-6

@@ -34,7 +34,7 @@ class LatencyBudget(BaseModel):
 
     ms: float = Field(gt=0, allow_inf_nan=False)
     device: Literal["cpu", "cuda"] = "cpu"
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=65_536)
     precision: Precision | None = None
     table: str | None = None
 

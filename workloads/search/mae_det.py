@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from workloads.models.maedet import MAEDet
 from workloads.models.maedet_structure import Structure, flops, layers, parameters, parse, plain, stages, strides, text
-from workloads.models.structure import StructureError
+from workloads.models.structure import MOST_CHANNELS, Channels, StructureError
 from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
 from workloads.search.latency_budget import Latency
@@ -36,7 +36,6 @@ from workloads.search.latency_ops import of_branches
 from workloads.search.mae_det_space import START, Space
 
 Weight = Annotated[float, Field(ge=0)]
-Channels = Annotated[int, Field(ge=1)]
 
 
 def stage_entropies(structure: Structure) -> list[float]:
@@ -72,7 +71,7 @@ def latency_ms(latency: Latency, structure: Structure) -> float:
 def _initial(value: Any) -> Structure:
     if isinstance(value, str) and not value.lstrip().startswith("["):
         if value not in START:
-            raise StructureError(f"got {value!r}, expected a list of blocks or one of {', '.join(START)}")
+            raise StructureError(f"got {value[:60]!r}, expected a list of blocks or one of {', '.join(START)}")
         return START[value]
     return parse(value)
 
@@ -95,8 +94,8 @@ class MAEDETConfig(EvolutionConfig):
     )
     image_size: int = Field(default=480, ge=8)
     stage_weights: tuple[Weight, ...] = (0, 0, 1, 1, 6)
-    max_width: int = Field(default=2048, ge=8)
-    max_stem: int = Field(default=32, ge=8)
+    max_width: int = Field(default=2048, ge=8, le=MOST_CHANNELS)
+    max_stem: int = Field(default=32, ge=8, le=MOST_CHANNELS)
     width_ranges: tuple[tuple[Channels, Channels] | None, ...] | None = None
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from numpy.random import Generator
 
 from workloads.models.maedet_structure import Block, Structure, chained, layers, parse
-from workloads.models.structure import round8
+from workloads.models.structure import MOST_LAYERS, round8
 
 ROUNDS = 2
 RATIOS = (1.5, 1.25, 0.8, 0.6, 0.5)  # of widths and bottlenecks
@@ -157,7 +157,7 @@ class Space:
         """The first block of the body has few layers, the others an equal share of what is allowed."""
         if at == 1:
             return rules.early
-        return max(1, self.layers // rules.convs // max(1, blocks - 2))
+        return min(max(1, self.layers // rules.convs // max(1, blocks - 2)), MOST_LAYERS)
 
     def _fitted(self, blocks: Sequence[Block]) -> Structure:
         """Channels linked, kernels not much larger than what they see."""

@@ -15,7 +15,17 @@ from typing import Annotated, Any
 from numpy.random import Generator
 from pydantic import AfterValidator, Field
 
-from workloads.models.structure import Structure, StructureError, flops, layers, parameters, parse, text
+from workloads.models.structure import (
+    String,
+    Structure,
+    StructureError,
+    flops,
+    layers,
+    parameters,
+    parse,
+    parse_network,
+    text,
+)
 from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
 from workloads.search.latency_budget import Latency
@@ -27,8 +37,8 @@ def _structure(string: str) -> str:
     if string in START:
         return START[string]
     if "(" not in string:
-        raise StructureError(f"got {string!r}, expected a structure string or one of {', '.join(START)}")
-    return text(parse(string))
+        raise StructureError(f"got {string[:60]!r}, expected a structure string or one of {', '.join(START)}")
+    return text(parse_network(string))
 
 
 class ZenNASConfig(EvolutionConfig):
@@ -44,7 +54,7 @@ class ZenNASConfig(EvolutionConfig):
         repeats: scores of a candidate, whose mean counts.
     """
 
-    initial: Annotated[str, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
+    initial: Annotated[String, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
     space: Space = "server"
     classes: int = Field(default=1000, ge=2)
     batch_size: int = Field(default=64, ge=2)
@@ -59,7 +69,7 @@ class ZenNASConfig(EvolutionConfig):
         }
 
     def least(self) -> Mapping[str, float]:
-        structures = smallest(parse(self.initial), self.space)
+        structures = smallest(parse(self.initial), self.space)  # of which one is no dearer than the initial one
         found = [self.costs(structure) for structure in structures]
         least = {name: min(costs[name] for costs in found) for name in found[0]}
         if self.budget.latency is not None and self.budget.latency.table is not None:

@@ -1,8 +1,9 @@
 """The spaces of Zen-NAS (Lin et al. 2021, arXiv 2102.01063): which structures are neighbours.
 
 A mutation replaces parts. Stem and tail only get another width; a part of the body gets any type of its space, any of
-nine widths and bottlenecks and of five depths about its own, and keeps its stride. `server` has full convolutions and
-bottlenecks, `mobile` inverted bottlenecks, whose last convolution never changes.
+nine widths and bottlenecks and of five depths about its own, and keeps its stride. Widths are multiples of 8, but that
+one below 8 may stay what it is. `server` has full convolutions and bottlenecks, `mobile` inverted bottlenecks, whose
+last convolution never changes.
 
 The released code draws some types more often than others, as its lists of candidates share memory (3 : 3 : 2 for
 kernels of 3, 5 and 7); here all are equally likely. Its bound of 2048 on widths of the server space is kept, though
@@ -24,7 +25,8 @@ TYPES: dict[Space, list[str]] = {
     "server": [name for name in BODY if "IDW" not in name],
     "mobile": [name for name in BODY if "IDW" in name],
 }
-MAX_WIDTH = {"server": 2048.0, "mobile": float("inf")}
+MAX_WIDTH = {"server": 2048.0, "mobile": 65536.0}
+NARROW = 8  # channels, below which mutations do not lead
 FACTORS = (2.5, 2, 1.5, 1.25, 1, 1 / 1.25, 1 / 1.5, 1 / 2, 1 / 2.5)
 SPLIT_AT, SPLIT_OFF = 6, 3
 START = {
@@ -41,7 +43,13 @@ T = TypeVar("T")
 
 def widths(width: int, space: Space) -> list[int]:
     """Channels that one of `width` may become, the most first."""
-    return sorted({round8(min(MAX_WIDTH[space], width * factor)) for factor in FACTORS}, reverse=True)
+    rounded = {round8(min(MAX_WIDTH[space], width * factor)) for factor in FACTORS}
+    return sorted(rounded | ({width} if width < NARROW else set()), reverse=True)
+
+
+def frozen(part: Part, space: Space) -> bool:
+    """Whether its width stays: of the last convolution of mobile networks."""
+    return space == "mobile" and part.bottleneck is None and part.kernel == 1
 
 
 def depths(layers: int) -> list[int]:
@@ -51,8 +59,8 @@ def depths(layers: int) -> list[int]:
 def choices(part: Part, space: Space) -> tuple[list[str], list[int], list[int | None], list[int]]:
     """Types, widths, bottlenecks and depths that a part may become, each with each."""
     if part.bottleneck is None:
-        frozen = space == "mobile" and part.kernel == 1
-        return [part.type], [part.width] if frozen else widths(part.width, space), [None], [part.layers]
+        of_width = [part.width] if frozen(part, space) else widths(part.width, space)
+        return [part.type], of_width, [None], [part.layers]
     return TYPES[space], widths(part.width, space), [*widths(part.bottleneck, space)], depths(part.layers)
 
 
@@ -96,18 +104,18 @@ def split(structure: Structure) -> Structure:
 
 
 def smallest(structure: Structure, space: Space) -> list[Structure]:
-    """The same parts at their least: one layer, 8 channels; a structure for each type of the space."""
-    found = []
-    for name in TYPES[space]:
+    """The same parts at their least: one layer, 8 channels or fewer; of their own types, and of each of the space."""
+    found: dict[Structure, None] = {}
+    for name in (None, *TYPES[space]):
         parts = [
             replace(
                 part,
-                type=part.type if part.bottleneck is None else name,
-                width=part.width if len(choices(part, space)[1]) == 1 else 8,
-                bottleneck=None if part.bottleneck is None else 8,
+                type=part.type if part.bottleneck is None or name is None else name,
+                width=part.width if frozen(part, space) else min(part.width, NARROW),
+                bottleneck=None if part.bottleneck is None else min(part.bottleneck, NARROW),
                 layers=1,
             )
             for part in structure
         ]
-        found.append(chained(parts))
-    return found
+        found[chained(parts)] = None
+    return list(found)

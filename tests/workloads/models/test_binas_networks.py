@@ -86,7 +86,7 @@ def test_names_of_the_paper_and_wrong_ones() -> None:
         ValidationError, match=r"got structure 'binas-g', expected an architecture string or one of binas-a"
     ):
         BinasConfig(structure="binas-g")
-    with pytest.raises(ValidationError, match="'ir_r1_k4_s1_e3_c24' at character 2"):
+    with pytest.raises(ValidationError, match=r"structure\n.*'ir_r1_k4_s1_e3_c24' at character 2"):
         BinasConfig(structure="[['ir_r1_k4_s1_e3_c24']]")
 
 
@@ -160,6 +160,8 @@ def test_random_paths_are_uniform_and_belong_to_the_image() -> None:
         ({"expansions": (6, 3)}, "expected each once, the smaller first"),
         ({"kernels": (3, 4)}, "expected 3, 5 or 7"),
         ({"depth": 3}, "depth"),
+        ({"max_depth": 10**9}, "expected at most 10,000; allow fewer"),
+        ({"widths": (8,) * 200, "strides": (1,) * 200, "max_depth": 5}, "got a space of .* products of blocks"),
     ],
 )
 def test_a_wrong_space_is_refused(changed: dict[str, Any], said: str) -> None:

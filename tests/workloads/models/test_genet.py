@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from workloads.catalog import problems_of
 from workloads.models.encoders import build_encoder, classifier_of, layer_ids, model_config, timm_folder_config
 from workloads.models.genet import Block, GENet, GENetConfig, Layer
 from workloads.models.timm_import import timm
@@ -128,6 +129,25 @@ def test_others_of_its_blocks_are_encoders_classifiers_and_timms() -> None:
 def test_a_wrong_table_is_refused(changed: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         GENetConfig.model_validate(SMALL | changed)
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (["XX", 8, 1, 3], "(stride: Input should be 1 or 2)"),
+        (["XX", 8], "(layers: Field required; stride: Field required)"),
+        (["XX", 10**9, 1000, 1], "(channels: Input should be less than or equal to 99999; layers: "),
+        (["XX", 8, 1, 2, 3, 4], "at most 5 items"),
+        (3, "Input should be a tuple"),
+    ],
+)
+def test_a_wrong_block_is_told_once_with_what_a_block_is(block: object, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        GENetConfig.model_validate(SMALL | {"blocks": [block]})
+    ((where, sentence),) = problems_of(caught.value, GENetConfig)
+    assert where == ("blocks", 0) and said in sentence
+    assert sentence.startswith(f"got {block!r}, expected [kind, channels, layers, stride, kernel] (")
+    assert sentence.endswith('; write one such as ["BL", 384, 7, 2]')
 
 
 def test_it_learns() -> None:

@@ -18,6 +18,7 @@ from workloads.models.structure import (
     layers,
     parameters,
     parse,
+    parse_network,
     round8,
     text,
 )
@@ -110,13 +111,37 @@ def test_shortcuts_project_first_and_where_channels_differ() -> None:
         ("", "got an empty structure"),
         ("SuperConvK3BNRELU(3,8,1,1)SuperResK3K5(8,16,1,8,1)", "'SuperResK3K5' at character 26, expected one such as"),
         (TINY + "!", f"got '!' at character {len(TINY)}, expected Type"),
-        ("SuperConvK3BNRELU(3,8,1,1", r"at character 0, expected Type\(numbers\)"),
+        (TINY + "\n", f"at character {len(TINY)}, expected Type"),
+        ("x" * 10**5 + "(1)", "got type 'x{30}' at character 0"),
+        ("SuperConvK3BNRELU(3,1٨,1,1)", "1 or more each"),
+        ("SuperConvK3BNRELU(3,100000,1,1)", "at character 0, .* at most 999 layers and 99,999 channels"),
+        ("SuperConvK3BNRELU(3,8,1,1000)", "at most 999 layers"),
+        (f"SuperConvK3BNRELU(3,{'9' * 5000},1,1)", "at character 0, expected SuperConv"),
+        ("SuperConvK3BNRELU(3,8,1,1", r"at character 0, expected Type\(numbers\); write parts such as SuperConv"),
         ("SuperConvK3BNRELU(3,8,1)", r"expected SuperConvK3BNRELU\(in,out,stride,layers\), 1 or more each"),
         ("SuperResK3K3(8,16,1,0,1)", r"expected SuperResK3K3\(in,out,stride,bottleneck,layers\)"),
-        ("SuperConvK3BNRELU(3,8,3,1)", "expected a stride of 1 or 2"),
+        ("SuperConvK3BNRELU(3,8,3,1)", r"expected a stride of 1 or 2; write SuperConvK3BNRELU\(3,8,2,1\)"),
         ("SuperConvK3BNRELU(3,8,1,1)SuperConvK1BNRELU(9,8,1,1)", r"write SuperConvK1BNRELU\(8,8,1,1\)"),
     ],
 )
 def test_what_is_no_structure_is_told_with_its_place(string: str, message: str) -> None:
     with pytest.raises(StructureError, match=message):
         parse(string)
+
+
+def test_a_network_sees_images() -> None:
+    assert parse_network(TINY) == parse(TINY)
+    with pytest.raises(
+        StructureError, match=r"got SuperConvK3BNRELU\(5,8,1,1\) at character 0, .* write .*\(3,8,1,1\)"
+    ):
+        parse_network("SuperConvK3BNRELU(5,8,1,1)")
+
+
+@pytest.mark.parametrize("kind", ["SuperConvK3BNRELU", "SuperResK3K3", "SuperResK1K5K1", "SuperResIDWE4K3"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_layers_that_are_alike_are_counted_once(kind: str, residual: bool) -> None:
+    """A thousand layers cost no more to count than two, and all of them count."""
+    one, two, many = ((Part(kind, 24, 16, 2, n, None if kind in CONV else 8),) for n in (1, 2, 999))
+    for count in (lambda s: parameters(s, 10, residual=residual), lambda s: flops(s, 10, 9, residual=residual)):
+        assert count(many) - count(two) == 997 * (count(two) - count(one)) > 0
+    assert len(many[0].parts()) == 2

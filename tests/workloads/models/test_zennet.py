@@ -79,5 +79,16 @@ def test_names_of_the_paper_and_wrong_ones() -> None:
         ValidationError, match=r"got structure 'cifar-3M', expected a structure string or one of cifar-0.5M, cifar-1M"
     ):
         ZenNetConfig(structure="cifar-3M")
-    with pytest.raises(ValidationError, match="'SuperConvK4BNRELU' at character 0"):
-        ZenNetConfig(structure="SuperConvK4BNRELU(3,8,1,1)")
+    for structure, said in {
+        "SuperConvK4BNRELU(3,8,1,1)": "'SuperConvK4BNRELU' at character 0",
+        "SuperConvK3BNRELU(5,8,1,1)": "which sees images, expected 3 channels",
+    }.items():
+        with pytest.raises(ValidationError, match=said) as caught:
+            ZenNetConfig(structure=structure)
+        assert [error["loc"] for error in caught.value.errors()] == [("structure",)]
+    others: list[Any] = [[], {}, 3, None]
+    for other in others:
+        with pytest.raises(ValidationError, match="valid string"):
+            ZenNetConfig(structure=other)
+    with pytest.raises(ValidationError, match="at most 100000 characters"):
+        ZenNetConfig(structure="SuperConvK3BNRELU(3,3,1,1)" * 4000)

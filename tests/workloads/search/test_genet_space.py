@@ -46,6 +46,20 @@ def test_every_combination_but_the_block_itself() -> None:
     assert {block.channels for block in Choices(widths=(1.0,)).instead_of(Block("XX", 13, 1, 2))} == {13}
 
 
+def test_more_candidates_than_a_search_ends_with_are_refused() -> None:
+    many = {"depths": [*range(16)], "widths": [n / 4 for n in range(4, 20)]}
+    master = {**TINY, "blocks": [["XX", 100, 1, 2]] * 7}
+    with pytest.raises(ValidationError, match="got choices of 10,745 candidates, expected at most 10,000; allow fewer"):
+        GENetLLRConfig.model_validate({"master": master, "budget": BUDGET, "choices": many})
+
+
+def test_candidates_are_networks_that_can_be_read() -> None:
+    """A structure has at most so many layers and channels."""
+    largest = Choices(depths=(1,), widths=(1.0, 8.0)).instead_of(Block("XX", 50_000, 998, 1))
+    assert {(block.layers, block.channels) for block in largest} == {(999, 50_000)}
+    assert Choices(depths=(1,)).instead_of(Block("XX", 8, 999, 1)) == []
+
+
 def test_a_network_is_one_line() -> None:
     other = replaced(GENetLight(), {1: Block("DW", 64, 2, 2, 5)})
     assert text(other).startswith('{"stem": 13, "blocks": [["XX", 48, 1, 2, 3], ["DW", 64, 2, 2, 5], ')
@@ -61,6 +75,9 @@ def test_a_network_is_one_line() -> None:
             r"got image_size=\[64, 32\], expected one number",
         ),
         ({"choices": {"kinds": ["XX"], "kernels": [3], "depths": [0], "widths": [1]}}, "expected others; allow more"),
+        ({"choices": {"depths": [10**9]}}, "less than 999"),
+        ({"choices": {"depths": [*range(17)]}}, "at most 16 items"),
+        ({"choices": {"widths": [float("nan")]}}, "finite number"),
         ({"choices": {"kernels": [7]}}, "Input should be 3 or 5"),
         ({"budget": {"parameters": 5}}, "Extra inputs"),
         ({"budget": {}}, "Field required"),
@@ -87,10 +104,12 @@ def test_a_budget_that_no_combination_meets_is_refused_where_a_table_tells(tmp_p
     assert where == ("budget", "latency", "ms") and said.startswith("got 0.001, expected at least ")
     least = float(said.split("at least ")[1].split(";")[0])
     assert config(1.001 * least).problems("cpu") == [] != config(0.999 * least).problems("cpu")
+    assert config(1.0).least() == {"latency_ms": pytest.approx(least, rel=1e-3)}
     ((where, said),) = config(1.0, kernels=(5,)).problems("cpu")
     assert where == ("budget", "latency", "table") and "conv 5x5 stride" in said
     without = GENetLLRConfig.model_validate({"master": TINY, "budget": {"latency": {"ms": 1, "device": "cuda"}}})
     assert "name its file in table" in without.problems("cpu")[0][1] and without.problems("cuda") == []
+    assert without.least() == {}
 
 
 def test_the_grid_of_a_table_covers_what_is_asked_of_published_networks() -> None:

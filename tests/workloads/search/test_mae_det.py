@@ -259,6 +259,12 @@ def test_impossible_budgets_are_told_with_what_is_possible() -> None:
     [
         ({"initial": "k1k"}, "got 'k1k', expected a list of blocks or one of k1kxk1, k1kx"),
         ({"initial": [{"class": "ConvKXBNRELU", "in": 3, "out": 8, "s": 2, "k": 4}]}, "in block 1, k: got 4"),
+        (
+            {"initial": [{"class": "ConvKXBNRELU", "in": 3, "out": 10**9, "s": 2, "k": 3}]},
+            "less than or equal to 99999",
+        ),
+        ({"max_width": 10**9}, "less than or equal to 99999"),
+        ({"stage_weights": [0, 0, 1, 1, float("inf")]}, "finite number"),
         ({"stage_weights": [1, 6]}, r"got stage_weights \[1.0, 6.0\] for a structure of 5 stages, expected a weight"),
         ({"stage_weights": [0, 0, 0, 0, 0]}, "expected a weight for each, not all 0"),
         ({"stage_weights": [0, 0, 0, 0, -1]}, "greater than or equal to 0"),

@@ -17,7 +17,7 @@ from workloads.models.structure import layers, parse, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
 from workloads.search.zen_nas import ZenNAS, ZenNASConfig
-from workloads.search.zen_space import START, TYPES, choices, mutate, smallest, split, widths
+from workloads.search.zen_space import START, TYPES, choices, frozen, mutate, smallest, split, widths
 
 TINY: dict[str, Any] = {
     "initial": "cifar", "image_size": 8, "classes": 10, "batch_size": 2, "population": 12, "iterations": 90,
@@ -36,6 +36,18 @@ def test_neighbours_of_a_part() -> None:
     assert widths(16, "server") == [40, 32, 24, 16, 8]
     assert widths(2048, "server") == [2048, 1640, 1368, 1024, 816]
     assert widths(2048, "mobile")[0] == 5120
+
+
+def test_narrow_parts_may_stay_and_are_not_frozen() -> None:
+    assert (widths(4, "server"), widths(5, "server")) == ([8, 4], [16, 8, 5])
+    stem, body, tail = parse("SuperConvK3BNRELU(3,4,1,1)SuperResIDWE1K3(4,4,2,4,3)SuperConvK1BNRELU(4,2048,1,1)")
+    assert [frozen(part, "mobile") for part in (stem, body, tail)] == [False, False, True]
+    assert not frozen(tail, "server")
+    own, *others = smallest((stem, body, tail), "mobile")
+    assert text(own) == "SuperConvK3BNRELU(3,4,1,1)SuperResIDWE1K3(4,4,2,4,1)SuperConvK1BNRELU(4,2048,1,1)"
+    assert len(others) == len(TYPES["mobile"]) - 1, "its own type is there once"
+    wide = parse("SuperConvK3BNRELU(3,99999,1,1)")
+    assert int(max(widths(wide[0].width, "mobile"))) <= 65536, "what is drawn can be read"
 
 
 def test_long_parts_are_split() -> None:
@@ -182,10 +194,23 @@ def test_impossible_budgets_are_told_with_what_is_possible() -> None:
     assert ZenNASConfig(**{**TINY, "budget": {"parameters": least}}).problems("cpu") == []
 
 
+def test_what_the_start_has_is_feasible_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start below what 8 channels have: it is within its own costs, and drawn again."""
+    monkeypatch.setattr(ZenNAS, "rate", lambda _, candidate, __: float(len(candidate)))
+    change: dict[str, Any] = {"initial": "SuperConvK3BNRELU(3,4,1,1)SuperResK3K3(4,4,2,4,1)", "iterations": 300}
+    costs = search(**change).costs(change["initial"])
+    assert costs["parameters"] < 500
+    tight = search(**change, budget={name: int(cost) for name, cost in costs.items()})
+    assert tight.config.problems("cpu") == []
+    assert change["initial"] in [row["candidate"] for row in run(Island(tight))]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"initial": "SuperConvK3BNRELU(3,8,1,1)SuperResK3K4(8,8,1,8,1)"}, "at character 26, expected one such as"),
+        ({"initial": "SuperConvK3BNRELU(5,8,1,1)"}, "at character 0, which sees images, expected 3 channels"),
+        ({"initial": "SuperConvK3BNRELU(3,8,1,999999999999)"}, "at most 999 layers"),
         ({"initial": "imagenett"}, "got 'imagenett', expected a structure string or one of cifar"),
         ({"budget": {}}, "expected one of parameters, flops, layers"),
         ({"budget": {"flops": 0}}, "greater than or equal to 1"),
