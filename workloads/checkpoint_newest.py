@@ -41,6 +41,10 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
             there = mirror.steps()
         except (OSError, ValueError) as error:
             problems.append(f"{mirror} cannot be read ({first_line(error)})")
+    latest, mirrored = files.latest_step(folder), files.mirrored_step(folder)
+    if latest is not None and mirrored is not None and latest < mirrored:  # went back, and could not tell the mirror
+        there = [step for step in there if step <= latest]
+    problems += [f"checkpoint of step {step} is suspect: a guard had begun to count" for step in files.given_up(folder)]
     for step in sorted({*here, *there}, reverse=True):
         for at_mirror in (False, True):
             if step not in (there if at_mirror else here):

@@ -83,6 +83,11 @@ class Divergence:
         else:
             self._above = self._above + 1 if loss > self._factor * self._largest else 0
 
+    @property
+    def counts(self) -> bool:
+        """Whether the last point was too large."""
+        return self._above > 0
+
     def look(self, point: dict[str, Any]) -> None:
         """Takes the next point of the curve, {"step", "loss", ...}; the loss may be None.
 
@@ -109,6 +114,11 @@ class Collapse:
         """`Guards.min_feature_std`; None: measured, but never an end."""
         self._min = min_feature_std
         self._narrow = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the last features deviated too little."""
+        return self._narrow > 0
 
     def look(self, features: Tensor) -> dict[str, float]:
         """Measures features [B, D]; the same features give the same verdict on every rank.

@@ -66,7 +66,7 @@ class Monitor:
         if first:
             self._skipped.quarantined()
             for note in restored.notes:
-                run.event("checkpoint_damaged", note)
+                run.event("checkpoint_passed_over", note)
             record = run.read_record()
             self._trackers = trackers_of(spec, run, record.job_id if record else run.path.name, restored.step)
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)
@@ -127,6 +127,11 @@ class Monitor:
             )
         self._divergence.look(point)
         return point
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a guard has begun to count; rank 0 knows."""
+        return self._divergence.counts or self._collapse.counts
 
     def checkpoint(self, step: int, model: Spread, method: Method, streams: dict[str, Batch], views: Views) -> None:
         """What must hold before a checkpoint replaces the one before it.

@@ -187,7 +187,7 @@ class CheckpointPolicy(Strict):
 
     Attributes:
         every_steps: between two of them.
-        keep: the newest so many.
+        keep: the newest so many; where a guard has begun to count, the newest from before that stays too.
         keep_best: and so many of the best by `metric`, a name of the curve.
         metric: less is better, or more with `mode: max`.
         mode: of the metric.

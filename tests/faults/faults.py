@@ -100,7 +100,7 @@ def _damage(trial: Trial, rng: random.Random, change: Callable[[bytearray], None
 
 
 def says_what_was_damaged(trial: Trial) -> None:
-    said = [event["message"] for event in trial.run.read_events() if event["kind"] == "checkpoint_damaged"]
+    said = [event["message"] for event in trial.run.read_events() if event["kind"] == "checkpoint_passed_over"]
     record = trial.run.read_record()
     assert len(said) == 1 and "is damaged" in said[0] and "continued from step" in said[0], said
     assert record is not None and said[0] in record.warnings
