@@ -33,7 +33,8 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
     """The newest whole checkpoint, on the disk or else in the mirror.
 
     Raises:
-        CheckpointError: there are some and none is whole, or there may be some in a mirror that does not answer.
+        CheckpointError: there are some and none is whole, or there were some, or there may be some in a mirror that
+            does not answer.
     """
     here, there, problems = files.steps(folder), [], list[str]()
     if mirror is not None:
@@ -58,11 +59,13 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
                 problems.append(f"checkpoint of step {step}{where} is damaged ({first_line(error)})")
             else:
                 return Found(seal, state, [f"{problem}; continued from step {step}{where}" for problem in problems])
+    if latest is not None and not (here or there):
+        problems.append(f"`latest` names step {latest}, of which nothing is left")
     if problems:
         raise CheckpointError(
             f"no checkpoint in {folder} can be read: {'; '.join(problems)}",
             f"bring one of them back, or remove {folder} to start anew"
-            if here or there
+            if here or there or latest is not None
             else f"see that {mirror} answers, then submit again",
         )
     return Found()
