@@ -150,11 +150,11 @@ def train(
                 with monitor.patient():
                     extra, metric = stepper.state_dict(), point.get(spec.checkpoint.metric)
                     checkpoints.save(step, method, optimizer, extra=extra, metric=metric, suspect=monitor.suspicious)
-            if wish == "stop" and step < total:
-                checkpoints.wait()
-                ranks.barrier()
-                logger.info("stopped at step %d of %d, checkpoint written", step, total)
-                return False
-        checkpoints.wait()
-        ranks.barrier()
-    return True
+            if wish == "stop":
+                break
+        with monitor.patient():
+            checkpoints.wait()
+            ranks.barrier()
+        if step < total:
+            logger.info("stopped at step %d of %d, checkpoint written", step, total)
+    return step >= total
