@@ -2,7 +2,8 @@
 
     checkpoints/step-00000050.pt     the state (or the folder step-00000050/ when it is sharded)
     checkpoints/step-00000050.json   its seal: size and SHA-256 of each file, written after them
-    checkpoints/latest               the name of the newest sealed one, replaced by rename
+    checkpoints/latest               the name of the newest sealed one, replaced by rename; after a guard has ended the
+                                     run, of the newest from before its first sign
     checkpoints/mirrored             the newest step up to which the mirror has all, where there is a mirror
 
 What has no seal, or does not agree with it, is not a checkpoint.
