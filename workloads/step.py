@@ -47,7 +47,7 @@ Moment = float | torch.cuda.Event
 
 
 def now(device: torch.device) -> Moment:
-    """A moment in the work of the device: the present one; for a GPU one to come, since calls return before it has done them."""
+    """The present moment in the work of the device; of a GPU one to come, since calls return before they are done."""
     if device.type != "cuda":
         return time.perf_counter()
     moment = torch.cuda.Event(enable_timing=True)

@@ -5,8 +5,8 @@
     timm:vit_base_patch16_224.mae                 downloaded once by timm, kept in the Hugging Face cache
     vit_base_patch16_224.mae                      the same, where no artifact has that name
 
-What must fit does fit, or the job is refused with the first ten that do not, and the log has the list. What may differ (heads, a decoder,
-the grid of positions, the normalisation of pixels) is adapted and told.
+What must fit does fit, or the job is refused with the list of what does not, which beyond ten is in the log. What may
+differ (heads, a decoder, the grid of positions, the normalisation of pixels) is adapted and told.
 """
 
 from __future__ import annotations
