@@ -65,8 +65,8 @@ class Monitor:
         self._warnings = Warnings(run.warnings, readers, restored.notes) if first else None
         if first:
             self._skipped.quarantined()
-            for note in restored.notes:
-                run.event("checkpoint_damaged", note)
+            for i, note in enumerate(restored.notes):
+                run.event("mirror_away" if restored.mirror_away and i == 0 else "checkpoint_damaged", note)
             record = run.read_record()
             self._trackers = trackers_of(spec, run, record.job_id if record else run.path.name, restored.step)
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)
