@@ -174,6 +174,7 @@ def start(
     command += ["--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
     command += ["--dashboard-agent-listen-port", str(agent), "--temp-dir", str(head.temp_dir)]
     command += ["--num-cpus", str(cpus), "--min-worker-port", "0", "--max-worker-port", "0"]
+    command += ["--include-log-monitor", "false"]  # which sends what workers print to drivers; ours ask for none
     log = home / "head.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(

@@ -65,6 +65,7 @@ def command(
     """`ray start` for this machine; it ends with the head, or by SIGTERM."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", head.address]
     words += ["--node-ip-address", ip, "--disable-usage-stats", "--min-worker-port", "0", "--max-worker-port", "0"]
+    words += ["--include-log-monitor", "false"]
     for name, value in (("--num-cpus", cpus), ("--num-gpus", gpus)):
         words += [] if value is None else [name, str(value)]
     return [*words, "--resources", json.dumps(dict(custom))] if custom else words

@@ -94,18 +94,24 @@ def test_the_dense_half_of_densecl() -> None:
     small = contrast.JOB | {"model": {"name": "resnet_cifar", "image_size": 16, "depth": 8}, "batch_size": 4}
     found = contrast.dense_times(small, rounds=2)
     assert found.pop("predicted") > 1
-    assert found.keys() == {"densecl", "moco_v2"} and all(len(seconds) == 2 for seconds in found.values())
+    assert found.keys() == {"densecl", "moco_v2", "loss"} and all(len(seconds) == 2 for seconds in found.values())
 
 
 def test_a_step_of_contrast_that_is_slower_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"simclr": 1.0, "moco_v2": 1.1, "densecl": 0.9}
 
     def run(function: object, *, name: str = "", **_: object) -> dict[str, Any]:
-        dense = {"densecl": [1.06], "moco_v2": [1.0], "predicted": 1.1}
+        dense = {"densecl": [1.06], "moco_v2": [1.0], "loss": [0.06], "predicted": 1.1}
+        if function is contrast.softmax_memory:
+            return 6e8
         return dense if function is contrast.dense_times else {"ours": [times[name]], "lightly": [1.0]}
 
     monkeypatch.setattr(apart, "run", run)
-    assert [row[3] for row in contrast.rows()] == [True, False, True, False]
+    assert [row[3] for row in contrast.rows()] == [True, False, True, False, False, None]
+
+
+def test_memory_of_a_softmax_over_rows() -> None:
+    assert apart.run(contrast.softmax_memory, instances=40_000) > 40_000 * 128 * 4 * 3  # rows, gradient, momentum
 
 
 def test_what_a_checkpoint_costs_the_loop(toy_shards: dict[str, str]) -> None:

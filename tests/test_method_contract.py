@@ -6,6 +6,7 @@ The loop is run as it is, in one process and in two threads of a gloo world, on 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,13 @@ from workloads.data.views import View
 from workloads.export import export
 from workloads.methods.base import Batch, DataInfo, Method, Progress
 from workloads.models.timm_import import timm
+from workloads.parallel import Spread
+from workloads.parts import optimizers
+from workloads.ranks import Ranks
 from workloads.record import RunFolder
 from workloads.sheet import GAP, LABEL, PIXELS
 from workloads.spec import JobSpec
+from workloads.step import Stepper
 from workloads.train import train
 from workloads.weights import COMPUTED
 
@@ -92,6 +97,23 @@ def test_state_is_persistent(spec: JobSpec, toy_home: Path) -> None:
     method = assemble.build_method(spec, info, toy_home)
     buffers = {name for name, _ in method.named_buffers() if not name.endswith(COMPUTED)}
     assert buffers <= set(method.state_dict())
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace_in_what_is_remembered(spec: JobSpec, toy_home: Path) -> None:
+    """Queues, centres, prototypes, running statistics; with the next batch it goes on."""
+    info, batch = first_batch(spec)
+    method = assemble.build_method(spec, info, toy_home)
+    optimizer = optimizers.build(method.parameter_groups(), spec.optimizer)
+    stepper = Stepper(spec, Spread(method, spec.engine, Ranks()), optimizer, Ranks())
+    bad = batch | {name: torch.full_like(batch[name], math.nan) for name in assemble.views_of(spec)}
+    first = method.streams[0]
+    for step, given in enumerate((bad, batch)):
+        progress = Progress(step=10 + step, epoch=1, total_steps=20)
+        done = stepper({first: given}, progress)
+        method.after_step(progress)
+        assert done.skipped == (step == 0)
+    assert [name for name, value in method.state_dict().items() if not value.isfinite().all()] == []
+    assert done.loss is not None and done.loss.isfinite()
 
 
 def test_a_typo_in_the_config_is_refused(spec: JobSpec) -> None:

@@ -26,7 +26,7 @@ from workloads.spec_search import SearchSpec
 
 logger = logging.getLogger(__name__)
 
-CHUNK_S = 0.1  # of scoring: what is sent about and looked at costs little beside it
+CHUNK_S = 0.15  # of scoring: what is sent about and looked at costs little beside it
 SAVE_S = 5.0
 POINT_S = 1.0
 TOLD = 3  # failures that become events of the job; the log has all
@@ -137,7 +137,7 @@ class Explorer:
     def _chunk(self) -> int:
         if self._score_s is None:
             return 1
-        return min(max(1, round(CHUNK_S / self._score_s)), max(1, self.island.search.ahead // (2 * self._pool.slots)))
+        return min(max(1, round(CHUNK_S / self._score_s)), max(1, self.island.search.ahead // self._pool.slots))
 
     def _take(self, scored: Scored) -> None:
         self._under_way -= 1

@@ -129,8 +129,8 @@ class Spread:
                 self._model.reshard()  # type: ignore[operator]
 
     def finite(self) -> bool:
-        """Whether every weight is; on every rank what is true of all."""
-        tensors = own_parts(self.method.parameters())
+        """Whether every weight is, and what is remembered beside them; on every rank what is true of all."""
+        tensors = own_parts([*self.method.parameters(), *self.method.buffers()])
         return not self._ranks.any(not all(bool(tensor.isfinite().all()) for tensor in tensors))
 
 

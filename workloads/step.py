@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workloads.batches import micro_batches
 from workloads.data.keys import mix
@@ -90,12 +90,15 @@ class Stepper:
         self._n = spec.accumulation_on(ranks.world_size)
         self._scale = LossScale(ranks.device) if spec.precision == "fp16" else None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms = [module for module in model.method.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        self._running = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
         self.skipped_in_a_row = torch.zeros((), device=ranks.device)
         self.worst_row = torch.zeros((), device=ranks.device)
 
     def __call__(self, streams: dict[str, Batch], progress: Progress) -> Done:
         """Forward and backward over the micro-batches of `streams`, then a step of the optimizer."""
         parts = {name: micro_batches(batch, self._n) for name, batch in streams.items()}
+        running = [statistic.clone() for statistic in self._running]  # which the forward moves
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         began = now(self._ranks.device)
@@ -114,6 +117,8 @@ class Stepper:
             self._optimizer.zero_grad(set_to_none=True)
             return Done(None, metrics, torch.zeros((), device=self._ranks.device), alone)
         norm, skipped = self._update()
+        for statistic, before in zip(self._running, running, strict=True):
+            statistic.copy_(torch.where(skipped > 0, before, statistic))
         return Done(torch.stack(losses).mean(), metrics | {"grad_norm": norm}, skipped, alone)
 
     def _forward(self, batch: Batch, progress: Progress) -> Any:

@@ -24,6 +24,7 @@ from workloads.agreement import Agreement
 from workloads.batches import to_device
 from workloads.checkpoint import Checkpoints
 from workloads.data.ahead import ahead
+from workloads.data.modalities import Views
 from workloads.data.reader import Reader
 from workloads.methods.base import Batch, Progress
 from workloads.metrics import OnPoint
@@ -80,16 +81,19 @@ def train(
     steps_per_epoch = readers[first].steps_per_epoch
     total = total_steps(spec, steps_per_epoch)
 
-    def moved(batch: Batch) -> Batch:
-        return to_device(batch, views, ranks.device, channels_last=spec.engine.channels_last)
+    def moved(batch: Batch, through: Views = views) -> Batch:
+        return to_device(batch, through, ranks.device, channels_last=spec.engine.channels_last)
 
-    def scan(stream: str) -> Iterator[Batch]:
-        reader = Reader(
-            manifests[stream], views, batch_size=spec.batch_size, seed=spec.seed, shuffle=False, drop_last=False
-        )
-        with torch.no_grad(), contextlib.closing(reader.batches(0, reader.steps_per_epoch)) as batches:
+    def scan(stream: str, through: Views | None = None, rows: range | None = None) -> Iterator[Batch]:
+        manifest, through = manifests[stream], through or views
+        rows = rows or range(len(manifest))
+        size = spec.batch_size // (ranks.world_size * spec.accumulation_on(ranks.world_size))
+        reader = Reader(manifest, through, batch_size=size, seed=spec.seed, shuffle=False, drop_last=False)
+        start = rows.start // size
+        stop = start + -(-len(rows) // size) + (len(rows) < len(manifest))  # a part may begin and end within a batch
+        with torch.no_grad(), contextlib.closing(reader.batches(start, stop)) as batches:
             for batch in batches:
-                yield moved(batch)
+                yield moved(batch, through)
 
     run.path.mkdir(parents=True, exist_ok=True)
     goes_on = checkpoint.latest_step(run.checkpoints) is not None  # then `init` would be loaded to be overwritten
@@ -135,7 +139,7 @@ def train(
             method.after_step(progress)
             step += 1
             if step % steps_per_epoch == 0:
-                with monitor.patient():
+                with monitor.patient(), model.whole():
                     method.after_epoch(progress, scan)
             monitor.step(step, done, wait_s)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -120,6 +120,21 @@ class Output:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Scan(Protocol):
+    """Walks the data in its order, without gradients."""
+
+    def __call__(self, stream: str, through: Views | None = None, rows: range | None = None) -> Iterator[Batch]:
+        """Batches that hold these rows, and some before and after them.
+
+        There are equally many for equally many rows, so that ranks which meet in a forward take equally many steps.
+
+        Args:
+            stream: of the job's data.
+            through: other views than those of the method.
+            rows: of the manifest; None: all.
+        """
+
+
 class Method(nn.Module):
     """One paper, one file. State is parameters and persistent buffers; nothing else survives a restart."""
 
@@ -161,8 +176,8 @@ class Method(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Once per optimizer step: EMA, masks, norms (in forward it would run per micro-batch)."""
 
-    def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
-        """Once per pass: re-cluster, grow, prune; `scan(stream)` walks the data without gradients."""
+    def after_epoch(self, progress: Progress, scan: Scan) -> None:
+        """Once per pass: re-cluster, grow, prune; `scan` walks the data."""
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Optional: reconstructions, masks, attention, each [B, 3, H, W] in the range of the normalised input."""

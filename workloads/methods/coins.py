@@ -36,9 +36,10 @@ from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.gather import Waiting
 from workloads.parts.heads import Tower, mlp
-from workloads.parts.infonce import masked_info_nce, queue_info_nce
+from workloads.parts.infonce import masked_info_nce
 from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
+from workloads.parts.queue_infonce import queue_info_nce
 
 
 class CoInsConfig(MethodConfig):
@@ -112,22 +113,22 @@ class CoIns(Method):
             assert self.queue is not None
             with torch.no_grad():
                 k = self.key(batch["other"])
-            logits = queue_info_nce(q, k, self.queue.rows, T)
+            losses, right = queue_info_nce(q, k, self.queue.rows, T)
             self.queue.put(k)
-            right = torch.zeros_like(label)
         else:
-            right = batch["index"]
-            logits = self.instances.logits(q, right, c if config.instance == "same_class" else None, T)
+            index = batch["index"]
+            logits = self.instances.logits(q, index, c if config.instance == "same_class" else None, T)
+            losses, right = F.cross_entropy(logits, index, reduction="none"), logits.argmax(dim=1) == index
             if config.proxy_weight:
                 proxy = self.instances.proxy_loss(q, c, self.V.shape[1], T)
-            self.instances.put(right, c)
-        instance = F.cross_entropy(logits, right)
+            self.instances.put(index, c)
+        instance = losses.mean()
         scores = coarse_logits(q, self.V, T)
         coarse = F.cross_entropy(scores, c, ignore_index=-1, reduction="none").mean()
         loss = config.instance_weight * instance + config.coarse_weight * coarse + config.proxy_weight * proxy
         metrics = {"instance": instance, "coarse": coarse, "proxy": proxy}
         metrics |= {"coarse_top1": (scores.argmax(dim=1) == c).float().mean()}
-        metrics |= {"instance_top1": (logits.argmax(dim=1) == right).float().mean()}
+        metrics |= {"instance_top1": right.float().mean()}
         return Output(loss, {name: value.detach() for name, value in metrics.items()})
 
     def after_step(self, progress: Progress) -> None:

@@ -26,7 +26,6 @@ all ranks: leave `micro_batch_size` unset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 
 from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import Size, View
-from workloads.methods.base import DRAWN, Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.methods.base import DRAWN, Batch, Inputs, Method, MethodConfig, Output, Progress, Scan
 from workloads.models.vit import ViT
 from workloads.parts.crop import RandomResizedCrop
 from workloads.parts.gather import Waiting
@@ -190,11 +189,12 @@ class CoKe(Method):
         return None if start is None or progress.epoch < start else progress.epoch - start
 
     def after_step(self, progress: Progress) -> None:
-        x, index = self._waiting.take()
-        for k in self.clusterings:
-            k.update(x, index, self._averaged(progress))  # type: ignore[operator]
+        if columns := self._waiting.take():
+            x, index = columns
+            for k in self.clusterings:
+                k.update(x, index, self._averaged(progress))  # type: ignore[operator]
 
-    def after_epoch(self, progress: Progress, scan: Callable[[str], Iterator[Batch]]) -> None:
+    def after_epoch(self, progress: Progress, scan: Scan) -> None:
         for k in self.clusterings:
             k.turn(self._averaged(progress))  # type: ignore[operator]
 

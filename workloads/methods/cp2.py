@@ -32,10 +32,10 @@ from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, 
 from workloads.models.maps import last_maps, unread
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
-from workloads.parts.infonce import queue_info_nce
 from workloads.parts.neighbours import following
 from workloads.parts.precision import full_precision
 from workloads.parts.queue import Queue
+from workloads.parts.queue_infonce import queue_info_nce
 
 FOREGROUND = erasing.Erasing(p=1, area=(0.5, 0.8), ratio=(0.8, 1.25))  # code; never between the middles of places
 
@@ -146,18 +146,18 @@ class CP2(Method):
         with torch.no_grad():
             k = self.key(X_k)  # its BatchNorm too goes by the batch
         v_q, v_k = pooled(q, m_q), pooled(k, m_k)
-        logits = queue_info_nce(v_q, v_k, self.queue.rows, self.config.temperature)  # [B, 1 + K]
+        losses, right = queue_info_nce(v_q, v_k, self.queue.rows, self.config.temperature)
         self.queue.put(v_k)
         with full_precision(q.device):
             S = q.mT @ k  # [B, S, S]
-        instance = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
+        instance = losses.mean()
         dense = dense_loss(S, m_q, m_k)
         best = S.detach().flatten(1).argmax(dim=1, keepdim=True)
         both = (m_q[:, :, None] * m_k[:, None, :]).flatten(1)
         metrics = {
             "instance_loss": instance.detach(),
             "dense_loss": dense.detach(),
-            "instance_top1": (logits.argmax(dim=1) == 0).float().mean(),
+            "instance_top1": right.float().mean(),
             "foreground_top1": both.gather(1, best).mean(),  # the two places that are most alike are both of it
         }
         return Output(instance + self.config.dense_weight * dense, metrics)

@@ -33,9 +33,9 @@ from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.feature_maps import dense_features
 from workloads.parts.heads import mlp
-from workloads.parts.infonce import queue_info_nce
 from workloads.parts.patches import patchify, unpatchify
 from workloads.parts.queue import Queue
+from workloads.parts.queue_infonce import queue_info_nce
 
 
 class DenseCLConfig(MethodConfig):
@@ -138,17 +138,17 @@ class DenseCL(Method):
             b_k, k, d_k = self.key(batch["other"])  # its BatchNorm too goes by the batch
         q, k, d_bar = (F.normalize(x.float(), dim=1) for x in (q, k, d_k.float().mean(dim=2)))
         tau = self.config.temperature
-        logits = queue_info_nce(q, k, self.queue.rows, tau)  # [B, 1 + K]
-        dense_logits = queue_info_nce(*dense_pairs(d_q, d_k, match(b_q, b_k)), self.dense_queue.rows, tau)
+        found = {
+            "global": queue_info_nce(q, k, self.queue.rows, tau),
+            "dense": queue_info_nce(*dense_pairs(d_q, d_k, match(b_q, b_k)), self.dense_queue.rows, tau),
+        }
         self.queue.put(k)
         self.dense_queue.put(d_bar)
         metrics: dict[str, Tensor] = {}
-        losses = []
-        for name, x in (("global", logits), ("dense", dense_logits)):
-            losses.append(F.cross_entropy(x, x.new_zeros(len(x), dtype=torch.int64)))
-            metrics |= {f"{name}_loss": losses[-1].detach(), f"{name}_top1": (x.argmax(dim=1) == 0).float().mean()}
+        for name, (loss, right) in found.items():
+            metrics |= {f"{name}_loss": loss.detach().mean(), f"{name}_top1": right.float().mean()}
         weight = self.dense_weight(progress.step)
-        return Output((1 - weight) * losses[0] + weight * losses[1], metrics)
+        return Output((1 - weight) * found["global"][0].mean() + weight * found["dense"][0].mean(), metrics)
 
     def after_step(self, progress: Progress) -> None:
         follow(self.key, self.query, self.config.momentum)

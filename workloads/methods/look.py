@@ -30,7 +30,7 @@ from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
-from workloads.parts.gather import gather
+from workloads.parts.gather import shares
 from workloads.parts.heads import Tower, mlp
 from workloads.parts.infonce import masked_info_nce
 from workloads.parts.precision import full_precision
@@ -87,10 +87,9 @@ class LOOK(Method):
         loss = neighbour_loss(z, self.queue.rows, same, known, self.config.k, self.config.temperature)  # [B]
         self.queue.put(kappa, label=y, index=index)
         counts = same.any(dim=1).float()
-        share = counts / gather(counts.sum()[None]).mean().clamp(min=1e-6)  # the mean of ranks is that of their batch
         own = counts / counts.sum().clamp(min=1)
         metrics = {"own_class": ((-loss.detach()).exp() * own).sum(), "with_neighbour": counts.mean()}
-        return Output((loss * share).sum(), metrics)
+        return Output((loss * shares(counts)).sum(), metrics)
 
     def after_step(self, progress: Progress) -> None:
         follow(self.key, self.query, self.config.momentum)

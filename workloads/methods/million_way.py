@@ -11,14 +11,15 @@ how often the neighbours of a row are found anew (here in every step, from the r
 N x K), and how long rows are at first. Here they have unit length: it means nothing to the cosine and divides what a
 step turns a row by.
 
-With `init: raw` the first epoch only fills rows: forward without gradients, BatchNorm by the batch, nothing trained;
-so a job has one epoch more than the paper says, and the cosine of its rate is one epoch in when training starts. Rows
-are features of views as changed as those of training, since the views of a job are the same in all epochs. Images that
-this epoch leaves out (the rest of N / batch) keep their random rows. A `pipe:` is refused: its numbers are no images.
+With `init: raw` the first epoch trains nothing: in it BatchNorm finds its statistics, forward without gradients, and
+after it each rank fills the rows that it has with the features of these images as they are, not augmented, BatchNorm
+by its statistics. So a job has one epoch more than the paper says, and the cosine of its rate is one epoch in when
+training starts. A `pipe:` is refused: its numbers are no images.
 
-Memory of a rank: n = N / ranks rows of 128 floats, 1,536 n bytes with gradient and momentum of SGD (AdamW: 2,048 n),
-1,024 n more within a step, and 3 GiB for logits at most.
-    N = 1e6: 8 ranks 192 MB, 64 ranks 24 MB;  N = 1e8: 8 ranks 19.2 GB, 64 ranks 2.4 GB  (SGD, between steps)
+Memory of a rank: n = N / ranks rows of 128 floats, 1,024 n bytes with the momentum of SGD (AdamW: 1,536 n); 5,000 n
+at the peak of a step (measured on a CPU, `make bench`: rows of unit length and the gradients of what they are used
+for), and 3 GiB for logits at most.
+    N = 1e6: 8 ranks 0.6 GB, 64 ranks 0.08 GB;  N = 1e8: 8 ranks 63 GB, 64 ranks 7.8 GB  (SGD, at the peak)
 Export and a run on one rank build all rows: 512 bytes an image, 51 GB of them for 1e8.
 """
 
@@ -32,9 +33,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workloads.data.views import Size, View
-from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
+from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress, Scan
 from workloads.parts.crop import MoCoCrop
-from workloads.parts.gather import Waiting
 from workloads.parts.heads import mlp
 from workloads.parts.sharded_softmax import RowsOverRanks, instance_cross_entropy
 
@@ -61,7 +61,7 @@ class MillionWay(Method):
         self.encoder = encoder
         self.projector = mlp(width, width, config.dim)
         self.instances = RowsOverRanks(inputs.data.num_instances, config.dim)  # W
-        self._raw = Waiting()
+        self.plain = {"image": View(size=inputs.data.shape[1:])}
 
     @classmethod
     def views(cls, config: MillionWayConfig, image_size: Size) -> dict[str, View]:
@@ -75,7 +75,7 @@ class MillionWay(Method):
     def forward(self, batch: Batch, progress: Progress) -> Output:
         if self.config.init == "raw" and progress.epoch == 0:
             with torch.no_grad():
-                self._raw.put(batch["index"], F.normalize(self.features(batch["image"]), dim=1))
+                self.features(batch["image"])  # moves the statistics of BatchNorm
             return Output(None)
         c, x = self.config, self.features(batch["image"])
         loss, right = instance_cross_entropy(
@@ -83,9 +83,14 @@ class MillionWay(Method):
         )
         return Output(loss.mean(), {"instance_top1": right.float().mean()})
 
-    def after_step(self, progress: Progress) -> None:
-        if raw := self._raw.take():
-            self.instances.write(*raw)
+    def after_epoch(self, progress: Progress, scan: Scan) -> None:
+        if self.config.init == "random" or progress.epoch > 0:
+            return
+        self.eval()
+        own = range(self.instances.first, self.instances.first + self.instances.share)
+        for batch in scan(self.streams[0], self.plain, own):
+            self.instances.write(batch["index"], F.normalize(self.features(batch["image"]), dim=1))
+        self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The rows are a group of their own: an optimizer steps what is shared out and what is whole apart."""

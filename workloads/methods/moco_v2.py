@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -24,8 +23,8 @@ from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, 
 from workloads.parts.crop import MoCoCrop
 from workloads.parts.ema import copy_of, follow
 from workloads.parts.heads import Tower, mlp
-from workloads.parts.infonce import queue_info_nce
 from workloads.parts.queue import Queue
+from workloads.parts.queue_infonce import queue_info_nce
 
 
 class MoCoV2Config(MethodConfig):
@@ -60,10 +59,9 @@ class MoCoV2(Method):
         q = self.query(batch["image"])
         with torch.no_grad():
             k = self.key(batch["other"])
-        logits = queue_info_nce(q, k, self.queue.rows, self.config.temperature)
+        loss, right = queue_info_nce(q, k, self.queue.rows, self.config.temperature)
         self.queue.put(k)
-        loss = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.int64))
-        return Output(loss, {"contrast_top1": (logits.argmax(dim=1) == 0).float().mean()})
+        return Output(loss.mean(), {"contrast_top1": right.float().mean()})
 
     def after_step(self, progress: Progress) -> None:
         follow(self.key, self.query, self.config.momentum)

@@ -8,8 +8,9 @@ Paper and released code: the paper takes the mean over all anchors, as here; the
 which is twice as much and matters to optimizers other than LARS. Images are not normalised by mean and deviation, as
 in the code. Both views go through the network together, so that BatchNorm sees them as one batch, that of all ranks.
 Other images of the batch are what a view is compared with, so micro-batches make the task easier: leave
-`micro_batch_size` unset. The last bias of a ViT is not trained, since BatchNorm behind the head's first layer takes it
-out again. Fine-tuning from the first layer of the head, as the second version does, is not built.
+`micro_batch_size` unset. The released LARS has the learning rate inside its momentum, ours outside (`parts.lars_lamb`).
+The last bias of a ViT is not trained, since BatchNorm behind the head's first layer takes it out again. Fine-tuning
+from the first layer of the head, as the second version does, is not built.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from workloads.data.transforms.photometry import Photometry
 from workloads.data.views import Size, View
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.parts.crop import RandomResizedCrop
+from workloads.parts.gather import shares
 from workloads.parts.heads import freeze_absorbed_bias, normed_mlp
 from workloads.parts.infonce import nt_xent
 
@@ -91,7 +93,7 @@ class SimCLR(Method):
         if self.probe is not None:
             label = batch["label"].repeat(2)
             known, scores = label >= 0, self.probe(h.detach())
-            share = known.float() / known.sum().clamp(min=1)  # images without a label have no say
+            share = shares(known.float())  # images without a label have no say
             loss = loss + (F.cross_entropy(scores.float(), label.clamp(min=0), reduction="none") * share).sum()
             metrics["probe_accuracy"] = ((scores.argmax(dim=1) == label).float() * share).sum()
         return Output(loss, metrics)

@@ -67,6 +67,14 @@ def first_row(rows: int) -> int:
     return rows * dist.get_rank() if dist.is_initialized() else 0
 
 
+def shares(weight: Tensor) -> Tensor:
+    """Weights [B] of samples of this rank -> shares: the mean over ranks of sums by them is that over the whole batch.
+
+    Divided by the sum here instead, a rank with few samples that count would give each of them too much.
+    """
+    return weight / gather(weight.sum()[None]).mean().clamp(min=1e-6)
+
+
 class Waiting:
     """Tensors of the micro-batches of a step, until `after_step` asks for those of the whole batch.
 
@@ -81,7 +89,11 @@ class Waiting:
         self._parts.append(tuple(column.detach() for column in columns))
 
     def take(self) -> list[Tensor]:
-        """The columns of the batch of all ranks in its order, [world * B, ...] each; none where nothing was put."""
+        """The columns of the batch of all ranks in its order, [world * B, ...] each.
+
+        None where nothing was put, and none where something is not finite: a step that is skipped must leave no trace
+        in what methods remember. To see that, the device is waited for.
+        """
         columns = [gather(torch.cat(parts)) for parts in zip(*self._parts, strict=True)]
         self._parts.clear()
-        return columns
+        return columns if all(column.isfinite().all() for column in columns) else []

@@ -36,24 +36,6 @@ def global_info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor
     return F.cross_entropy(logits, place)
 
 
-def queue_info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Logits of each query against its own key and all keys of a queue, over tau; column 0 is right (He et al. 2020).
-
-    Args:
-        queries: [N, D], of unit length, as all rows here.
-        keys: [N, D]; neither they nor the queue get gradients.
-        queue: [K, D].
-        temperature: tau.
-
-    Returns:
-        [N, 1 + K] in float32.
-    """
-    q = queries.float()
-    own = (q * keys.detach().float()).sum(dim=1, keepdim=True)
-    with full_precision(q.device):
-        return torch.cat([own, q @ queue.detach().T], dim=1) / temperature
-
-
 def masked_info_nce(logits: Tensor, positive: Tensor, excluded: Tensor) -> Tensor:
     """-log of the share that the positives of a row have in all of it that is not excluded; their sum is in the log.
 

@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 
 
 class Lars(Optimizer):
-    """You et al. 2017 (arXiv:1708.03888) in the form of SimCLR, BYOL, MoCo v3 and the linear probe of MAE.
+    """You et al. 2017 (arXiv:1708.03888) in the form of MoCo v3 and the linear probe of MAE.
 
     d = g + weight_decay * w;   d *= trust_coefficient * |w| / |d|  (two dimensions or more)
     m = momentum * m + d;       w -= lr * m
 
-    The paper divides by |g| + weight_decay * |w|, which is the same without weight decay.
+    The paper divides by |g| + weight_decay * |w|, which is the same without weight decay. It and SimCLR's code have the
+    rate inside the momentum, m = momentum * m + lr * d and w -= m, which is the same while the rate is constant.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, trust_coefficient: float) -> None:

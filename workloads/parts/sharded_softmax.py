@@ -1,9 +1,9 @@
 """Softmax over millions of classes, each rank with the weights of a part of them (Liu et al. 2021, arXiv 2102.04848).
 
 The batch of all ranks meets the rows of each; what is exchanged are features [B, D] and a few numbers a sample, never
-rows or logits. A rank holds n = N / ranks rows: 4 n D bytes, as much for the gradient, for each moment of the
-optimizer and, within a step, for the rows at unit length and their gradient. Logits are computed in blocks; more than
-one block is computed again in backward.
+rows or logits. A rank holds n = N / ranks rows: 4 n D bytes, as much for each moment of the optimizer and, within a
+step, for the gradient, the rows at unit length, and the gradients of what these are used for. Logits are computed in
+blocks; more than one block is computed again in backward.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class RowsOverRanks(nn.Module):
         count: N.
         first: the first row of this rank.
         held: n, how many it has.
+        share: of the ranks, the last of which may hold less.
         weight: the rows of this rank, [n, D]; where they are shared out a DTensor [N, D] of which it holds them.
     """
 
@@ -39,11 +40,11 @@ class RowsOverRanks(nn.Module):
         super().__init__()
         self.count = count
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        size = -(-count // world)
-        if size * (world - 1) >= count:
+        self.share = -(-count // world)
+        if self.share * (world - 1) >= count:
             raise ValueError(f"got {count} instances on {world} workers, expected some for each; use fewer workers")
-        self.first = rank * size
-        self.held = min(size, count - self.first)
+        self.first = rank * self.share
+        self.held = min(self.share, count - self.first)
         seed = int(torch.randint(2**62, (), device="cpu"))
         rows = torch.empty(self.held, dim)
         if not rows.is_meta:
@@ -82,7 +83,7 @@ class RowsOverRanks(nn.Module):
 
     @torch.no_grad()
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Replaces the rows of `index` [B] by `rows` [B, D], those that this rank has; both are of the whole batch."""
+        """Replaces the rows of `index` [B] by `rows` [B, D], those that this rank has."""
         place, here = self.place(index)
         self.own()[place[here]] = rows[here].to(self.weight.dtype)
 

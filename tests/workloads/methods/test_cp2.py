@@ -24,7 +24,7 @@ from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.timm_import import timm
 from workloads.models.vit import ViTConfig
 from workloads.parts.crop import JITTER
-from workloads.parts.infonce import queue_info_nce
+from workloads.parts.queue_infonce import queue_info_nce
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
@@ -78,8 +78,11 @@ def test_losses_golden() -> None:
     assert dense_loss(S, M_Q, M_K).item() == pytest.approx(1.767744292, abs=1e-9)
     over_keys = dense_loss(S.mT, M_K, M_Q).item()  # a softmax over the places of the key is another loss
     assert over_keys == pytest.approx(1.622032781, abs=1e-9)
-    logits = queue_info_nce(pooled(Q, M_Q).float(), pooled(K, M_K).float(), ROWS.float(), 0.2)
-    assert loss_of(logits).item() == pytest.approx(4.186044122, rel=1e-6)
+    pairs = M_Q[:, :, None] * M_K[:, None, :]
+    joint = -(S.flatten(1).log_softmax(dim=1).view_as(S) * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
+    assert joint.mean().item() == pytest.approx(3.055854397, abs=1e-9)  # the card's second wrong variant
+    instance, _ = queue_info_nce(pooled(Q, M_Q).float(), pooled(K, M_K).float(), ROWS.float(), 0.2)
+    assert instance.mean().item() == pytest.approx(4.186044122, rel=1e-6)
 
 
 def test_of_places_that_are_all_alike_the_dense_loss_is_a_guess() -> None:
@@ -102,8 +105,8 @@ def test_the_dense_loss_is_a_mean_of_images_not_of_pairs() -> None:
 def test_background_of_the_query_gets_a_gradient_from_the_dense_loss_only() -> None:
     q = Q.clone().requires_grad_()
     background = (M_Q == 0)[:, None].expand_as(q)
-    logits = queue_info_nce(pooled(q, M_Q), pooled(K, M_K), ROWS.float(), 0.2)
-    (of_instance,) = torch.autograd.grad(loss_of(logits), q)
+    instance, _ = queue_info_nce(pooled(q, M_Q), pooled(K, M_K), ROWS.float(), 0.2)
+    (of_instance,) = torch.autograd.grad(instance.mean(), q)
     (of_places,) = torch.autograd.grad(dense_loss(q.mT @ K, M_Q, M_K), q)
     assert not of_instance[background].any() and of_instance[~background].all()
     assert of_places.all()

@@ -292,9 +292,11 @@ def test_a_class_of_two_clusters_stays_two() -> None:
 
     Neighbours are right of .95 to .99 of new points for all of them.
     """
-    found = {kind: trained(kind, seed=1) for kind in ("look", "supcon", "ce")}
-    assert all(accuracy > 0.95 for _, accuracy in found.values()), found
-    assert found["look"][0] > 0.95 and found["ce"][0] < 0.85 and found["supcon"][0] < 0.6, found
+    for seed in range(4):
+        found = {kind: trained(kind, seed) for kind in ("look", "ce", "supcon")}
+        assert all(accuracy > 0.9 for _, accuracy in found.values()), found
+        look, ce, supcon = (purity for purity, _ in found.values())
+        assert look > ce > supcon, found
 
 
 def vehicles_and_animals(pattern: str, folder: Path) -> str:
