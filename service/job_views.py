@@ -129,7 +129,7 @@ class JobList(TypedDict):
 
 class EventView(TypedDict):
     time: str
-    kind: Annotated[str, Field(description="A state in lower case, or worker_joined, worker_left, preempted, ...")]
+    kind: Annotated[str, Field(description="A state in lower case, or workers_joined, workers_left, preempted, ...")]
     message: str
     cursor: Annotated[str, Field(description="`after` of a request for what follows.")]
 

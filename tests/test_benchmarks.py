@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import torch
 from cluster.embedded import Head
 from tests.benchmarks import apart, contrast, engine, gpu, growth, loop, masked, search, synthetic, table, workers
 from tests.toy import TOY_MAE, TOY_MODEL
+from workloads import ray_train
 from workloads.methods.mae import MAE
+from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
 TOY: dict[str, Any] = {"name": "toy", "method": TOY_MAE, "model": TOY_MODEL, "batch_size": 8, "steps": 1}
@@ -132,6 +135,25 @@ def test_start_times(toy_shards: dict[str, str], tmp_path: Path) -> None:
     assert found["import_torch_s"] > 0.1 and found["first_step_s"] > 0.5
 
 
+def test_group_start_times_are_read_off_the_run(
+    toy_shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, **_: Any) -> bool:
+        assert (spec.resources.workers, spec.steps, home) == (2, 1, tmp_path)
+        clock[0] += 3
+        run.event("workers_joined", "2 workers")
+        run.checkpoints.mkdir()
+        written = run.checkpoints / "step-00000001.pt"
+        written.touch()
+        os.utime(written, (clock[0] + 1, clock[0] + 1))
+        return True
+
+    clock = [1000.0]
+    monkeypatch.setattr(ray_train, "train_on_ray", train_on_ray)
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    assert growth.group_start_times(toy_shards["train"], str(tmp_path), times=3) == {"joined_s": 3, "first_step_s": 4}
+
+
 def test_rows_judge_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {
         "measure": {"ours": [0.99, 2.0, 1.0], "bare": [1.0, 2.0, 1.0]},
@@ -140,11 +162,13 @@ def test_rows_judge_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         "stall": {"step_s": 0.1, "cost_s": 3.0, "save_s": 0.1},
         "step_times": {"step": 0.3, "compute": 0.2},
         "checkpoint_times": {"millions": 5.0, "held_s": 0.01, "disk_s": 0.5},
+        "group_start_times_on_own_cluster": {"joined_s": 9.0, "first_step_s": 10.0},
     }
     monkeypatch.setattr(apart, "run", lambda function, **_: measured[function.__name__])
     monkeypatch.setattr(growth, "start_times", lambda *_, **__: {"first_step_s": 3.0, "import_torch_s": 1.5})
     rows = engine.rows(tmp_path, "digits.tar")
-    assert [row[3] for row in rows] == [True, False, True, False, None, None, None]
+    assert [row[3] for row in rows] == [True, False, True, False, None, None, None, None]
+    assert rows[6][1] == "9.0 s; 10.0 s"
     assert rows[3][1] == "6.00 % (3000 ms, of which in `save` 100 ms, for 500 steps of 0.10 s)"
     assert rows[4][1] == "0.300 (0.200 + 0.100) / 0.300 (0.200 + 0.100) / 0.300 (0.200 + 0.100) s"
     assert table.markdown(rows[1]).endswith("| 0.960 (0.96 / 1.00) | >= 0.97 | **no** |")
@@ -173,8 +197,9 @@ def test_gpu_harness_needs_neither_ray_nor_shards() -> None:
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "got no GPU" in capsys.readouterr().err
-    (row,) = gpu.rows()
-    assert "not measured here" in table.markdown(row) and row[3] is None
+    rows = gpu.rows()
+    assert [row[0].split()[3] for row in rows] == ["ViT-B/16", "ViT-L/16"]
+    assert all("not measured here" in table.markdown(row) and row[3] is None for row in rows)
 
 
 def test_flops_of_the_gpu_harness_are_those_of_its_whole_batch() -> None:

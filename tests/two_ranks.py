@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import queue
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from workloads.spec import JobSpec
 from workloads.train import train
 
 LIMIT_S = 120.0
+Around = Callable[[int], AbstractContextManager[None]]
 
 
 class TwoRanks:
@@ -27,7 +29,7 @@ class TwoRanks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
 
-    def train(self, spec: JobSpec, run: RunFolder, home: Path, store: Path) -> None:
+    def train(self, spec: JobSpec, run: RunFolder, home: Path, store: Path, around: Around = nullcontext) -> None:
         """Trains a job to its end on both.
 
         Args:
@@ -35,6 +37,7 @@ class TwoRanks:
             run: its folder.
             home: where its teachers are.
             store: a file that does not exist, by which the ranks find each other.
+            around: of a rank's number; it trains within.
 
         Raises:
             AssertionError: one of them failed, with its trace.
@@ -42,7 +45,7 @@ class TwoRanks:
         if not self._processes:
             self._start()
         for inbox in self._inboxes:
-            inbox.put((spec.model_dump_json(), run.path, home, store))
+            inbox.put((spec.model_dump_json(), run.path, home, store, around))
         try:
             failures = [self._outbox.get(timeout=LIMIT_S) for _ in self._processes]
         except queue.Empty:
@@ -71,10 +74,11 @@ class TwoRanks:
 def _rank(rank: int, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     while True:
-        spec, run, home, store = inbox.get()
+        spec, run, home, store, around = inbox.get()
         try:
             dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
-            assert train(JobSpec.model_validate_json(spec), RunFolder(run), home, Ranks(rank, 2))
+            with around(rank):
+                assert train(JobSpec.model_validate_json(spec), RunFolder(run), home, Ranks(rank, 2))
             gc.collect()  # DDP goes before gloo, see `workloads.ray_train`
             dist.destroy_process_group()
             outbox.put("")

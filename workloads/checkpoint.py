@@ -49,11 +49,13 @@ class Restored:
         step: optimizer steps done; 0: nothing was there.
         extra: what the loop gave to `save`.
         notes: what went wrong on the way, a sentence each, for the log, the warnings and the events.
+        mirror_away: the first of them is that the mirror does not answer.
     """
 
     step: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    mirror_away: bool = False
 
 
 class Checkpoints:
@@ -111,7 +113,7 @@ class Checkpoints:
         else:
             state = broadcast(found.state, self._ranks)
         _load(state, method, optimizer, found.seal)
-        return Restored(found.seal.step, state["extra"], found.notes)
+        return Restored(found.seal.step, state["extra"], found.notes, found.mirror_away)
 
     def _find(self) -> Found:
         """What rank 0 finds; the state, unless it is in parts, is at rank 0 only."""

@@ -22,11 +22,13 @@ class Found:
         seal: None where there is none.
         state: None where it is in parts, which each rank reads for itself.
         notes: what was passed over, and why.
+        mirror_away: the first of them is that the mirror does not answer.
     """
 
     seal: Seal | None = None
     state: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    mirror_away: bool = False
 
 
 def newest(folder: Path, mirror: Mirror | None = None) -> Found:
@@ -36,12 +38,12 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
         CheckpointError: there are some and none is whole, or there were some, or there may be some in a mirror that
             does not answer.
     """
-    here, there, problems = files.steps(folder), [], list[str]()
+    here, there, problems, away = files.steps(folder), [], list[str](), False
     if mirror is not None:
         try:
             there = mirror.steps()
         except (OSError, ValueError) as error:
-            problems.append(f"{mirror} cannot be read ({first_line(error)})")
+            problems, away = [f"{mirror} cannot be read ({first_line(error)})"], True
     latest, mirrored = files.latest_step(folder), files.mirrored_step(folder)
     if latest is not None and mirrored is not None and latest < mirrored:  # went back, and could not tell the mirror
         there = [step for step in there if step <= latest]
@@ -58,7 +60,8 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 problems.append(f"checkpoint of step {step}{where} is damaged ({first_line(error)})")
             else:
-                return Found(seal, state, [f"{problem}; continued from step {step}{where}" for problem in problems])
+                notes = [f"{problem}; continued from step {step}{where}" for problem in problems]
+                return Found(seal, state, notes, away)
     if latest is not None and not (here or there):
         problems.append(f"`latest` names step {latest}, of which nothing is left")
     if problems:

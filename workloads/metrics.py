@@ -22,7 +22,7 @@ from workloads.data.reader import Reader
 from workloads.data.streaming import PROMISES, StreamReader
 from workloads.ranks import Ranks
 from workloads.record import write_atomic
-from workloads.step import Done
+from workloads.step import Done, Moment, seconds_between
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ class Curve:
         self._losses: list[Tensor] = []
         self._metrics: dict[str, list[Tensor]] = {}
         self._skipped: list[Tensor] = []
-        self._wait_s = self._alone_s = 0.0
+        self._alone: list[tuple[Moment, Moment]] = []
+        self._wait_s = 0.0
         self._since = time.perf_counter()
 
     def add(self, done: Done, wait_s: float) -> None:
@@ -93,12 +94,16 @@ class Curve:
             self._losses.append(done.loss)
         self._skipped.append(done.skipped)
         self._wait_s += wait_s
-        self._alone_s += wait_s + done.alone_s
+        self._alone.append(done.alone)
         for name, value in done.metrics.items():
             self._metrics.setdefault(name, []).append(value.detach())
 
     def point(self, step: int, epoch: int, **more: float) -> dict[str, Any]:
         """Means over the steps since the last point and over ranks, of what is finite; the same on every rank.
+
+        Of this rank are `samples_per_s`, `step_time_s`, `memory_gib` and `data_wait_share`. `rank_skew` is how much
+        longer the `slowest_rank` worked and waited for data than the fastest before gradients were exchanged, as a
+        share of the time; see `Done.alone` for what hides it.
 
         Args:
             step: done steps.
@@ -113,14 +118,15 @@ class Curve:
         parts = self._ranks.mean(together).split([len(values) for values in series.values()])  # one exchange for all
         means = {name: _finite_mean(values) for name, values in zip(series, parts, strict=True)}
         bad = steps * (means.pop("skipped_steps") or 0.0)
-        slowest, fastest = self._ranks.extremes(self._alone_s)
         point: dict[str, Any] = {"step": step, "epoch": epoch, "loss": means.pop("loss", None)} | more | means
         point["samples_per_s"] = round(steps * self._batch_size / elapsed, 1)
         point["step_time_s"] = round(elapsed / max(1, steps), 5)
         point["data_wait_share"] = round(self._wait_s / elapsed, 4)
         point["memory_gib"] = round(_memory_gib(self._ranks.device), 3)
         if self._ranks.world_size > 1:
-            point["rank_skew"] = round((slowest - fastest) / elapsed, 4)
+            alone_s = self._ranks.each(self._wait_s + sum(seconds_between(*moments) for moments in self._alone))
+            point["rank_skew"] = round((max(alone_s) - min(alone_s)) / elapsed, 4)
+            point["slowest_rank"] = alone_s.index(max(alone_s))
         if bad:
             point["skipped_steps"] = round(bad)
         self._reset()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from workloads.batches import micro_batches, to_device
+from workloads.batches import to_device
 from workloads.checkpoint import Restored
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
@@ -65,8 +65,8 @@ class Monitor:
         self._warnings = Warnings(run.warnings, readers, restored.notes) if first else None
         if first:
             self._skipped.quarantined()
-            for note in restored.notes:
-                run.event("checkpoint_passed_over", note)
+            for i, note in enumerate(restored.notes):
+                run.event("mirror_away" if restored.mirror_away and i == 0 else "checkpoint_passed_over", note)
             record = run.read_record()
             self._trackers = trackers_of(spec, run, record.job_id if record else run.path.name, restored.step)
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)
@@ -167,8 +167,8 @@ def flops_of_step(
     parts = spec.accumulation_on(1)
     streams = {}
     for name, reader in readers.items():
-        with contextlib.closing(reader.batches(0, 1)) as batches:
-            streams[name] = micro_batches(to_device(next(batches), views, torch.device("cpu")), parts)[0]
+        with contextlib.closing(reader.batches(0, 1, 0, parts)) as batches:  # what is of one of so many ranks
+            streams[name] = to_device(next(batches), views, torch.device("cpu"))
     batch = streams if len(streams) > 1 else next(iter(streams.values()))
     one = count(method, batch, LATER)
     return None if one is None else float(one * parts)

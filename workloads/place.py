@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+
+Notice = Callable[[RunFolder], AbstractContextManager[Callable[[], bool]]]
+"""Around the training of a run: says within whether the machine is about to be taken away."""
 
 
 class Place(Protocol):
@@ -48,15 +52,22 @@ class Place(Protocol):
 class Here:
     """The process that runs the job."""
 
-    def __init__(self, resources: Resources, home: Path, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        home: Path,
+        should_stop: Callable[[], bool],
+        notice: Notice = lambda _: nullcontext(lambda: False),
+    ) -> None:
         """Starts nothing.
 
         Args:
             resources: what there is: cores, and whether the GPU is for this process.
             home: where references to weights are looked up.
             should_stop: polled while it trains.
+            notice: of what may take this process's machine away.
         """
-        self._resources, self._home, self._should_stop = resources, home, should_stop
+        self._resources, self._home, self._should_stop, self._notice = resources, home, should_stop, notice
 
     @property
     def online(self) -> Start:
@@ -72,7 +83,10 @@ class Here:
         keep_freed_memory()
         torch.set_num_threads(self._resources.cpus)
         ranks = Ranks(device=device(self._resources))
-        return train(spec, run, self._home, ranks, should_stop=self._should_stop, on_point=on_point)
+        with self._notice(run) as preempted:
+            return train(
+                spec, run, self._home, ranks, should_stop=self._should_stop, preempted=preempted, on_point=on_point
+            )
 
     def scan(self, function: Callable[..., T], model: nn.Module, *arguments: Any) -> T:
         return function(model.to(device(self._resources)), *arguments)

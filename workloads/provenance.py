@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from workloads.data.manifest import Manifest
 
-PACKAGES = ("torch", "ray", "timm", "numpy", "pyarrow", "webdataset", "simplejpeg")  # their versions change results
+DECODERS = ("simplejpeg", "pillow", "av", "nibabel")
+PACKAGES = ("torch", "ray", "timm", "numpy", "pyarrow", "webdataset", *DECODERS)  # their versions change results
 GIT_TIMEOUT_S = 2.0  # a checkout on a slow network disk must not hold a job up
 
 

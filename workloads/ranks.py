@@ -26,13 +26,13 @@ class Ranks:
             values = values / self.world_size
         return values.cpu()
 
-    def extremes(self, value: float) -> tuple[float, float]:
-        """The largest and the smallest of all ranks."""
-        if self.world_size == 1:
-            return value, value
-        both = torch.tensor([value, -value], device=self.device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        return both[0].item(), -both[1].item()
+    def each(self, value: float) -> list[float]:
+        """That of every rank, by rank."""
+        values = torch.zeros(self.world_size, device=self.device)
+        values[self.rank] = value
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""

@@ -1,4 +1,8 @@
-"""Evaluations of checkpoints as Ray tasks: the adapter that takes them to any node of the cluster."""
+"""Evaluations of checkpoints as Ray tasks: the adapter that takes them to any node of the cluster.
+
+Not Ray Train's own validation, which starts from `ray.train.report` of a checkpoint: ours are not reported to it, and
+the same evaluations are to run beside a job that Ray Train, or Ray, knows nothing of.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import nn
 from workloads.metrics import OnPoint
 from workloads.online import Start
 from workloads.place import Here, device
+from workloads.ray_notice import notice
 from workloads.ray_online import ClusterTask
 from workloads.ray_train import train_on_ray
 from workloads.record import RunFolder
@@ -41,7 +42,7 @@ class Workers:
             connected: called after `ray.init`, which replaces signal handlers.
         """
         self._resources, self._run, self._home, self._connected = spec.resources, run, home, connected
-        self._here = Here(spec.resources, home, should_stop)
+        self._here = Here(spec.resources, home, should_stop, notice)
 
     @property
     def online(self) -> Start:

@@ -32,13 +32,35 @@ class Done:
         loss: mean over the micro-batches of this rank; None where there was nothing to differentiate.
         metrics: of the last micro-batch, and `grad_norm`, over all ranks.
         skipped: 1 where loss or gradient was not finite, so that the weights stayed as they were.
-        alone_s: time before gradients were exchanged: ranks differ in it, and wait for the slowest.
+        alone: the two moments between which this rank worked by itself, before gradients were exchanged: ranks differ
+            in it, and wait for the slowest. A forward that waits for other ranks itself hides that: of FSDP, of
+            SyncBatchNorm, of a loss over the features of all ranks.
     """
 
     loss: Tensor | None
     metrics: dict[str, Tensor]
     skipped: Tensor
-    alone_s: float
+    alone: tuple[Moment, Moment]
+
+
+Moment = float | torch.cuda.Event
+
+
+def now(device: torch.device) -> Moment:
+    """The present moment in the work of the device; of a GPU one to come, since calls return before they are done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    moment = torch.cuda.Event(enable_timing=True)
+    moment.record()
+    return moment
+
+
+def seconds_between(began: Moment, ended: Moment) -> float:
+    """Of two moments of one device, of which a GPU is waited for."""
+    if isinstance(began, float) or isinstance(ended, float):
+        return ended - began  # type: ignore[operator]
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000
 
 
 class LossScale:
@@ -79,15 +101,14 @@ class Stepper:
         running = [statistic.clone() for statistic in self._running]  # which the forward moves
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
-        began = time.perf_counter()
-        alone_s = 0.0
+        began = now(self._ranks.device)
         for i in range(self._n):
             batch: dict[str, Any] = {name: batches[i] for name, batches in parts.items()}
             seed_micro_batch(self._spec.seed, progress.step, self._ranks.rank * self._n + i)
             with self._model.averaging(i == self._n - 1):
                 output = self._forward(batch if len(batch) > 1 else next(iter(batch.values())), progress)
                 metrics = output.metrics
-                alone_s = time.perf_counter() - began
+                alone = began, now(self._ranks.device)
                 if output.loss is not None:
                     losses.append(output.loss.detach())
                     # Times 1, or NaN: a loss that is not finite makes the gradient so, by which every rank knows of it.
@@ -97,11 +118,11 @@ class Stepper:
                     (loss / self._n).backward()
         if not losses:
             self._optimizer.zero_grad(set_to_none=True)
-            return Done(None, metrics, torch.zeros((), device=self._ranks.device), alone_s)
+            return Done(None, metrics, torch.zeros((), device=self._ranks.device), alone)
         norm, skipped = self._update()
         for statistic, before in zip(self._running, running, strict=True):
             statistic.copy_(torch.where(skipped > 0, before, statistic))
-        return Done(torch.stack(losses).mean(), metrics | {"grad_norm": norm}, skipped, alone_s)
+        return Done(torch.stack(losses).mean(), metrics | {"grad_norm": norm}, skipped, alone)
 
     def _forward(self, batch: Batch, progress: Progress) -> Any:
         dtype = AUTOCAST.get(self._spec.precision)

@@ -31,7 +31,9 @@ MAX_WAITING = 1000  # points; some hours of a server's absence
 CLOSE_S = 5.0  # the end of a job waits no longer than this for a slow server
 PARAM_CHARACTERS = 500  # of a value that every version of an MLflow server takes
 PARAMS_A_REQUEST = 100  # its limit
-ENGINE = frozenset({"samples_per_s", "step_time_s", "data_wait_share", "memory_gib", "mfu", "rank_skew"})
+ENGINE = frozenset(
+    {"samples_per_s", "step_time_s", "data_wait_share", "memory_gib", "mfu", "rank_skew", "slowest_rank"}
+)
 
 
 class Tracker(Protocol):

@@ -5,14 +5,15 @@
     timm:vit_base_patch16_224.mae                 downloaded once by timm, kept in the Hugging Face cache
     vit_base_patch16_224.mae                      the same, where no artifact has that name
 
-What must fit does fit, or the job is refused with the list of what does not. What may differ (heads, a decoder,
-the grid of positions, the normalisation of pixels) is adapted and told.
+What must fit does fit, or the job is refused with the list of what does not, which beyond ten is in the log. What may
+differ (heads, a decoder, the grid of positions, the normalisation of pixels) is adapted and told.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from workloads.data.views import IMAGENET_MEAN, IMAGENET_STD
 from workloads.models.vit import ViT, resize_positions
 from workloads.winner import folder_of, read_found
 
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 10  # of what does not fit, in the error
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 WRAPPERS = ("module.", "encoder.", "backbone.", "model.")  # DDP, methods, detectors, Lightning
 HEADS = ("head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "last_linear.")
@@ -246,9 +250,12 @@ def _fit(encoder: nn.Module, found: Found) -> list[str]:
     lacking = [name for name in fresh if not name.startswith(FRESH) and not re.search(ADDED, name)]
     wrong += [f"{name}: got nothing, expected {tuple(own[name].shape)}" for name in lacking]
     if wrong:
+        if len(wrong) > MOST_NAMED:
+            logger.error("all that does not fit of %s:\n%s", found.label, "\n".join(wrong))
         raise ArtifactError(
             f"got weights of {found.label} that do not fit the model, expected its names and shapes; set model: to the "
-            f"one that they are of{_patch_size(weights, own)}. {some(wrong, 10)}"
+            f"one that they are of{_patch_size(weights, own)}. {some(wrong, MOST_NAMED)}"
+            f"{', all of them in the log' if len(wrong) > MOST_NAMED else ''}"
         )
     encoder.load_state_dict(weights, strict=False)
     if left_out:

@@ -74,9 +74,12 @@ class Work:
 
     def _place(self) -> Place:
         """The process itself, or workers of Ray."""
-        if self.ray:
-            from workloads.ray_place import Workers, needs_a_group
+        resources, home, stop = self.spec.resources, self.home, self.should_stop
+        if not self.ray:
+            return Here(resources, home, stop)
+        from workloads.ray_notice import notice
+        from workloads.ray_place import Workers, needs_a_group
 
-            if needs_a_group(self.spec):
-                return Workers(self.spec, self.run, self.home, self.should_stop, connected=self.connected)
-        return Here(self.spec.resources, self.home, self.should_stop)
+        if needs_a_group(self.spec):
+            return Workers(self.spec, self.run, home, stop, connected=self.connected)
+        return Here(resources, home, stop, notice)

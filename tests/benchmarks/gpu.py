@@ -241,8 +241,12 @@ def rows() -> list[Row]:
     """For `make bench`: measured where there is a GPU, else an open row."""
     if torch.cuda.is_available():
         return [row(result) for result in configurations(list(MODELS), None, 20, torch.device("cuda"))]
-    what = "GPU: MAE of ViT-L/16 at 224 px, bf16, compiled"
-    return [(what, "not measured here, `python -m tests.benchmarks.gpu`", WANTED, None)]
+    open_row = "not measured here, `python -m tests.benchmarks.gpu`"
+    wanted = {"vit_large": WANTED}
+    return [
+        (f"GPU: MAE of {MODELS[name]} at 224 px, bf16, compiled", open_row, wanted.get(name, "-"), None)
+        for name in MODELS
+    ]
 
 
 def configurations(

@@ -89,6 +89,39 @@ def start_times(shards: str, folder: str, times: int) -> dict[str, float]:
     return {"first_step_s": statistics.median(to_first_step), "import_torch_s": statistics.median(importing)}
 
 
+def group_start_times(shards: str, folder: str, times: int) -> dict[str, float]:
+    """Medians of the seconds until two workers under Ray Train are in the loop, and until their first step's
+    checkpoint; needs a connected cluster.
+
+    Args:
+        shards: of images, whose manifest is made before.
+        folder: where to.
+        times: groups, one after the other.
+    """
+    from workloads import assemble, ray_train
+    from workloads.record import RunFolder
+    from workloads.spec import JobSpec
+
+    workers = {"resources": {"workers": 2}, "data": {"train": {"shards": shards}}}
+    spec = JobSpec.model_validate(SMALL | workers)
+    assemble.open_stream(spec.data["train"])
+    joined, to_first_step = [], []
+    for i in range(times):
+        run = RunFolder(Path(folder) / f"group-{i}")
+        run.path.mkdir()
+        began = time.time()
+        assert ray_train.train_on_ray(spec, run, Path(folder), connected=lambda: None)
+        joined.append(next(event["time"] for event in run.read_events() if event["kind"] == "workers_joined") - began)
+        to_first_step.append((run.checkpoints / "step-00000001.pt").stat().st_mtime - began)
+    return {"joined_s": statistics.median(joined), "first_step_s": statistics.median(to_first_step)}
+
+
+def group_start_times_on_own_cluster(shards: str, folder: str, times: int) -> dict[str, float]:
+    """`group_start_times` on a cluster that is there for nothing else."""
+    with apart.own_cluster(Path(folder) / "home"):
+        return group_start_times(shards, folder, times)
+
+
 def checkpoint_times(dim: int, depth: int, folder: str, saves: int) -> dict[str, float]:
     """Medians of the seconds that `save` holds the loop up, and until the checkpoint is on the disk.
 
@@ -133,6 +166,8 @@ def rows(folder: Path, shards: str) -> list[Row]:
     document = {key: value for key, value in loop.spec_of(shards, 1).items() if key != "data"}
     steps = [apart.run(step_times, ranks=n, document=document, images=IMAGES, steps=8 // n, rounds=3) for n in WORLDS]
     start = start_times(shards, str(folder), times=3)
+    (folder / "groups").mkdir()
+    group = apart.run(group_start_times_on_own_cluster, shards=shards, folder=str(folder / "groups"), times=3)
     saved = [
         apart.run(checkpoint_times, dim=dim, depth=depth, folder=str(folder / f"saved-{dim}"), saves=2)
         for dim, depth in SIZES
@@ -152,6 +187,12 @@ def rows(folder: Path, shards: str) -> list[Row]:
         (
             "cost: start of `manta run --local` to its first step; of which `import torch`",
             f"{start['first_step_s']:.1f} s; {start['import_torch_s']:.1f} s",
+            "-",
+            None,
+        ),
+        (
+            "cost: start of two workers under Ray Train, the cluster being up: to both in the loop; to the first step",
+            f"{group['joined_s']:.1f} s; {group['first_step_s']:.1f} s",
             "-",
             None,
         ),

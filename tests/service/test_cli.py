@@ -108,7 +108,7 @@ class FakeClient:
         return {"spec": [{"path": "steps", "a": 3}, {"path": "name", "a": "x", "b": "y"}], "provenance": []}
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
-        kinds = ("queued", "starting", "running", "worker_left", "worker_joined", "succeeded")
+        kinds = ("queued", "starting", "running", "workers_left", "workers_joined", "succeeded")
         return [{"time": "2026-11-21T00:00:00.1+00:00", "kind": kind, "message": "why"} for kind in kinds]
 
     def follow_events(self, job_id: str) -> Iterator[dict[str, Any]]:
@@ -211,7 +211,7 @@ def test_pause_resume_and_events(service: type[FakeClient]) -> None:
     assert len(told) == 7 and told[1].split("\t") == ["2026-11-21T00:00:00", "queued", "why"]
     assert len(json.loads(runner.invoke(cli.app, ["events", "job-1", "--json"]).stdout)) == 6
     shown = runner.invoke(cli.app, ["job", "job-1"]).stdout
-    assert "state\tSUCCEEDED" in shown and "worker_left" in shown and "queued\twhy" not in shown  # the last five
+    assert "state\tSUCCEEDED" in shown and "workers_left" in shown and "queued\twhy" not in shown  # the last five
 
 
 @pytest.mark.parametrize(

@@ -308,11 +308,11 @@ def test_events_of_the_service_and_of_the_run_are_one_list_read_once(world: Worl
     job, _ = world.submissions.submit(BODY)
     world.reconciler.round()
     run = RunFolder(world.folder(job))
-    run.event("worker_joined", "rank 1 on node-2")
+    run.event("workers_joined", "rank 1 on node-2")
     write_record(world.folder(job), "RUNNING", step=7)
     world.reconciler.round()
     seen = world.jobs.events(job.id)
-    assert [event["kind"] for event in seen] == ["queued", "starting", "worker_joined", "running"]
+    assert [event["kind"] for event in seen] == ["queued", "starting", "workers_joined", "running"]
     assert seen[1]["message"] == "attempt 1" and seen[2]["message"] == "rank 1 on node-2"
     for n in range(len(seen)):
         assert world.jobs.events(job.id, seen[n]["cursor"]) == seen[n + 1 :]
@@ -325,7 +325,7 @@ def test_events_of_the_service_and_of_the_run_are_one_list_read_once(world: Worl
     assert [event["kind"] for event in world.jobs.events(job.id, seen[-1]["cursor"])] == ["preempted"]
     world.store.close()
     world.restart()
-    assert sorted(world.kinds(job)) == ["preempted", "queued", "running", "starting", "worker_joined"]
+    assert sorted(world.kinds(job)) == ["preempted", "queued", "running", "starting", "workers_joined"]
 
 
 def test_a_job_that_came_by_ray_joins_the_list(world: World) -> None:

@@ -227,7 +227,7 @@ def test_a_mirror_that_cannot_be_read_is_no_fresh_start(frail: str, s3_server: S
     with Checkpoints(folder(tmp_path / "a"), CheckpointPolicy(), Ranks()) as writer:
         save(writer, 1)
     restored = checkpoints(tmp_path / "a", frail).restore(*made())
-    assert restored.step == 1 and "cannot be read" in restored.notes[0]
+    assert restored.step == 1 and "cannot be read" in restored.notes[0] and restored.mirror_away
 
 
 def test_a_mirror_of_an_unknown_kind_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from tests.toy import random_images
 from tests.workloads.methods.test_fine_tune import fine_tune
 from tests.workloads.methods.test_mae import START, mae
+from workloads import assemble, monitor
 from workloads.flops import count, mfu, peak, peak_of
 from workloads.methods.base import Batch, Method, MethodConfig, Output, Progress
+from workloads.ranks import Ranks
+from workloads.spec import JobSpec
 
 B, L, P = 4, 16, 4  # images of 16 x 16 in patches of 4 x 4
 
@@ -139,6 +144,29 @@ def test_streams_are_counted_together() -> None:
 def test_peaks(name: str, fp32: float | None, bf16: float | None, fp16: float | None) -> None:
     for precision, tera in (("fp32", fp32), ("bf16", bf16), ("fp16", fp16)):
         assert peak_of(name, precision) == (None if tera is None else pytest.approx(tera * 1e12)), precision
+
+
+def test_a_step_is_counted_by_one_micro_batch_and_no_more_is_decoded(
+    toy_job: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "peak", lambda *_: 1e12)
+    decoded: list[int] = []
+    to_device = monitor.to_device
+
+    def moved(batch: Batch, views: Any, device: torch.device) -> Batch:
+        decoded.append(len(batch["index"]))
+        return to_device(batch, views, device)
+
+    monkeypatch.setattr(monitor, "to_device", moved)
+    found = []
+    for changes in ({}, {"micro_batch_size": 2}, {"resources": {"workers": 2}, "micro_batch_size": 2}):
+        spec = toy_job(**changes)
+        manifest = assemble.open_stream(spec.data["train"])
+        method = assemble.build_method(spec, assemble.data_info(spec, manifest), Path())
+        readers, views = assemble.readers_of(spec, {"train": manifest}), assemble.views_of(spec)
+        found.append(monitor.flops_of_step(spec, method, readers, views, Ranks(device=torch.device("cuda"))))
+    assert decoded == [8, 2, 2]
+    assert found[0] and found == [found[0]] * 3
 
 
 def test_a_cpu_has_no_known_peak() -> None:

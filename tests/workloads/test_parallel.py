@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from torch import nn
 from tests.toy import difference
 from workloads import agreement, checkpoint
 from workloads.export import export
-from workloads.parallel import Spread, blocks_of
+from workloads.parallel import Spread, _shards, blocks_of
 from workloads.ranks import Ranks
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 from workloads.spec_training import Engine
+from workloads.step import Stepper
 from workloads.train import train
 
 Make = Callable[..., JobSpec]
@@ -76,6 +79,54 @@ def test_each_gradient_is_shortened_by_its_own_length() -> None:
     Spread(nn.Linear(2, 1), Engine(), Ranks()).clip_each([long, short], 1.0)
     assert torch.allclose(long, torch.tensor([[0.6, 0.8]]), atol=1e-6)
     assert torch.equal(short, torch.tensor([0.3, -0.4, 0.0]))
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "device", "memory", "shards"),
+    [
+        ("auto", CUDA, 3 * 16 * 96, False),  # 96 trained numbers with gradients and moments fill a third of it
+        ("auto", CUDA, 3 * 16 * 96 - 1, True),
+        ("auto", torch.device("cpu"), 1, False),
+        ("ddp", CUDA, 1, False),
+        ("fsdp", CUDA, 1 << 40, True),
+    ],
+)
+def test_auto_shards_what_a_gpu_would_not_hold(
+    strategy: Any, device: torch.device, memory: int, shards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = {CUDA: SimpleNamespace(total_memory=memory)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpu.__getitem__)
+    net = nn.ModuleDict(
+        {"trained": nn.Linear(12, 8, bias=False), "frozen": nn.Linear(1000, 1000).requires_grad_(False)}
+    )
+    assert _shards(net, Engine(strategy=strategy), device) is shards
+
+
+def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_number(
+    toy_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    call = Stepper.__call__
+
+    def look(self: Stepper, streams: Any, progress: Any) -> Any:
+        of_step = streams["train"]["image"], max(self._parameters, key=lambda p: p.ndim)  # a kernel [out, in, 3, 3]
+        seen.append(tuple(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in of_step))  # type: ignore[arg-type]
+        return call(self, streams, progress)
+
+    monkeypatch.setattr(Stepper, "__call__", look)
+    curves = []
+    for on in (False, True):
+        model = {"name": "resnet_cifar", "image_size": 16, "depth": 8}
+        run = RunFolder(tmp_path / str(on))
+        spec = toy_job(model=model, method={"name": "fine_tune"}, epochs=None, steps=1, engine={"channels_last": on})
+        assert train(spec, run, tmp_path)
+        curves += run.read_metrics()
+    assert seen == [(False, False), (True, True)]
+    for name in ("loss", "grad_norm"):
+        assert curves[1][name] == pytest.approx(curves[0][name], rel=1e-4)
 
 
 def _rank(rank: int, port: int, spec: str, folder: str) -> None:

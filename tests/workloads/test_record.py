@@ -58,7 +58,7 @@ def test_events_of_several_processes_are_whole_lines(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_events() == []
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: run.event("worker_joined", f"rank {n} " + "x" * 5000), range(64)))
+        list(pool.map(lambda n: run.event("workers_joined", f"rank {n} " + "x" * 5000), range(64)))
     events = run.read_events()
     assert {int(event["message"].split()[1]) for event in events} == set(range(64))
     assert run.read_events(after=events[40]["offset"]) == events[41:]
@@ -73,8 +73,8 @@ def test_a_torn_event_is_no_event_and_harms_no_other(cut: int, tmp_path_factory:
     os.truncate(run.events, len(whole) - cut)
     kinds = [event["kind"] for event in run.read_events()]
     assert kinds == ["hang"]
-    run.event("worker_left", "rank 2")
-    assert [event["kind"] for event in run.read_events()][-1] == "worker_left"
+    run.event("workers_left", "rank 2")
+    assert [event["kind"] for event in run.read_events()][-1] == "workers_left"
     assert len(run.read_events()) == (3 if cut == 1 else 2)  # all but its end of line was there: it is whole again
 
 

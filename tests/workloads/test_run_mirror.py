@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from workloads.checkpoint import latest_step
+from workloads.checkpoint_mirror import Mirror
 from workloads.record import RunFolder
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute, run_local
 from workloads.spec import JobSpec
+from workloads.train import train
 
 ToyJob = Callable[..., JobSpec]
 
@@ -75,6 +77,26 @@ def test_a_mirror_by_this_name_of_another_job_is_not_continued_from_and_fresh_em
     assert latest_step(tmp_path / "cat" / "try" / "checkpoints") == 20 and not steps(
         RunFolder(tmp_path / "cat" / "try")
     )
+
+
+def test_a_mirror_that_is_away_and_a_checkpoint_that_is_damaged_are_two_kinds_of_event(
+    toy_job: ToyJob, policy: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, polls = RunFolder(tmp_path / "run"), iter(range(20))
+    spec = toy_job(checkpoint=policy | {"every_steps": 5})
+    assert not train(spec, run, tmp_path, should_stop=lambda: next(polls) == 12)
+
+    def away(self: Mirror) -> list[int]:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(Mirror, "steps", away)
+    newest = run.checkpoints / "step-00000013.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert train(spec, run, tmp_path)
+    told = {event["kind"]: event["message"] for event in run.read_events()}
+    assert list(told) == ["mirror_away", "checkpoint_passed_over"]
+    assert "no route to host" in told["mirror_away"] and "step 13 is damaged" in told["checkpoint_passed_over"]
+    assert run.warnings.read_text().splitlines()[:2] == list(told.values())
 
 
 def test_fresh_that_cannot_empty_the_mirror_removes_nothing(toy_job: ToyJob, tmp_path: Path) -> None:

@@ -143,11 +143,12 @@ def test_a_convolutional_network_takes_all_but_its_classifier(timm: Any, tmp_pat
     assert torch.equal(target.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
 
-def test_mismatches_are_listed(tmp_path: Path) -> None:
+def test_mismatches_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path / "a.safetensors", encoder().state_dict())
     message = refusal(encoder(dim=32), path, tmp_path)
     assert "blocks.0.attn.proj.bias: got (16,), expected (32,)" in message
-    assert message.count("expected (") == 10 and message.endswith("and 20 more")
+    assert message.count("expected (") == 10 and message.endswith("and 20 more, all of them in the log")
+    assert caplog.text.count("expected (") == 30
     message = refusal(encoder(depth=1), path, tmp_path)
     assert "blocks.1.attn.qkv.weight: got (48, 16), expected no such weight" in message
     message = refusal(encoder(depth=3), path, tmp_path)
