@@ -136,42 +136,6 @@ def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -
     return found
 
 
-def giving_way(blocked: Entry, running: Iterable[Entry], cluster: Cluster) -> list[Entry]:
-    """The fewest running jobs of lower priority whose room `blocked` needs, those first that came last.
-
-    Args:
-        blocked: waits for room.
-        running: that may be paused.
-        cluster: without those that are about to stop.
-    """
-    rooms, drivers, found = Rooms(cluster.rooms.nodes), cluster.drivers, list[Entry]()
-
-    def fits() -> bool:
-        places = rooms.take(blocked.each, blocked.workers)
-        rooms.change(blocked.each, places, 1)
-        full = blocked.on_head and cluster.head_is_full(drivers)
-        return sum(places.values()) == blocked.workers and not full
-
-    lower = (entry for entry in running if entry.rank < blocked.rank)
-    for entry in sorted(lower, key=lambda entry: (entry.rank, *(-part for part in entry.place))):
-        if fits():
-            break
-        found.append(entry)
-        cluster.give(entry, rooms, 1)
-        drivers -= entry.on_head
-    if not fits():
-        return []
-    for entry in [*found]:
-        cluster.give(entry, rooms, -1)
-        drivers += entry.on_head
-        if fits():
-            found.remove(entry)
-        else:
-            cluster.give(entry, rooms, 1)
-            drivers -= entry.on_head
-    return found
-
-
 def _lacks(entry: Entry, fit: int, rooms: Rooms) -> str:
     """What there is too little of, all together or node by node; `rooms` are without the workers that fit."""
     free = rooms.free(entry.needs)

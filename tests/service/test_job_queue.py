@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.packing import Hardware, Node
-from service.queue import admitted, giving_way, ordered, starts
+from service.queue import admitted, ordered, starts
 from service.usage import Cluster, Entry, Quota
 
 PROJECTS = ("a", "b", "c")
@@ -152,17 +152,6 @@ def test_expected_starts_end_where_nobody_knows_how_long_a_job_takes() -> None:
     queue = [entry("a2", cpus=2, seconds=50.0), entry("a3", cpus=2, seconds=math.inf), entry("a4", cpus=4), entry("a5")]
     on = cluster(running=tuple(running))
     assert starts(queue, running, on) == {"a2": 30.0, "a3": 80.0}
-
-
-def test_the_fewest_and_the_latest_give_way() -> None:
-    running = (gpus("a0", 4, rank=-1), gpus("a1", 2, rank=-1), gpus("b2", 2, "b"), gpus("b3", 8, "b", rank=1))
-    on = cluster(cpus=100, gpus=16, running=running)
-    urgent = gpus("c9", 2, "c", rank=1)
-    assert ids(giving_way(urgent, running, on)) == "a1"
-    assert ids(giving_way(gpus("c9", 4, "c", rank=1), running, on)) == "a0"  # a1 is not needed beside it
-    assert ids(giving_way(gpus("c9", 8, "c", rank=1), running, on)) == "a1 a0 b2"
-    assert giving_way(gpus("c9", 9, "c", rank=1), running, on) == []  # nobody is paused for nothing
-    assert giving_way(gpus("c9", 2, "c", rank=-1), running, on) == []
 
 
 def test_projects_take_turns_in_a_long_queue() -> None:
