@@ -220,7 +220,8 @@ class Reconciler:
                 self._register(job, run)
         elif decision.act == "check":
             decision = self._checks.decide(job)
-        if decision.state in ("FAILED", "CANCELLED", "PAUSED") and job.attempt:
+        gave_way = job.state == "PAUSING" and decision.state == "QUEUED"
+        if (gave_way or decision.state in ("FAILED", "CANCELLED", "PAUSED")) and job.attempt:
             run.path.mkdir(parents=True, exist_ok=True)
             run.stop.touch()  # a process that nobody hears of may still come, or come back
         self._write(job, decision, record)

@@ -16,6 +16,7 @@ from service.usage import Cluster
 from tests.service.fakes import write_record
 from tests.service.test_job_queue import cluster, gpus, ids
 from tests.service.world import BODY, World
+from workloads.record import RunFolder
 
 
 class Shown(World):
@@ -107,6 +108,24 @@ def test_one_that_is_paused_is_not_paused_again_for_its_own_room(shown: Shown) -
     shown.shows(2)
     shown.rounds(2)
     assert shown.states(*jobs, high) == "RUNNING QUEUED STARTING"
+
+
+def test_a_process_that_comes_after_its_job_gave_way_is_stopped(shown: Shown) -> None:
+    """Ray took the attempt, though its answer was lost; the next attempt is not stopped by that."""
+    shown.ray.gpus, shown.ray.refuse_submit = 1, True
+    low = shown.submit("low")
+    shown.rounds()
+    high = shown.submit("high")
+    shown.rounds(2)
+    assert shown.states(low, high) == "QUEUED QUEUED"
+    assert RunFolder(shown.folder(low)).stop.exists()
+    shown.ray.refuse_submit = False
+    shown.rounds()
+    write_record(shown.folder(high), "SUCCEEDED")
+    shown.status(high, "SUCCEEDED")
+    shown.rounds(2)
+    assert shown.states(low, high) == "STARTING SUCCEEDED"
+    assert shown.jobs.get(low.id).attempt == 2 and not RunFolder(shown.folder(low)).stop.exists()
 
 
 def test_what_a_job_has_grown_to_is_given_way_too(shown: Shown) -> None:
