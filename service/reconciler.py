@@ -30,6 +30,7 @@ from service.queue import admitted, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.releases import Releases
+from service.seen_nodes import SeenNodes
 from service.settings import Settings
 from service.store import ACTIVE, AWAY, LONGEST_ID, SETTLED, TERMINAL, Job, JobState, Project, Store
 from service.usage import Cluster, Entry
@@ -80,7 +81,7 @@ class Reconciler:
         self._releases = releases
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
-        self.lead = Lead(store.engine)
+        self.lead, self._seen_nodes = Lead(store.engine), SeenNodes(settings.home, clock)
         self._known: set[str] = set()  # ids in the table, whose rows are never deleted
         self._folders: set[str] = set()  # names in the folder of runs, in this round
         self._unreadable: set[str] = set()  # run folders that are none, said once
@@ -148,6 +149,7 @@ class Reconciler:
             self.ray_error = error.detail
             return
         self.ray_error = None
+        self._seen_nodes.see(hardware)
         with self._store.session() as session:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))

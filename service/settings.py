@@ -52,7 +52,7 @@ class Settings(BaseSettings):
         max_attempts: of a job, in a row without progress.
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
         cluster_nodes: that an autoscaler may make, as JSON: [{"count": 4, "resources": {"CPU": 96, "GPU": 8}}]. Without
-            any, those that are there are all.
+            any, those that are there, or were within a day, are all.
         max_running_jobs: whose drivers the head holds at once; more wait. 0: as many as its memory does, 0.46 GiB each.
         preemption: a job for which there is no room pauses running ones of lower priority.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
