@@ -6,7 +6,6 @@ Ray places the workers of a job in its own order, so what is found here is that 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -48,19 +47,26 @@ class Hardware:
 
 
 def may_come(groups: Sequence[NodeGroup], there: Iterable[Node]) -> list[Node]:
-    """The nodes of the groups that are not there yet."""
-    names = sorted({name for group in groups for name in group.resources})
+    """The nodes of the groups that are not there yet.
 
-    def size(resources: Mapping[str, float]) -> tuple[float, ...]:
-        return tuple(resources.get(name, 0.0) for name in names)
-
-    made = Counter(size(node.total) for node in there)
-    nodes = []
-    for group in groups:
-        already = min(group.count, made[size(group.resources)])
-        made[size(group.resources)] -= already  # another group may be of this size too
-        nodes += [Node(group.resources)] * (group.count - already)
-    return nodes
+    Args:
+        groups: that an autoscaler makes nodes of.
+        there: its nodes. Each is taken for one of the group that it is nearest to, of those that have the same kinds of
+            resources: a GPU of it may be broken, say.
+    """
+    names = {name for group in groups for name in group.resources}
+    near = []
+    for n, node in enumerate(there):
+        for g, group in enumerate(groups):
+            pairs = [(node.total.get(name, 0.0), group.resources.get(name, 0.0)) for name in names]
+            if all((has > 0) == (size > 0) for has, size in pairs):
+                near.append((sum(abs(has / size - 1) for has, size in pairs if size), n, g))
+    left, placed = [group.count for group in groups], set[int]()
+    for _, n, g in sorted(near):
+        if n not in placed and left[g]:
+            placed.add(n)
+            left[g] -= 1
+    return [Node(group.resources) for group, more in zip(groups, left, strict=True) for _ in range(more)]
 
 
 class Rooms:

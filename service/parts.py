@@ -22,6 +22,7 @@ from service.ray_jobs import RayJobs
 from service.reconciler import Reconciler
 from service.registry import Registry
 from service.releases import Releases
+from service.seen_nodes import SeenNodes
 from service.settings import Settings
 from service.standing import Standing
 from service.store import Store
@@ -109,7 +110,8 @@ def build_parts(
     wake = wake or reconciler.wake
     projects = Projects(store)
     jobs = Jobs(settings, store, registry, Standing(store, ray, clock), wake)
-    validation = Validation(settings, jobs, ray, registry, projects, releases, check)
+    seen = SeenNodes(settings.home, clock)
+    validation = Validation(settings, jobs, ray, seen, registry, projects, releases, check)
     tokens = Tokens(store, required=settings.tokens == "required", clock=clock)
     return Parts(
         settings=settings,

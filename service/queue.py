@@ -4,20 +4,21 @@ Of the jobs that wait the one goes first whose priority is highest; among those 
 the cluster for its share (of CPUs, GPUs or others, whichever is most: dominant resource fairness, NSDI 2011); among
 those the one that came first. A job for which there is no room keeps what there is of it, so that nobody behind it can
 take that away; one that its project's quota holds back keeps its part of the quota, and nothing of the cluster. One
-that would not fit if the cluster were empty keeps nothing of either: nothing that ends makes room for it.
+that would not fit if the cluster were empty keeps nothing of either: nothing that ends makes room for it. What is kept
+back so is not counted as used by the project either: its other jobs take their turns as if it were not there.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from typing import Literal, NamedTuple
 
 from service.packing import EPS, Rooms
-from service.usage import Cluster, Entry, Shape
+from service.usage import Cluster, Entry, Shape, Use
 
 Priority = Literal["low", "normal", "high"]
 RANKS: dict[Priority, int] = {"low": -1, "normal": 0, "high": 1}
@@ -35,31 +36,40 @@ class Wait(NamedTuple):
 
 
 def ordered(waiting: Iterable[Entry], cluster: Cluster) -> list[Entry]:
-    """Those that wait, in the order in which they will run."""
-    of_project: defaultdict[str, list[Entry]] = defaultdict(list)
-    for entry in waiting:
-        of_project[entry.project].append(entry)
-    uses = {project: deepcopy(cluster.used[project]) for project in of_project}
-    for entries in of_project.values():
-        entries.sort(key=lambda entry: (entry.rank, *(-part for part in entry.place)))  # the next one is the last
+    """Those that wait, in the order in which they will run; behind them those that will not."""
+    lanes, misfits = defaultdict[tuple[str, bool], deque[Entry]](deque), list[Entry]()
+    uses, all_gpus = dict[tuple[str, bool], Use](), defaultdict[str, float](float)
+    for entry in sorted(waiting, key=lambda entry: (-entry.rank, entry.place)):
+        if _misfit(entry, cluster):
+            misfits.append(entry)
+            continue
+        project, quota = entry.project, cluster.quota(entry.project).gpus
+        all_gpus[project] += entry.most_gpus
+        has = cluster.used[project].most_gpus
+        beyond = quota is not None and entry.most_gpus > 0 and has + all_gpus[project] > quota + EPS
+        lanes[project, beyond].append(entry)
+    for project, beyond in lanes:
+        uses[project, beyond] = deepcopy(cluster.used[project])
+        for entry in lanes.get((project, False), ()) if beyond else ():
+            uses[project, beyond].add(entry)  # those come after all that its quota does not hold back
 
-    def turn(project: str) -> tuple[float, float, tuple[float, int], str]:
-        first = of_project[project][-1]
-        return -first.rank, cluster.load(project, uses[project]), first.place, project
+    def turn(lane: tuple[str, bool]) -> tuple[float, float, tuple[float, int], tuple[str, bool]]:
+        first = lanes[lane][0]
+        return -first.rank, cluster.load(lane[0], uses[lane]), first.place, lane
 
-    heap = [turn(project) for project in of_project]
+    heap = [turn(lane) for lane in lanes]
     heapq.heapify(heap)
     found = []
     while heap:
-        project = heap[0][-1]
-        entry = of_project[project].pop()
+        lane = heap[0][-1]
+        entry = lanes[lane].popleft()
         found.append(entry)
-        uses[project].add(entry)
-        if of_project[project]:
-            heapq.heapreplace(heap, turn(project))
+        uses[lane].add(entry)
+        if lanes[lane]:
+            heapq.heapreplace(heap, turn(lane))
         else:
             heapq.heappop(heap)
-    return found
+    return found + misfits
 
 
 def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, Wait | None]]:
@@ -74,12 +84,7 @@ def admitted(queue: Iterable[Entry], cluster: Cluster) -> Iterator[tuple[Entry, 
     without = dict[Shape, Wait]()  # room: rooms only shrink, so the next one of a shape need not look
     for entry in queue:
         use, quota = cluster.used[entry.project], cluster.quota(entry.project)
-        if not cluster.holds(entry):
-            said = f"needs {_listed(entry)}, for which there would be no room if nothing ran here"
-            yield entry, Wait(said, "misfit")
-            continue
-        if quota.gpus is not None and entry.most_gpus > quota.gpus + EPS:
-            said = f"may have {entry.most_gpus:g} GPUs, project {entry.project} no more than {quota.gpus:g}"
+        if said := _misfit(entry, cluster):
             yield entry, Wait(said, "misfit")
             continue
         if quota.running is not None and use.running >= quota.running:
@@ -136,40 +141,14 @@ def starts(queue: Sequence[Entry], running: Iterable[Entry], cluster: Cluster) -
     return found
 
 
-def giving_way(blocked: Entry, running: Iterable[Entry], cluster: Cluster) -> list[Entry]:
-    """The fewest running jobs of lower priority whose room `blocked` needs, those first that came last.
-
-    Args:
-        blocked: waits for room.
-        running: that may be paused.
-        cluster: without those that are about to stop.
-    """
-    rooms, drivers, found = Rooms(cluster.rooms.nodes), cluster.drivers, list[Entry]()
-
-    def fits() -> bool:
-        places = rooms.take(blocked.each, blocked.workers)
-        rooms.change(blocked.each, places, 1)
-        full = blocked.on_head and cluster.head_is_full(drivers)
-        return sum(places.values()) == blocked.workers and not full
-
-    lower = (entry for entry in running if entry.rank < blocked.rank)
-    for entry in sorted(lower, key=lambda entry: (entry.rank, *(-part for part in entry.place))):
-        if fits():
-            break
-        found.append(entry)
-        cluster.give(entry, rooms, 1)
-        drivers -= entry.on_head
-    if not fits():
-        return []
-    for entry in [*found]:
-        cluster.give(entry, rooms, -1)
-        drivers += entry.on_head
-        if fits():
-            found.remove(entry)
-        else:
-            cluster.give(entry, rooms, 1)
-            drivers -= entry.on_head
-    return found
+def _misfit(entry: Entry, cluster: Cluster) -> str | None:
+    """Why it could not start if nothing ran."""
+    if not cluster.holds(entry):
+        return f"needs {_listed(entry)}, for which there would be no room if nothing ran here"
+    most = cluster.quota(entry.project).gpus
+    if most is not None and entry.most_gpus > most + EPS:
+        return f"may have {entry.most_gpus:g} GPUs, project {entry.project} no more than {most:g}"
+    return None
 
 
 def _lacks(entry: Entry, fit: int, rooms: Rooms) -> str:

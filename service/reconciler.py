@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 
@@ -24,11 +24,13 @@ from service.errors import ServiceError, Unavailable
 from service.lead import Lead
 from service.logs import Wanted, part
 from service.observe.rounds import Rounds
+from service.preemption import Preemption
 from service.projects import quota_of
-from service.queue import admitted, giving_way, ordered
+from service.queue import admitted, ordered
 from service.ray_jobs import RayJobs, RayStatus, submission_id
 from service.registry import Registry
 from service.releases import Releases
+from service.seen_nodes import SeenNodes
 from service.settings import Settings
 from service.store import ACTIVE, AWAY, LONGEST_ID, SETTLED, TERMINAL, Job, JobState, Project, Store
 from service.usage import Cluster, Entry
@@ -79,12 +81,13 @@ class Reconciler:
         self._releases = releases
         self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
         self._deployments, self._clock = deployments, clock
-        self.lead = Lead(store.engine)
+        self.lead, self._seen_nodes = Lead(store.engine), SeenNodes(settings.home, clock)
         self._known: set[str] = set()  # ids in the table, whose rows are never deleted
         self._folders: set[str] = set()  # names in the folder of runs, in this round
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
+        self._preemption = Preemption() if settings.preemption else None
         self._checks = Checks(check, settings.home, clock, self._wake.set, checkers)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
@@ -146,6 +149,7 @@ class Reconciler:
             self.ray_error = error.detail
             return
         self.ray_error = None
+        self._seen_nodes.see(hardware)
         with self._store.session() as session:
             place = sa.func.coalesce(Job.resumed_at, Job.created_at), Job.number
             jobs = list(session.scalars(sa.select(Job).where(Job.state.not_in(SETTLED)).order_by(*place)))
@@ -154,8 +158,7 @@ class Reconciler:
             quotas = {row.name: quota_of(row) for row in session.scalars(sa.select(Project))}
         active = [job for job in jobs if job.state in ACTIVE and job.cpus]  # a deployment needs nothing of the cluster
         now = self._clock()
-        running = {job.id: Entry.of(job, hardware, now) for job in active}
-        cluster = Cluster(hardware, quotas, running.values())
+        cluster = Cluster(hardware, quotas, [Entry.of(job, hardware, now) for job in active])
         unheld = (job for job in jobs if job.state == "QUEUED" and not job.held and job.cpus)
         queue = ordered((Entry.of(job, hardware, now) for job in unheld), cluster)
         verdicts = list(admitted(queue, cluster))
@@ -172,23 +175,19 @@ class Reconciler:
             except Exception as error:  # whatever it is, it is this job's alone
                 self._tell(job, error)
         self._checks.keep({job.id for job in jobs if job.held})
-        blocked = next((entry for entry, wait in verdicts if wait is not None and wait.kind in ("room", "head")), None)
-        if self._settings.preemption and blocked is not None:
-            self._make_room(blocked, active, running, cluster)
+        if self._preemption is not None:
+            self._make_room(active, *self._preemption.choose(verdicts, active, hardware, quotas, self._clock()))
         self._deployments()
 
-    def _make_room(self, blocked: Entry, active: Sequence[Job], running: Mapping[str, Entry], cluster: Cluster) -> None:
-        """Pauses jobs of lower priority for `blocked`, unless those that are about to stop are enough."""
-        stopping = [job for job in active if job.state in ("PAUSING", "CANCELLING")]
-        for job in stopping:
-            cluster.remove(running[job.id])
-        others = {job.id: job for job in active if job not in stopping}
-        for entry in giving_way(blocked, map(running.__getitem__, others), cluster):
+    def _make_room(self, active: Sequence[Job], blocked: str, giving_way: Iterable[str]) -> None:
+        """Pauses jobs of lower priority."""
+        numbers = {job.id: job.number for job in active}
+        for job_id in giving_way:
             with suppress(StaleDataError), self._store.session() as session:
-                row = session.get(Job, others[entry.id].number)
+                row = session.get(Job, numbers[job_id])
                 assert row is not None
                 if row.state in ("STARTING", "RUNNING"):
-                    row.become("PAUSING", f"gives way to {blocked.id}, whose priority is higher")
+                    row.become("PAUSING", f"gives way to {blocked}, whose priority is higher")
                     row.gives_way = True
                     self._wake.set()
 
@@ -223,7 +222,8 @@ class Reconciler:
                 self._register(job, run)
         elif decision.act == "check":
             decision = self._checks.decide(job)
-        if decision.state in ("FAILED", "CANCELLED", "PAUSED") and job.attempt:
+        gave_way = job.state == "PAUSING" and decision.state == "QUEUED"
+        if (gave_way or decision.state in ("FAILED", "CANCELLED", "PAUSED")) and job.attempt:
             run.path.mkdir(parents=True, exist_ok=True)
             run.stop.touch()  # a process that nobody hears of may still come, or come back
         self._write(job, decision, record)
@@ -325,6 +325,8 @@ class Reconciler:
                 at = record.finished_at if record is not None and ended(row, record) else None
                 row.finished_at = at or self._clock()
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
+        if self._preemption is not None and job.state in ACTIVE and decision.state not in ACTIVE and job.cpus:
+            self._preemption.left(job, self._clock())
 
     def _adopt(self) -> None:
         """Rows for runs that came by `ray job submit`, or by themselves: those are on another cluster."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from cluster.job_environment import OF_JOBS, foreign
@@ -16,6 +16,7 @@ from workloads.log_lines import LogFormat
 
 # Another node of the cluster may have these.
 OURS = ("MANTA_DATABASE_URL", "MANTA_FIRST_ADMIN_TOKEN_FILE", "MANTA_METRICS_TOKEN_FILE", "MANTA_TOKEN")
+OLD = ("MANTA_CLUSTER_CPUS", "MANTA_CLUSTER_GPUS", "MANTA_CLUSTER_CUSTOM")  # sums over all nodes
 
 
 def _words(value: Any) -> Any:
@@ -51,7 +52,7 @@ class Settings(BaseSettings):
         max_attempts: of a job, in a row without progress.
         stop_grace_s: from SIGTERM to SIGKILL: time for a checkpoint.
         cluster_nodes: that an autoscaler may make, as JSON: [{"count": 4, "resources": {"CPU": 96, "GPU": 8}}]. Without
-            any, those that are there are all.
+            any, those that are there, or were within a day, are all.
         max_running_jobs: whose drivers the head holds at once; more wait. 0: as many as its memory does, 0.46 GiB each.
         preemption: a job for which there is no room pauses running ones of lower priority.
         predictor_cpus: reserved by each served model, so that an autoscaler does not end its node as idle.
@@ -78,7 +79,12 @@ class Settings(BaseSettings):
         max_image_pixels: width times height of an image in a request.
     """
 
-    model_config = SettingsConfigDict(env_prefix="MANTA_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="MANTA_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # a URL of the database with its password, say
+    )
 
     home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("manta")))
     database_url: SecretStr = SecretStr("")
@@ -107,6 +113,16 @@ class Settings(BaseSettings):
     upload_timeout_s: float = Field(default=60, gt=0)
     max_images: int = Field(default=256, ge=1)
     max_image_pixels: int = Field(default=64_000_000, ge=1)
+
+    @model_validator(mode="after")
+    def _knows_its_cluster(self) -> Self:
+        """Without the nodes a cluster would be taken for one that does not grow."""
+        if old := [name for name in OLD if name in os.environ]:
+            raise ValueError(
+                f"got {', '.join(old)}, which no version reads any more, expected MANTA_CLUSTER_NODES; "
+                'set it to the nodes that may come, as [{"count": 4, "resources": {"CPU": 96, "GPU": 8}}], and unset it'
+            )
+        return self
 
     @property
     def runs(self) -> Path:

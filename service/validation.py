@@ -19,6 +19,7 @@ from service.ray_jobs import RayJobs
 from service.registry import Registry
 from service.releases import Releases, makers, nothing_to_deploy
 from service.roots import ANY, Kind, Roots
+from service.seen_nodes import SeenNodes
 from service.settings import Settings
 from service.store import TERMINAL, Job, JobState
 from workloads import preflight
@@ -37,6 +38,7 @@ class Validation:
         settings: Settings,
         jobs: Jobs,
         ray: RayJobs,
+        seen: SeenNodes,
         registry: Registry,
         projects: Projects,
         releases: Releases,
@@ -48,12 +50,13 @@ class Validation:
             settings: of the service.
             jobs: that a job may name.
             ray: asked for the nodes of the cluster.
+            seen: asked for those that it lately had.
             registry: asked for whose a name is.
             projects: asked for quotas.
             releases: asked for what a deploy entry means.
             check: what is wrong with a spec.
         """
-        self._settings, self._jobs, self._ray, self._registry = settings, jobs, ray, registry
+        self._settings, self._jobs, self._ray, self._seen, self._registry = settings, jobs, ray, seen, registry
         self._projects, self._releases, self._check = projects, releases, check
 
     def valid(
@@ -168,9 +171,13 @@ class Validation:
     def _too_large(self, spec: AnySpec, project: str) -> list[preflight.Problem]:
         """A job that could never start; nothing is said of the cluster while Ray is away."""
         nodes: list[Mapping[str, float]] = []
+        quota, grows = self._projects.quota(project), False
         with suppress(Unavailable):
-            nodes = [node.total for node in self._ray.hardware().nodes]
-        found = misfit(spec, nodes, project, self._projects.quota(project))
+            hardware = self._ray.hardware()
+            nodes, grows = [node.total for node in hardware.nodes], hardware.grows
+        found = misfit(spec, nodes, project, quota)
+        if found is not None and not grows and len(lately := self._seen.most()) > len(nodes):
+            found = misfit(spec, lately, project, quota)  # it waits until they are back
         return [] if found is None else [found]
 
 

@@ -28,6 +28,7 @@ class FakeRay:
         self.stopped: list[str] = []
         self.cpus, self.gpus = cpus, gpus
         self.drivers: int | None = None
+        self.used: dict[str, float] = {}  # on its node
         self.away = False
         self.refuse_submit = False
 
@@ -61,7 +62,7 @@ class FakeRay:
         return [{"CPU": self.cpus, "GPU": self.gpus}]
 
     def hardware(self) -> Hardware:
-        return Hardware([Node(total) for total in self.nodes()], self.drivers)
+        return Hardware([Node(total, self.used) for total in self.nodes()], self.drivers)
 
 
 class Inline(Executor):

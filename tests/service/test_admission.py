@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.packing import Hardware, Node, workers_on
-from service.queue import admitted, giving_way, ordered, starts
+from service.preemption import giving_way
+from service.queue import admitted, ordered, starts
 from service.usage import Cluster, Entry, Quota
 
 

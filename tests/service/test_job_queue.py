@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from copy import deepcopy
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.packing import Hardware, Node
-from service.queue import admitted, giving_way, ordered, starts
+from service.queue import admitted, ordered, starts
 from service.usage import Cluster, Entry, Quota
 
 PROJECTS = ("a", "b", "c")
@@ -83,6 +84,22 @@ def test_a_large_job_is_not_overtaken_in_its_quota() -> None:
     assert starting(queue, on) == "a2 b3"
 
 
+def test_a_job_that_could_never_start_takes_no_turn_of_its_project() -> None:
+    waiting = [gpus("a0", 8), entry("a1"), *(entry(f"b{i}", "b") for i in range(2, 5))]
+    assert ids(ordered(waiting, cluster(cpus=2, gpus=4))) == "a1 b2 b3 b4 a0"
+    lowered = cluster(cpus=2, gpus=8, a=Quota(gpus=4))
+    assert ids(ordered([gpus("a0", 8, rank=1), *waiting[1:]], lowered)) == "a1 b2 b3 b4 a0"
+
+
+def test_what_a_quota_of_gpus_holds_back_takes_no_turn_of_its_project() -> None:
+    """They take turns with those of others, but behind what their project may start."""
+    waiting = [gpus(f"a{i}", 1) for i in range(6)] + [entry("a6"), *(entry(f"b{i}", "b") for i in range(7, 11))]
+    on = cluster(cpus=5, gpus=8, running=(gpus("a98", 1), entry("b99", "b")), a=Quota(gpus=2))
+    queue = ordered(waiting, on)
+    assert ids(queue) == "a0 b7 a6 b8 a1 b9 a2 b10 a3 a4 a5"
+    assert starting(queue, on) == "a0 b7 a6"
+
+
 FLOATS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 8.0])
 JOBS = st.lists(
     st.builds(
@@ -116,15 +133,21 @@ QUOTAS = st.dictionaries(
 
 @given(JOBS, QUOTAS, st.integers(1, 16), FLOATS)
 def test_whoever_waits(waiting: list[Entry], quotas: dict[str, Quota], cpus: int, some: float) -> None:
-    """All are in the queue once, priorities and arrivals are kept, and what starts fits beside what runs."""
+    """All are in the queue once, priorities and arrivals are kept, and what starts fits beside what runs.
+
+    Behind are those that will never start; one that asks for no GPU may pass those that a quota of GPUs holds back.
+    """
     on = Cluster(Hardware([Node({"CPU": cpus, "GPU": some})]), quotas, waiting[:2])
     queue = ordered(waiting[2:], on)
     assert sorted(one.id for one in queue) == sorted(one.id for one in waiting[2:])
-    assert all(one.rank >= other.rank for one, other in itertools.pairwise(queue))
-    for project in PROJECTS:
-        for rank in (-1, 0, 1):
-            places = [one.place for one in queue if (one.project, one.rank) == (project, rank)]
-            assert places == sorted(places)
+    waits = {one.id: wait for one, wait in admitted(queue, deepcopy(on))}
+    never = [one for one in queue if (wait := waits[one.id]) and wait.kind == "misfit"]
+    assert queue[len(queue) - len(never) :] == never
+    ours = queue[: len(queue) - len(never)]
+    assert all(one.rank >= other.rank for one, other in itertools.pairwise(ours))
+    for lane in itertools.product(PROJECTS, (-1, 0, 1), (False, True)):
+        places = [one.place for one in ours if (one.project, one.rank, one.most_gpus > 0) == lane]
+        assert places == sorted(places)
     before = on.free
     started = [one for one, wait in admitted(queue, on) if wait is None]
     assert sum(one.needs["CPU"] for one in started) <= max(before["CPU"], 0) + 1e-6
@@ -152,17 +175,6 @@ def test_expected_starts_end_where_nobody_knows_how_long_a_job_takes() -> None:
     queue = [entry("a2", cpus=2, seconds=50.0), entry("a3", cpus=2, seconds=math.inf), entry("a4", cpus=4), entry("a5")]
     on = cluster(running=tuple(running))
     assert starts(queue, running, on) == {"a2": 30.0, "a3": 80.0}
-
-
-def test_the_fewest_and_the_latest_give_way() -> None:
-    running = (gpus("a0", 4, rank=-1), gpus("a1", 2, rank=-1), gpus("b2", 2, "b"), gpus("b3", 8, "b", rank=1))
-    on = cluster(cpus=100, gpus=16, running=running)
-    urgent = gpus("c9", 2, "c", rank=1)
-    assert ids(giving_way(urgent, running, on)) == "a1"
-    assert ids(giving_way(gpus("c9", 4, "c", rank=1), running, on)) == "a0"  # a1 is not needed beside it
-    assert ids(giving_way(gpus("c9", 8, "c", rank=1), running, on)) == "a1 a0 b2"
-    assert giving_way(gpus("c9", 9, "c", rank=1), running, on) == []  # nobody is paused for nothing
-    assert giving_way(gpus("c9", 2, "c", rank=-1), running, on) == []
 
 
 def test_projects_take_turns_in_a_long_queue() -> None:

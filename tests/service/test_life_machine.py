@@ -22,6 +22,7 @@ from tests.service.world import BODY, World
 
 SOME = st.integers(0, 5)  # of the jobs, or processes, that there are
 FUSE = st.none() | st.integers(0, 12)  # commits and calls of Ray until the service is killed
+PRIORITIES = {"a": "low", "b": "normal", "c": "high", "d": "high"}  # by idempotency key
 VERBS = ("cancel", "pause", "resume", "retry")
 WAYS = ("work", "work", "SUCCEEDED", "FAILED", "late", "die", "silent")
 ROUNDS = 30  # of 100 s, in which all settles once there is peace: less than a clock may be wrong
@@ -39,7 +40,7 @@ class Life(RuleBasedStateMachine):
         self.fuse: int | None = None
         self.meanwhile: tuple[int, str] | None = None
         self.ray = LyingRay(self.point, self.between, self.started)
-        self.world = World(self.home, max_attempts=3)
+        self.world = World(self.home, max_attempts=3, preemption=True)
         self.world.ray = self.ray
         self.runs = Runs(self.ray, lambda job_id: self.world.settings.runs / job_id, self.world.clock)
         self.restart()
@@ -106,11 +107,11 @@ class Life(RuleBasedStateMachine):
     def first(self) -> None:
         self.submit("a", None)
 
-    @rule(key=st.sampled_from(["a", "b", "c", "d"]), fuse=FUSE)
+    @rule(key=st.sampled_from(list(PRIORITIES)), fuse=FUSE)
     def submit(self, key: str, fuse: int | None) -> None:
         """A second time with the same key it is the same job."""
         with self.crashes(fuse):
-            job, created = self.world.submissions.submit(BODY, key)
+            job, created = self.world.submissions.submit(BODY | {"priority": PRIORITIES[key]}, key)
             assert created == (job.id not in self.jobs)
             assert self.keys.setdefault(key, job.id) == job.id
             if created:
@@ -148,7 +149,7 @@ class Life(RuleBasedStateMachine):
     def was_asked(self, before: Job, verb: str) -> None:
         job_id = before.id
         after = self.row(job_id)
-        if after.state == before.state:
+        if (after.state, after.gives_way) == (before.state, before.gives_way):
             return
         if verb in ("resume", "retry"):
             assert before.state in SETTLED and after.state == "QUEUED"
@@ -223,8 +224,8 @@ class Life(RuleBasedStateMachine):
             self.ended_truly(job)
         for process in self.runs.living():
             job = rows[process.job_id]
-            if job.state in SETTLED and job.state != "SUCCEEDED":
-                assert (self.world.folder(job) / "stop").exists(), "nobody stops a run that is over for us"
+            if job.state == "QUEUED" or (job.state in SETTLED and job.state != "SUCCEEDED"):
+                assert (self.world.folder(job) / "stop").exists(), "nobody stops a run that is not at work for us"
 
     def ended_truly(self, job: Job) -> None:
         told = (job.state, job.reason, job.hint, job.finished_at, job.attempt)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.fitting import misfit
-from service.packing import Node
+from service.packing import Node, may_come
 from service.ray_jobs import GIB, HEAD, RayJobs, drivers_on
 from service.settings import NodeGroup, Settings
 from service.usage import Quota
@@ -110,6 +110,37 @@ def test_what_there_is_and_what_the_cluster_may_grow_to(monkeypatch: pytest.Monk
     assert found.nodes[2] == Node(sizes[0])
     assert [node.used.get("CPU") for node in found.nodes[:2]] == [3.0, None]
     assert (found.drivers, found.grows) == (3, True)
+
+
+LARGE, SMALL, OTHER = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("groups", "there", "more"),
+    [
+        ([(1, LARGE)], [LARGE], []),
+        ([(2, LARGE)], [LARGE | {"GPU": 7.0, "memory": 9.0}], [LARGE]),  # one of its GPUs is broken
+        ([(1, LARGE), (1, OTHER)], [LARGE | {"GPU": 1.0}], [OTHER]),
+        ([(1, LARGE), (1, OTHER)], [LARGE | {"GPU": 7.0}, LARGE], []),  # the group of its size has no room left
+        ([(1, LARGE)], [LARGE, LARGE], []),  # while a node is replaced by another
+        ([(1, LARGE), (1, SMALL)], [{"CPU": 4.0}] * 2, [LARGE]),  # no node without a GPU is one of the first
+        ([(1, LARGE)], [LARGE | {"GPU": 0.0}], [LARGE]),
+        ([(1, SMALL), (1, SMALL)], [], [SMALL, SMALL]),  # on demand, and spot
+        ([(1, SMALL), (1, SMALL)], [SMALL], [SMALL]),
+        ([(1, SMALL), (1, SMALL)], [SMALL, SMALL], []),
+    ],
+)
+def test_which_nodes_may_come(groups: list[Any], there: list[dict[str, float]], more: list[dict[str, float]]) -> None:
+    found = may_come([NodeGroup(count=n, resources=size) for n, size in groups], [Node(size) for size in there])
+    assert [node.total for node in found] == more
+
+
+def test_the_settings_of_before_are_not_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MANTA_CLUSTER_GPUS", "64")
+    monkeypatch.setenv("MANTA_DATABASE_URL", "postgresql://manta:canary@db")
+    with pytest.raises(ValueError, match=r"got MANTA_CLUSTER_GPUS, .*expected MANTA_CLUSTER_NODES; set it to") as error:
+        Settings(home=tmp_path)
+    assert "canary" not in str(error.value)
 
 
 def test_a_worker_larger_than_any_node_that_may_come_is_none_that_waits(

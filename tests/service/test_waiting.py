@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.errors import InvalidSpec
+from service.packing import Hardware, Node
+from service.seen_nodes import AWAY_S, SeenNodes
 from service.store import Job
 from tests.service.fakes import write_record
 from tests.service.world import BODY, World
@@ -41,6 +45,61 @@ def test_a_job_that_came_while_ray_was_away_and_fits_nowhere_is_passed(world: Wo
     world.reconciler.round()
     world.reconciler.round()
     assert world.state(large) == "STARTING"
+
+
+def test_a_job_for_nodes_that_are_away_waits_for_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of the head, say, the front end in it knows of them by what is in the home."""
+    nodes = [{"CPU": 8.0, "GPU": 4.0}] * 3
+    monkeypatch.setattr(world.ray, "nodes", lambda: nodes)
+    world.reconciler.round()
+    nodes = nodes[:1]
+    world.reconciler.round()
+    world.restart()
+    job = submitted(world, workers=8, gpus_per_worker=1)
+    world.reconciler.round()
+    assert world.state(job) == "QUEUED"
+    assert (reason(world, job) or "").startswith(
+        "got 8 workers of 1 CPU and 1 GPU, expected at most 4, which this cluster"
+    )
+    with pytest.raises(InvalidSpec, match="got 16 workers of 1 CPU and 1 GPU, expected at most 12"):
+        submitted(world, workers=16, gpus_per_worker=1)
+    nodes = nodes * 2
+    world.reconciler.round()
+    assert world.state(job) == "STARTING"
+
+
+def test_nodes_that_are_away_for_long_are_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 4.0}] * 3
+    monkeypatch.setattr(world.ray, "nodes", lambda: nodes)
+    world.reconciler.round()
+    written = (world.settings.home / "nodes.json").stat().st_mtime_ns
+    nodes = nodes[:1]
+    world.now += AWAY_S - 1
+    world.reconciler.round()
+    submitted(world, workers=8, gpus_per_worker=1)
+    assert (world.settings.home / "nodes.json").stat().st_mtime_ns == written
+    world.now += 2
+    for _ in range(2):  # the first one may not have seen that yet
+        with pytest.raises(InvalidSpec, match="expected at most 4, which this cluster holds"):
+            submitted(world, workers=8, gpus_per_worker=1)
+        world.reconciler.round()
+
+
+def test_of_a_cluster_that_grows_only_what_may_come_counts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.ray.cpus = 2
+    (world.settings.home / "nodes.json").write_text(json.dumps({"at": world.now, "nodes": [{"CPU": 64}] * 3}))
+    submitted(world, workers=4)
+    monkeypatch.setattr(world.ray, "hardware", lambda: Hardware([Node({"CPU": 2.0})], grows=True))
+    with pytest.raises(InvalidSpec, match="expected at most 2"):
+        submitted(world, workers=4)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"at": null, "nodes": []}'])
+def test_nodes_that_cannot_be_read_are_none(world: World, text: str) -> None:
+    (world.settings.home / "nodes.json").write_text(text)
+    assert SeenNodes(world.settings.home, world.clock).most() == []
+    world.reconciler.round()
+    assert len(SeenNodes(world.settings.home, world.clock).most()) == 1
 
 
 def test_nobody_gives_way_for_a_job_that_fits_nowhere_but_for_the_next(tmp_path: Path) -> None:
