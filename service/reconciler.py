@@ -85,7 +85,7 @@ class Reconciler:
         self._unreadable: set[str] = set()  # run folders that are none, said once
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
-        self._checks = Checks(check, settings.home, clock, self._wake.set, checkers)
+        self._checks = Checks(check, settings.home, registry.is_readable, clock, self._wake.set, checkers)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
         self.rounds = Rounds()

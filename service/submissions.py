@@ -24,7 +24,7 @@ from service.projects import expect_room
 from service.queue import RANKS
 from service.settings import Settings
 from service.store import Job, Store
-from service.validation import Validation
+from service.validation import Validation, claim_names
 from workloads import preflight, tracing
 from workloads.spec_any import AnySpec
 from workloads.spec_deploy import DeploySpec
@@ -68,6 +68,7 @@ class Submissions:
         Raises:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
+            TooMany: its project has as many unfinished jobs as it may.
         """
         with tracing.span("submit job", {"manta.project": project}) as span:
             jobs, created = self._accept([body], [idempotency_key], asked or body, by, project)
@@ -109,6 +110,7 @@ class Submissions:
                     session.add(job)
                     session.flush()  # numbers in this order
                 expect_room(session, project)
+                claim_names(session, [job.spec for job in jobs], project)
         except IntegrityError:  # the same key at the same moment
             if known := self._by_keys(project, keys, digest):
                 return known, False
@@ -119,7 +121,7 @@ class Submissions:
     def _rows(self, documents: Sequence[dict[str, Any]], ids: Sequence[str], by: Principal, project: str) -> list[Job]:
         """Each job as a new row; those before it in the list may be among what it comes after."""
         jobs: dict[str, Job] = {}
-        specs, problems = [], []
+        problems: list[dict[str, Any]] = []
         for i, (document, job_id) in enumerate(zip(documents, ids, strict=True)):
             place = ["jobs", i] if len(documents) > 1 else []
             try:
@@ -128,7 +130,6 @@ class Submissions:
                 problems += [problem | {"loc": [*place, *problem["loc"]]} for problem in error.problems]
                 continue
             held = waits_for(parents)
-            specs.append(spec)
             jobs[job_id] = Job(
                 id=job_id,
                 name=spec.name,
@@ -142,8 +143,6 @@ class Submissions:
                 **({} if isinstance(spec, DeploySpec) else _asked(spec)),
             )
             jobs[job_id].become("QUEUED", waiting(held) if held else "accepted")
-        for spec in () if problems else specs:  # a list that is refused claims no name
-            problems += [problem.model_dump() for problem in self._validation.claimed(spec, project)]
         if problems:
             raise InvalidSpec(problems)
         return [*jobs.values()]
@@ -186,6 +185,7 @@ class Submissions:
 
         Raises:
             InvalidSpec: as `submit`, and what a look at the data finds.
+            TooMany: the project has no room for the job now.
         """
         from workloads.dry_run import Refused, dry_run
 
@@ -197,6 +197,8 @@ class Submissions:
         if held := waits_for(parents):
             message = f"got a job that {waiting(held)}, whose results a dry run would need, expected finished ones"
             raise InvalidSpec([preflight.Problem(loc=["after"], message=message, hint="ask then").model_dump()])
+        with self._store.session() as session:
+            expect_room(session, project, more=1)
         try:
             costs = dry_run(spec, self._settings.home)
         except Refused as error:
