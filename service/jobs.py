@@ -24,7 +24,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from service.decisions import brief
 from service.errors import Conflict, NotFound
 from service.events import START, read_events
-from service.job_views import Comparison, EventView, JobView, QueueView
+from service.job_views import Comparison, EventView, JobView, QueueView, Results
 from service.patches import differences
 from service.principal import ALL
 from service.projects import expect_room
@@ -189,7 +189,7 @@ class Jobs:
         run, ran = RunFolder(self._settings.runs / job.id), job.attempt > 0  # else there is no folder to look into
         damaged: list[str] = []
         record = _told(run.read_record, None, damaged) if ran else None
-        evaluations = _told(run.read_evaluations, [], damaged) if ran else []
+        evaluations: Results = _told(run.read_evaluations, [], damaged) if ran else []
         found = _told(lambda: read_found(run.artifact), None, damaged) if ran and "search" in job.spec else None
         return {
             "id": job.id,

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from service.dependencies import named, waiting, waits_for
+from service.documents import expect_short
 from service.errors import Conflict, InvalidSpec
 from service.forecast import forecast, step_time, workload
 from service.jobs import Jobs
@@ -69,6 +70,7 @@ class Submissions:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
             TooMany: its project has as many unfinished jobs as it may.
+            TooLarge: it is a long document.
         """
         with tracing.span("submit job", {"manta.project": project}) as span:
             jobs, created = self._accept([body], [idempotency_key], asked or body, by, project)
@@ -97,6 +99,7 @@ class Submissions:
         self, bodies: Sequence[dict[str, Any]], keys: Sequence[str | None], asked: Any, by: Principal, project: str
     ) -> tuple[list[Job], bool]:
         """Rows for the bodies, or the rows that the keys had made before."""
+        expect_short(bodies)
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if known := self._by_keys(project, keys, digest):
             return known, False
@@ -189,6 +192,7 @@ class Submissions:
         """
         from workloads.dry_run import Refused, dry_run
 
+        expect_short([body])
         (document,) = named([body], [""])
         spec, parents = self._validation.valid(document, by, project, {})
         if isinstance(spec, DeploySpec):
