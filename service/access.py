@@ -138,6 +138,7 @@ async def authorise(request: Request, parts: PartsDep, _: Bearer = None) -> None
     if job_id := request.path_params.get("job_id"):
         note(job_id=job_id)
     if rule.changes:
+        request.state.changes = True
         await run_in_threadpool(_look, parts, principal, rule, key, request)
     elif request.path_params and principal.project != ALL:
         if "/v1/models/{name}" in key and parts.registry.remembers(request.path_params["name"]):

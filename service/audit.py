@@ -1,7 +1,8 @@
 """The audit log: who asked for which change, when, and what came of it.
 
-An entry is written before the change is made, so none is made without; its result is added before the answer goes out.
-An entry without a result is one that broke off, the service having died: what it changed is seen at its target.
+An entry is written before the change is made, so none is made without; its result is added before the answer goes out,
+also where nobody waits for it any more. An entry without a result is one that broke off, the service having died: what
+it changed is seen at its target.
 """
 
 from __future__ import annotations

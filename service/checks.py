@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.decisions import CHECKING, Decision, check_pause_s, checked, unchecked
+from service.roots import ANY, Kind, Roots
 from service.store import Job
 from workloads.log_lines import about
 from workloads.preflight import Check, Problem
@@ -38,6 +39,7 @@ class Checks:
         self,
         check: Check,
         home: Path,
+        readable: Callable[[str, str, float], bool],
         clock: Callable[[], float],
         wake: Callable[[], None],
         pool: Executor | None = None,
@@ -47,11 +49,13 @@ class Checks:
         Args:
             check: what is wrong with a spec.
             home: of the installation.
+            readable: whether a job may read a model; by its name, and the job's project and time of submission.
             clock: seconds since the epoch.
             wake: called when a check is over.
             pool: runs the checks; default: threads.
         """
-        self._check, self._home, self._clock, self._wake = check, home, clock, wake
+        self._check, self._clock, self._wake = check, clock, wake
+        self._home, self._readable, self._roots = home, readable, Roots((ANY,), (ANY,), home)
         self._pool = pool or ThreadPoolExecutor(THREADS, thread_name_prefix="check")
         self._tries: dict[str, _Tries] = {}
 
@@ -65,7 +69,7 @@ class Checks:
             if 0 <= waited < check_pause_s(tries.number):  # below 0: the clock was put back
                 return Decision("none", job.state, job.reason)
             tries.number += 1
-            tries.found = self._pool.submit(self._look, job.id, job.project, job.spec)
+            tries.found = self._pool.submit(self._look, job.id, job.project, job.created_at, job.spec)
             tries.found.add_done_callback(lambda _: self._wake())
         if not tries.found.done():
             return Decision("none", job.state, CHECKING)
@@ -87,6 +91,16 @@ class Checks:
         """Begins no more; one under way ends by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _look(self, job_id: str, project: str, spec: dict[str, Any]) -> list[Problem]:
+    def _look(self, job_id: str, project: str, since: float, document: dict[str, Any]) -> list[Problem]:
+        """Names that were nobody's when the job was accepted may be another project's by now.
+
+        They are looked at last, so that none is registered in between, and told first.
+        """
+
+        def readable(kind: Kind, name: str) -> bool:
+            return kind != "model" or self._readable(name, project, since)  # the rest was refused at once
+
         with about(job_id=job_id, project=project):
-            return self._check(parse_spec(spec), self._home)
+            spec = parse_spec(document)
+            found = self._check(spec, self._home)
+            return self._roots.problems(spec, readable) or found

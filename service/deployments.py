@@ -3,6 +3,7 @@
 A row is written before Serve is asked, so whatever restarts, `reconcile` starts what is
 missing. This is the one writer of the model applications (`model-<name>`); they are
 applications of their own, so a declarative update of the front end leaves them alone.
+Several front ends share the rows; each brings the Serve of its own cluster there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "model-"
 POLL_S = 0.2  # of `wait`
-CALM_S = 10.0  # between two looks at Serve while nothing changes
+CALM_S = 10.0  # between two looks at Serve while nothing changes here
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,18 @@ class Decision:
     reason: str | None = None
 
 
-def decide(row: Deployment, app: ApplicationStatusOverview | None, *, asked: bool) -> Decision:
+def decide(row: Deployment, app: ApplicationStatusOverview | None, *, asked: int | None) -> Decision:
     """What is true of a wanted model, and what to do.
 
     Args:
         row: what is wanted, and the state that was seen last.
         app: what Serve says; None: it has no such application.
-        asked: whether this process asked Serve for this version. Beside a DEPLOYING row that an ended
-            process left, there may stand an application of an older version.
+        asked: the version that this process asked Serve for last. Another one than the row's, or none while it is
+            DEPLOYING, may be what the application serves: a process ended, or Serve was away.
     """
     gone = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
-    if app is None or app.status in gone or (row.state == "DEPLOYING" and not asked):
+    other = asked != row.version and (asked is not None or row.state == "DEPLOYING")
+    if app is None or app.status in gone or other:
         return Decision("start", "DEPLOYING")
     if app.status in (ApplicationStatus.DEPLOYING, ApplicationStatus.RUNNING):
         return Decision("none", "RUNNING" if app.status == ApplicationStatus.RUNNING else "DEPLOYING")
@@ -79,7 +82,7 @@ class Deployments:
     def __init__(self, settings: Settings, store: Store, registry: Registry, serve_api: Any = serve) -> None:
         self._settings, self._store, self._registry, self._serve = settings, store, registry, serve_api
         self._lock = threading.Lock()  # a row, and what Serve was asked for, change together
-        self._asked: dict[str, int] = {}  # model -> version that this process asked Serve for
+        self._asked: dict[str, int] = {}  # model -> version that this process asked Serve for; 0: none that counts
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._look_at = 0.0  # monotonic time of the next look at Serve
         self._orphans = True  # there may be applications that nobody wants
@@ -96,7 +99,7 @@ class Deployments:
         with self._lock:
             row = self._store.get_deployment(name)
             if row is None or row.version != version or row.state == "FAILED":
-                self._asked.pop(name, None)
+                self._asked[name] = 0
                 row = self._store.put_deployment(name, version, "DEPLOYING", None)
             return self._settle(row, self._applications())
 
@@ -110,9 +113,7 @@ class Deployments:
         with self._lock:
             self._row(name)
             self._store.delete_deployment(name)
-            self._asked.pop(name, None)
-            self._handles.pop(name, None)
-            self._orphans = True  # Serve does not say that it has heard: `reconcile` looks
+            self._forget(name)
             self._end(name)
 
     def get(self, name: str) -> Deployment:
@@ -136,11 +137,13 @@ class Deployments:
         """Starts what is wanted and not there, ends what is there and not wanted, and notes the states."""
         rows = self._store.list_deployments()
         calm = time.monotonic() < self._look_at and all(row.state != "DEPLOYING" for row in rows)
-        if not self._orphans and (calm or not rows):
+        if calm and not self._orphans and not self._unwanted(rows):
             return
         with self._lock:
-            apps = self._applications()
             rows = self._store.list_deployments()  # again: one may have come or gone
+            for name in self._unwanted(rows):
+                self._forget(name)
+            apps = self._applications()
             self._orphans, self._look_at = False, time.monotonic() + CALM_S
             for row in rows:
                 self._settle(row, apps)
@@ -149,6 +152,15 @@ class Deployments:
                     logger.info("model %s is served, but not wanted: its application is deleted", name)
                     self._orphans = True
                     self._end(name)
+
+    def _unwanted(self, rows: Sequence[Deployment]) -> set[str]:
+        """Models of this process without a row: another front end undeployed them."""
+        return {*self._asked, *self._handles} - {row.name for row in rows}
+
+    def _forget(self, name: str) -> None:
+        self._asked.pop(name, None)
+        self._handles.pop(name, None)
+        self._orphans = True  # Serve does not say that it has heard of an end: `reconcile` looks
 
     async def handle(self, name: str) -> DeploymentHandle[Any]:
         """Through which a model that runs is asked.
@@ -190,7 +202,7 @@ class Deployments:
 
     def _settle(self, row: Deployment, apps: dict[str, ApplicationStatusOverview]) -> Deployment:
         """Acts on the decision about a row, and writes what changed."""
-        decision = decide(row, apps.get(row.name), asked=self._asked.get(row.name) == row.version)
+        decision = decide(row, apps.get(row.name), asked=self._asked.get(row.name))
         if decision.act == "start":
             self._start(row)
         if (row.state, row.reason) == (decision.state, decision.reason):

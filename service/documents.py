@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from service.declarations import MOST_INT
+from service.errors import TooLarge
 
 DEPTH = 64  # of objects and lists within each other
+MOST_BYTES = 4 << 20  # of a request without images, and so of a list of jobs
+MOST_JOB_BYTES = 1 << 20  # of its spec: each round reads those of all that wait
+SHORTER = "name many shards by a pattern with braces, as in /data/train-{000000..000999}.tar"
 
 
 def sound(document: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +42,19 @@ def sound(document: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int) and abs(value) > MOST_INT:
             raise ValueError("got an integer of more than 64 bits, expected a smaller one")
     return document
+
+
+def expect_short(jobs: Sequence[dict[str, Any]]) -> None:
+    """Refuses specs of jobs that are too long.
+
+    Raises:
+        TooLarge: one is, or all of them together.
+    """
+    sizes = [len(json.dumps(job)) for job in jobs]
+    if max(sizes) > MOST_JOB_BYTES:
+        raise TooLarge(f"got a job of {max(sizes)} bytes of JSON, expected at most {MOST_JOB_BYTES}", SHORTER)
+    if sum(sizes) > MOST_BYTES:
+        raise TooLarge(f"got jobs of {sum(sizes)} bytes of JSON, expected at most {MOST_BYTES}", SHORTER)
 
 
 Document = Annotated[dict[str, Any], AfterValidator(sound)]

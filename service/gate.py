@@ -10,10 +10,12 @@ proxy of this machine these would be the proxy's, so what a proxy passes on is r
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,7 +40,10 @@ OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-forwarded-")  # headers that o
 
 
 class Gate:
-    """Plain ASGI; puts `principal` and `request_id` into the state of the request, and ends its audit entry."""
+    """Plain ASGI; puts `principal` and `request_id` into the state of the request, and ends its audit entry.
+
+    `service.access` adds `changes` before that of a change is begun.
+    """
 
     def __init__(
         self, app: ASGIApp, tokens: Tokens, audit: Audit, rate: Rate, wrong: Rate, origins: Sequence[str]
@@ -83,19 +88,22 @@ class Gate:
                 await note(message["status"], more.get("location", ""))
             await send(message)
 
-        try:
-            if "\0" in scope["path"]:
-                raise BadRequest("got a NUL in the path, expected none", "PostgreSQL takes none; see /docs")
-            if scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_FOLDER):
-                state["principal"] = await self._who(scope, headers)
-                log_lines.note(token=state["principal"].name)
-            await self._app(scope, receive, numbered)
-        except ServiceError as error:
-            logger.info("request %s of %s is refused: %s", state["request_id"], scope.get("client"), error.detail)
-            await answer(error)(scope, receive, numbered)
-        except Exception:
-            await note(500)
-            raise
+        async def answered() -> None:
+            try:
+                if "\0" in scope["path"]:
+                    raise BadRequest("got a NUL in the path, expected none", "PostgreSQL takes none; see /docs")
+                if scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_FOLDER):
+                    state["principal"] = await self._who(scope, headers)
+                    log_lines.note(token=state["principal"].name)
+                await self._app(scope, receive, numbered)
+            except ServiceError as error:
+                logger.info("request %s of %s is refused: %s", state["request_id"], scope.get("client"), error.detail)
+                await answer(error)(scope, receive, numbered)
+            except Exception:
+                await note(500)
+                raise
+
+        await (answered() if scope["method"] in SAFE else _to_its_end(answered(), state))
 
     async def _who(self, scope: Scope, headers: Headers) -> Principal:
         """The principal.
@@ -146,6 +154,23 @@ class Gate:
         ours = origin is None or origin in self._origins or origin.partition("://")[2] == host
         if scope["method"] not in SAFE and not ours:
             raise Forbidden(f"got a change from a page of {origin}", "name it in MANTA_CORS_ORIGINS if it is yours")
+
+
+async def _to_its_end(answered: Coroutine[Any, Any, None], state: Mapping[str, Any]) -> None:
+    """Awaits what may make a change. Ray Serve cancels a request whose client hangs up: a change goes on to its result.
+
+    Its thread would go on in any case, and what it made would be in no entry of the audit log.
+    """
+    task = asyncio.create_task(answered)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if "changes" not in state:
+            task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("request %s, whose client had gone, failed", state["request_id"], exc_info=error)
+        raise
 
 
 def _address(scope: Scope) -> str:

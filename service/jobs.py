@@ -16,13 +16,15 @@ import builtins
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.orm.exc import StaleDataError
 
+from service.decisions import brief
 from service.errors import Conflict, NotFound
 from service.events import START, read_events
-from service.job_views import Comparison, EventView, JobView, QueueView
+from service.job_views import Comparison, EventView, JobView, QueueView, Results
 from service.patches import differences
 from service.principal import ALL
 from service.projects import expect_room
@@ -34,6 +36,8 @@ from service.transitions import CANCEL, LENGTHEN, LENGTHEN_ENDED, PAUSE, RESUME,
 from workloads.record import RunFolder
 from workloads.spec_deploy import is_deploy
 from workloads.winner import read_found
+
+T = TypeVar("T")
 
 
 class Jobs:
@@ -183,8 +187,10 @@ class Jobs:
 
     def _view(self, job: Job, models: builtins.list[str]) -> JobView:
         run, ran = RunFolder(self._settings.runs / job.id), job.attempt > 0  # else there is no folder to look into
-        record = run.read_record() if ran else None
-        found = read_found(run.artifact) if ran and "search" in job.spec else None
+        damaged: list[str] = []
+        record = _told(run.read_record, None, damaged) if ran else None
+        evaluations: Results = _told(run.read_evaluations, [], damaged) if ran else []
+        found = _told(lambda: read_found(run.artifact), None, damaged) if ran and "search" in job.spec else None
         return {
             "id": job.id,
             "name": job.name,
@@ -207,8 +213,8 @@ class Jobs:
             "progress": {"step": job.step, "total_steps": job.total_steps, "epoch": job.epoch},
             "ran_s": record.ran_s if record else 0.0,
             "skipped": record.skipped if record else [],
-            "warnings": record.warnings if record else [],
-            "evaluations": run.read_evaluations() if ran else [],
+            "warnings": [*(record.warnings if record else []), *damaged],
+            "evaluations": evaluations,
             "models": models,
             "found": found.summary() if found else None,
             "spec": job.spec,
@@ -217,6 +223,15 @@ class Jobs:
 
 def no_such_job(job_id: str) -> NotFound:
     return NotFound(f"got job {job_id!r}, which does not exist", "GET /v1/jobs lists them")
+
+
+def _told(read: Callable[[], T], otherwise: T, damaged: builtins.list[str]) -> T:
+    """What a file of a run says; why one cannot be read goes into `damaged`: it keeps no other job from its answer."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        damaged.append(f"a file of the run cannot be read: {brief(error)}")
+        return otherwise
 
 
 def _place(place: Place | None) -> QueueView | None:

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.documents import MOST_BYTES, SHORTER
 from service.errors import ServiceError, TooLarge, TooMany, TooSlow
 from service.problems import answer
 
 HANG_UP = {"Connection": "close"}  # nobody waits for the rest of a body that is refused
+OF_IMAGES = ("/v1/models/", "/v2/models/")
 MAX_BUCKETS = 10_000  # the longest unused is forgotten: it is full again
 
 
@@ -50,19 +52,29 @@ class Rate:
 
 
 class BodyLimit:
-    """Refuses a body that is too long or too slow: at once where it says its length, else while it arrives."""
+    """Refuses a body that is too long or too slow: at once where it says its length, else while it arrives.
+
+    Images go to models; what goes elsewhere is a document, and never as long.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
         self._app, self._limit, self._timeout_s = app, limit, timeout_s
+
+    def _most(self, path: str) -> tuple[int, str]:
+        """Bytes of a body that is sent there, and what to do about more."""
+        if path.startswith(OF_IMAGES):
+            return self._limit, "send less at a time"
+        return min(self._limit, MOST_BYTES), f"send less at a time; {SHORTER}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdigit() or int(length) > self._limit:
-            refusal = TooLarge(f"got a body of {length} bytes, expected at most {self._limit}", "send less at a time")
+        limit, hint = self._most(scope["path"])
+        if not length.isdigit() or int(length) > limit:
+            refusal = TooLarge(f"got a body of {length} bytes, expected at most {limit}", hint)
             return await answer(refusal, HANG_UP)(scope, receive, send)
-        body = _Body(receive, send, self._limit, self._timeout_s)
+        body = _Body(receive, send, TooLarge(f"got a body of more than {limit} bytes", hint), limit, self._timeout_s)
         try:
             await self._app(scope, body.receive, body.send)
         except ServiceError as error:
@@ -78,8 +90,14 @@ class _Body:
     What reads it may turn the refusal into an answer of its own (FastAPI makes 400 of any error), so that is held back.
     """
 
-    def __init__(self, receive: Receive, send: Send, limit: int, timeout_s: float) -> None:
-        self._receive, self._send, self._limit, self._timeout_s = receive, send, limit, timeout_s
+    def __init__(self, receive: Receive, send: Send, too_large: TooLarge, limit: int, timeout_s: float) -> None:
+        self._receive, self._send, self._too_large, self._limit, self._timeout_s = (
+            receive,
+            send,
+            too_large,
+            limit,
+            timeout_s,
+        )
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._got = 0
         self._complete = False
@@ -101,7 +119,7 @@ class _Body:
         self._got += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._got > self._limit:
-            self.refusal = TooLarge(f"got a body of more than {self._limit} bytes", "send less at a time")
+            self.refusal = self._too_large
             raise self.refusal
         return message
 

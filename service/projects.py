@@ -115,8 +115,13 @@ def quota_of(row: Project) -> Quota:
     return Quota(row.max_gpus, row.max_running, row.share)
 
 
-def expect_room(session: Session, name: str) -> None:
+def expect_room(session: Session, name: str, more: int = 0) -> None:
     """Refuses a transaction after which the project would have more unfinished jobs than it may.
+
+    Args:
+        session: the transaction.
+        name: of the project.
+        more: jobs that are not in the table yet.
 
     Raises:
         TooMany: so it is.
@@ -125,7 +130,7 @@ def expect_room(session: Session, name: str) -> None:
     if project is None or project.max_unfinished is None:
         return
     unfinished = sa.select(sa.func.count()).where(Job.project == name, Job.state.not_in(TERMINAL))
-    if (count := session.scalar(unfinished) or 0) > project.max_unfinished:
+    if (count := (session.scalar(unfinished) or 0) + more) > project.max_unfinished:
         detail = f"got {count} unfinished jobs of project {name}, expected at most {project.max_unfinished}"
         raise TooMany(detail, "wait until some have ended, cancel some, or ask an admin for a larger quota", 60)
 

@@ -31,6 +31,7 @@ HEAD_GIB = 3.0  # of Ray's control plane and the front end, as 8 GiB hold about 
 HEAD_SHARE = 0.4  # at most, of a small head
 HEAD = "node:__internal_head__"  # the resource by which Ray marks it
 TAIL_LINES = 30
+TIMEOUT_S = (5.0, 30.0)  # to connect, and of silence: a head may hang, and would keep the reconciler for ever
 
 
 def submission_id(job_id: str, attempt: int) -> str:
@@ -51,10 +52,8 @@ class RayJobs:
 
     def _connected(self) -> Any:
         if self._client is None:
-            from ray.job_submission import JobSubmissionClient
-
             try:
-                self._client = JobSubmissionClient(self._settings.ray_dashboard_url)
+                self._client = _client(self._settings.ray_dashboard_url)
             except Exception as error:  # ray raises bare RuntimeError and ConnectionError here
                 raise Unavailable(f"Ray at {self._settings.ray_dashboard_url} does not answer: {error}") from error
         return self._client
@@ -63,7 +62,7 @@ class RayJobs:
         client = self._connected()
         try:
             return getattr(client, name)(*args, **kwargs)
-        except (RuntimeError, OSError) as error:  # what the client makes of any HTTP error, and of no connection
+        except (RuntimeError, OSError) as error:  # what the client makes of any HTTP error, and of no answer
             raise Unavailable(f"Ray could not {name.replace('_', ' ')}: {error}") from error
 
     def statuses(self) -> dict[str, RayStatus]:
@@ -142,6 +141,17 @@ class RayJobs:
     @property
     def _grows(self) -> bool:
         return bool(self._settings.cluster_nodes)
+
+
+def _client(address: str) -> Any:
+    """Ray's own, which would wait for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Bounded(JobSubmissionClient):
+        def _do_request(self, *words: Any, **more: Any) -> Any:
+            return super()._do_request(*words, timeout=TIMEOUT_S, **more)
+
+    return Bounded(address)
 
 
 def drivers_on(node: Mapping[str, float]) -> int | None:

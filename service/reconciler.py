@@ -88,23 +88,30 @@ class Reconciler:
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
         self._preemption = Preemption() if settings.preemption else None
-        self._checks = Checks(check, settings.home, clock, self._wake.set, checkers)
+        self._checks = Checks(check, settings.home, registry.is_readable, clock, self._wake.set, checkers)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
         self.rounds = Rounds()
+        self._sign: float | None = None  # monotonic time of the newest sign of life; None: it waits for the next round
         self.ray_error: str | None = "Ray has not been asked yet"
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends after the round that it is in. Runs are left alone; another front end may lead from now on."""
+        """Ends after the job that it is at. Runs are left alone; another front end may lead from now on."""
         self._done.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
         self._checks.close()
         self.lead.release()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the newest sign of life in the round that it is in; between rounds 0."""
+        since = self._sign
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def alive(self) -> bool:
@@ -117,6 +124,7 @@ class Reconciler:
     def _run(self) -> None:
         while not self._done.is_set():
             self._wake.clear()
+            self._sign = time.monotonic()
             try:
                 if self.lead.held():
                     with self.rounds.timed():
@@ -125,6 +133,7 @@ class Reconciler:
                     self.stand_by()
             except Exception:
                 logger.exception("a round of the reconciler failed; the next one tries again")
+            self._sign = None
             if self._wake.wait(self._settings.reconcile_interval_s):
                 self._done.wait(GATHER_S)
 
@@ -164,6 +173,9 @@ class Reconciler:
         verdicts = list(admitted(queue, cluster))
         starting = {entry.id for entry, wait in verdicts if wait is None}
         for job in jobs:
+            if self._done.is_set():
+                return
+            self._sign = time.monotonic()
             try:
                 parents = {parent: states.get(parent) for parent in job.after}
                 ray = statuses.get(submission_id(job.id, job.attempt))

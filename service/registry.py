@@ -3,7 +3,8 @@
 An artifact is copied to `<home>/registry/<name>/<version>` under a scratch name and
 renamed, then its row is written: a crash in between leaves a folder without a row, which
 the next call takes over. One artifact of one job gets one version of a name, however
-often it is registered. A name and all its versions belong to the project that claimed it first.
+often it is registered. A name and all its versions belong to the project that claimed it first; names that timm has
+weights of are claimed by nobody (`service.validation`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import difflib
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
 
 from service.errors import NotFound
 from service.principal import ALL, DEFAULT_PROJECT
@@ -46,7 +47,8 @@ class Registry:
             if known is not None:
                 return known
             newest = session.scalar(sa.select(sa.func.max(ModelVersion.version)).filter_by(name=name)) or 0
-        self.claim([name], DEFAULT_PROJECT)  # of a job by REST it is claimed already, for its own project
+        with self._store.session() as session:
+            claim(session, [name], DEFAULT_PROJECT)  # of a job by REST it is claimed already, for its own project
         card = read_card(artifact)
         version = newest + 1
         self._copy(artifact, self.folder(name, version))
@@ -57,19 +59,10 @@ class Registry:
             session.add(row)
         return row
 
-    def claim(self, names: Sequence[str], project: str) -> list[str]:
-        """Makes names that nobody has those of `project`; returns the ones that another project has."""
-        for name in names:
-            with suppress(IntegrityError), self._store.session() as session:  # somebody claims it at the same moment
-                if session.get(ModelName, name) is None:
-                    session.add(ModelName(name=name, project=project))
-        return self.taken(names, project)
-
     def taken(self, names: Sequence[str], project: str) -> list[str]:
         """Those of the names that a project other than `project` has."""
         with self._store.session() as session:
-            taken = sa.select(ModelName.name).where(ModelName.name.in_(names), ModelName.project != project)
-            return list(session.scalars(taken))
+            return _taken(session, names, project)
 
     def owner(self, name: str) -> ModelName | None:
         """Whose the name is; asked for once, since that never changes."""
@@ -80,6 +73,19 @@ class Registry:
                 return None
             self._owners[name] = row
         return self._owners[name]
+
+    def is_readable(self, name: str, project: str, since: float) -> bool:
+        """Whether a job may read what has the name now, if it was submitted in `project` at the time `since`.
+
+        What another project had registered before that, the submitter was asked for then: some see all projects.
+        """
+        owner = self.owner(name)
+        if owner is None or owner.project == project:
+            return True
+        first = sa.select(sa.func.min(ModelVersion.created_at)).filter_by(name=name)
+        with self._store.session() as session:
+            registered_at = session.scalar(first)
+        return registered_at is not None and registered_at < since
 
     def remembers(self, name: str) -> bool:
         """Whether `owner` answers without asking the database."""
@@ -144,3 +150,16 @@ class Registry:
             for job_id, name, version in session.execute(query.where(ModelVersion.job_id.in_(job_ids))):
                 found[job_id].append(f"{name}@{version}")
         return found
+
+
+def claim(session: Session, names: Sequence[str], project: str) -> list[str]:
+    """Makes names that nobody has those of `project`, with the transaction; returns the ones that another has."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    for name in sorted(names):  # so two lists of jobs never wait for each other
+        session.execute(insert(ModelName).values(name=name, project=project).on_conflict_do_nothing())
+    return _taken(session, names, project)
+
+
+def _taken(session: Session, names: Sequence[str], project: str) -> list[str]:
+    taken = sa.select(ModelName.name).where(ModelName.name.in_(names), ModelName.project != project)
+    return list(session.scalars(taken))

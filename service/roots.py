@@ -21,7 +21,7 @@ from workloads.preflight import Problem
 from workloads.spec_any import AnySpec
 
 ANY = "*"
-Kind = Literal["job", "model"]
+Kind = Literal["job", "model", "folder"]  # the last: a model by its path, which is no public name
 Readable = Callable[[Kind, str], bool]
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:(//|:)", re.IGNORECASE)  # also the `::` by which fsspec chains them
@@ -154,7 +154,7 @@ class Roots:
 
     def _seen(self, path: Path, readable: Readable) -> bool | None:
         """Whether the submitter may read the run or the model in which it is; None: it is in none."""
-        kinds: tuple[tuple[str, Kind], ...] = (("runs", "job"), ("registry", "model"))
+        kinds: tuple[tuple[str, Kind], ...] = (("runs", "job"), ("registry", "folder"))
         for home in self._homes:
             for folder, kind in kinds:
                 if path.is_relative_to(home / folder):

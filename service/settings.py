@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         webhook_hosts: hosts (`ci.internal 127.0.0.1`) that webhooks may name although their addresses are private.
         requests_per_s: of each token, and with wrong ones of each address, in the long run.
         request_burst: the same at once; above it 429.
-        max_body_bytes: of a request.
+        max_body_bytes: of a request with images; of others it may be less (`service.documents`).
         upload_timeout_s: in which its body has to arrive.
         max_images: in a request.
         max_image_pixels: width times height of an image in a request.

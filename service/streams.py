@@ -151,6 +151,7 @@ class _Held(StreamingResponse):
 
 def log_lines(log: Path, offset: int, wanted: Wanted) -> Source:
     """Whole lines of a log from a place on; the id is the place behind one."""
+    wanted.begin_at(log, offset)
     while True:
         told: list[Told] = []
         takes = True

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from service.dependencies import named, waiting, waits_for
+from service.documents import expect_short
 from service.errors import Conflict, InvalidSpec
 from service.forecast import forecast, step_time, workload
 from service.jobs import Jobs
@@ -24,7 +25,7 @@ from service.projects import expect_room
 from service.queue import RANKS
 from service.settings import Settings
 from service.store import Job, Store
-from service.validation import Validation
+from service.validation import Validation, claim_names
 from workloads import preflight, tracing
 from workloads.spec_any import AnySpec
 from workloads.spec_deploy import DeploySpec
@@ -68,6 +69,8 @@ class Submissions:
         Raises:
             InvalidSpec: every problem that can be found without running it.
             Conflict: the key was used for another body.
+            TooMany: its project has as many unfinished jobs as it may.
+            TooLarge: it is a long document.
         """
         with tracing.span("submit job", {"manta.project": project}) as span:
             jobs, created = self._accept([body], [idempotency_key], asked or body, by, project)
@@ -96,6 +99,7 @@ class Submissions:
         self, bodies: Sequence[dict[str, Any]], keys: Sequence[str | None], asked: Any, by: Principal, project: str
     ) -> tuple[list[Job], bool]:
         """Rows for the bodies, or the rows that the keys had made before."""
+        expect_short(bodies)
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if known := self._by_keys(project, keys, digest):
             return known, False
@@ -109,6 +113,7 @@ class Submissions:
                     session.add(job)
                     session.flush()  # numbers in this order
                 expect_room(session, project)
+                claim_names(session, [job.spec for job in jobs], project)
         except IntegrityError:  # the same key at the same moment
             if known := self._by_keys(project, keys, digest):
                 return known, False
@@ -119,7 +124,7 @@ class Submissions:
     def _rows(self, documents: Sequence[dict[str, Any]], ids: Sequence[str], by: Principal, project: str) -> list[Job]:
         """Each job as a new row; those before it in the list may be among what it comes after."""
         jobs: dict[str, Job] = {}
-        specs, problems = [], []
+        problems: list[dict[str, Any]] = []
         for i, (document, job_id) in enumerate(zip(documents, ids, strict=True)):
             place = ["jobs", i] if len(documents) > 1 else []
             try:
@@ -128,7 +133,6 @@ class Submissions:
                 problems += [problem | {"loc": [*place, *problem["loc"]]} for problem in error.problems]
                 continue
             held = waits_for(parents)
-            specs.append(spec)
             jobs[job_id] = Job(
                 id=job_id,
                 name=spec.name,
@@ -142,8 +146,6 @@ class Submissions:
                 **({} if isinstance(spec, DeploySpec) else _asked(spec)),
             )
             jobs[job_id].become("QUEUED", waiting(held) if held else "accepted")
-        for spec in () if problems else specs:  # a list that is refused claims no name
-            problems += [problem.model_dump() for problem in self._validation.claimed(spec, project)]
         if problems:
             raise InvalidSpec(problems)
         return [*jobs.values()]
@@ -186,9 +188,11 @@ class Submissions:
 
         Raises:
             InvalidSpec: as `submit`, and what a look at the data finds.
+            TooMany: the project has no room for the job now.
         """
         from workloads.dry_run import Refused, dry_run
 
+        expect_short([body])
         (document,) = named([body], [""])
         spec, parents = self._validation.valid(document, by, project, {})
         if isinstance(spec, DeploySpec):
@@ -197,6 +201,8 @@ class Submissions:
         if held := waits_for(parents):
             message = f"got a job that {waiting(held)}, whose results a dry run would need, expected finished ones"
             raise InvalidSpec([preflight.Problem(loc=["after"], message=message, hint="ask then").model_dump()])
+        with self._store.session() as session:
+            expect_room(session, project, more=1)
         try:
             costs = dry_run(spec, self._settings.home)
         except Refused as error:

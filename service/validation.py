@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from service.dependencies import lost, references, waits_for
 from service.errors import Forbidden, InvalidSpec, NotFound, Unavailable
@@ -16,7 +17,7 @@ from service.jobs import Jobs, no_such_job
 from service.principal import ALL, LOCAL, Principal
 from service.projects import Projects
 from service.ray_jobs import RayJobs
-from service.registry import Registry
+from service.registry import Registry, claim
 from service.releases import Releases, makers, nothing_to_deploy
 from service.roots import ANY, Kind, Roots
 from service.seen_nodes import SeenNodes
@@ -77,8 +78,8 @@ class Validation:
         if not problems:
             parents = self._parents(spec, project, siblings)
             checked = preflight.form(spec) if waits_for(parents) else self._checked(spec)
-            names = _registers(spec)
-            problems = checked or self._too_large(spec, project) or self._taken(names, project, self._registry.taken)
+            names = _registers(spec.model_dump())
+            problems = checked or self._too_large(spec, project) or self._unclaimable(names, project)
         if problems:
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec, parents
@@ -108,7 +109,7 @@ class Validation:
                 spec = spec.model_copy(update={"deploy": self._releases.pinned(spec.deploy, project)})
             except NotFound as error:
                 raise InvalidSpec([nothing_to_deploy(error).model_dump()]) from None
-        if problems := self._taken([spec.deploy.model], project, self._registry.taken):
+        if problems := _taken(self._registry.taken([spec.deploy.model], project)):
             raise InvalidSpec([problem.model_dump() for problem in problems])
         return spec, self._parents(spec, project, siblings)
 
@@ -142,20 +143,17 @@ class Validation:
             if by.project == ALL or name in siblings:
                 return True
             row = self._jobs.find(name) if kind == "job" else self._registry.owner(name)
-            return kind == "model" if row is None else by.sees(row.project)  # else a name of public weights
+            return kind == "model" if row is None else by.sees(row.project)  # of public weights, or wrong: `preflight`
 
         return Roots(roots, mirrors, self._settings.home).problems(spec, readable)
 
-    def claimed(self, spec: Entry, project: str) -> list[preflight.Problem]:
-        """Names in the registry that another project has; the others are the project's own from now on."""
-        return self._taken(_registers(spec), project, self._registry.claim)
-
-    def _taken(
-        self, names: list[str], project: str, look: Callable[[list[str], str], list[str]]
-    ) -> list[preflight.Problem]:
-        taken = look(names, project)
-        message = f"got {', '.join(taken)}, which another project has in the registry"
-        return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if taken else []
+    def _unclaimable(self, names: Sequence[str], project: str) -> list[preflight.Problem]:
+        """Names in the registry that others have, and new ones by which `init` means weights that timm has."""
+        if taken := self._registry.taken(names, project):
+            return _taken(taken)
+        public = [name for name in names if self._registry.owner(name) is None and preflight.is_public(name)]
+        message = f"got {', '.join(public)}, expected a name that timm has no weights of, as `init` means those by it"
+        return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if public else []
 
     def _checked(self, spec: AnySpec) -> list[preflight.Problem]:
         """What is wrong with a job that needs no other.
@@ -189,9 +187,24 @@ def _too_urgent(spec: AnySpec, by: Principal) -> list[preflight.Problem]:
     return [preflight.Problem(loc=["priority"], message=message, hint="ask one to submit it")]
 
 
-def _registers(spec: Entry) -> list[str]:
-    """Names in the registry that it gives."""
-    document = spec.model_dump()
+def claim_names(session: Session, documents: Sequence[Mapping[str, Any]], project: str) -> None:
+    """The names in the registry that new jobs give are the project's own from now on, with the transaction.
+
+    Raises:
+        InvalidSpec: another project has one.
+    """
+    names = [name for document in documents for name in _registers(document)]
+    if problems := _taken(claim(session, names, project)):
+        raise InvalidSpec([problem.model_dump() for problem in problems])
+
+
+def _taken(names: Sequence[str]) -> list[preflight.Problem]:
+    message = f"got {', '.join(names)}, which another project has in the registry"
+    return [preflight.Problem(loc=["register"], message=message, hint="choose another name")] if names else []
+
+
+def _registers(document: Mapping[str, Any]) -> list[str]:
+    """Names in the registry that a spec gives."""
     names = [holder.get("register") for holder in (document, *document.get("evaluate", []))]
     return [name for name in names if name is not None]
 

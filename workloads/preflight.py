@@ -65,6 +65,13 @@ def warm() -> None:
             catalog.load(kind, name)
 
 
+def is_public(name: str) -> bool:
+    """Whether `init: name` means weights that timm has, where no artifact has the name."""
+    from workloads.weights import is_public
+
+    return is_public(name)
+
+
 def check(spec: AnySpec, home: Path) -> list[Problem]:
     """What is wrong with `spec`; `[]` means that it can start.
 

@@ -132,10 +132,17 @@ def locate(reference: str, home: Path) -> Path | str:
         raise ArtifactError(f"{more}; and {error}") from None
 
 
+def is_public(name: str) -> bool:
+    """Whether timm has weights of that name."""
+    from workloads.models.timm_import import timm
+
+    return bool(timm.models.is_model_pretrained(name))
+
+
 def _timm_name(name: str) -> str:
     from workloads.models.timm_import import timm
 
-    if timm.models.is_model_pretrained(name):
+    if is_public(name):
         return name
     tagged: list[str] = timm.models.list_pretrained()
     near = difflib.get_close_matches(name, tagged if "." in name else {one.partition(".")[0] for one in tagged}, n=3)

@@ -16,6 +16,8 @@ from service.parts import PartsDep
 
 logger = logging.getLogger(__name__)
 
+SILENT_S = 60.0  # of the reconciler: Ray is waited for half of that, the database less
+
 router = APIRouter(tags=["health"])
 
 
@@ -45,6 +47,8 @@ def check_readiness(parts: PartsDep, response: Response) -> Readiness:
         missing["database"] = str(error.__cause__ or error)
     if not parts.reconciler.alive:
         missing["reconciler"] = "its thread has ended; restart the service"
+    elif (silent_s := parts.reconciler.silent_s) > SILENT_S:
+        missing["reconciler"] = f"hangs for {silent_s:.0f} s; see what it asks, Ray and the database, or restart it"
     if parts.reconciler.ray_error is not None:
         missing["ray"] = parts.reconciler.ray_error
     if not parts.warm.is_set():

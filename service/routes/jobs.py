@@ -241,8 +241,7 @@ def get_job_metrics(
 @router.get("/{job_id}/evaluations")
 def get_job_evaluations(job_id: str, jobs: JobsDep) -> Evaluations:
     """Results of the finished model, and `online` those of checkpoints while it trained, in the order of steps."""
-    run = jobs.run_folder(job_id)
-    return {"evaluations": run.read_evaluations(), "online": run.read_online()}
+    return {"evaluations": jobs.view(jobs.get(job_id))["evaluations"], "online": jobs.run_folder(job_id).read_online()}
 
 
 @router.get("/{job_id}/report", response_class=HTMLResponse)
@@ -252,8 +251,12 @@ def get_job_report(job_id: str, jobs: JobsDep) -> HTMLResponse:
     run = jobs.run_folder(job_id)
     if view["deploy"] is not None:
         raise NotFound(f"got {job_id}, which deploys a model and has no report", f"GET /v1/models/{view['deploy']}")
+    kind = "method" if view["search"] is None else "search"
+    try:
+        paper = catalog.load(kind, view[kind]).paper
+    except catalog.UnknownName as error:  # of a job that came by `ray job submit`, from another version
+        raise NotFound(f"{error}; so {job_id} has no report here", f"GET /v1/jobs/{job_id}/metrics") from None
     if view["search"] is not None:
-        paper = catalog.load("search", view["search"]).paper
         return HTMLResponse(search_page(job=view, points=list(run.read_metrics()), paper=paper, artifact=run.artifact))
     done = run.artifact.exists()
     sheet = run.artifact / PICTURES
@@ -261,7 +264,7 @@ def get_job_report(job_id: str, jobs: JobsDep) -> HTMLResponse:
         job=view,
         points=list(run.read_metrics()),
         online=run.read_online(),
-        paper=catalog.load("method", view["method"]).paper,
+        paper=paper,
         parameters=read_card(run.artifact).parameters if done else None,
         sheet=sheet.read_bytes() if sheet.exists() else None,
         summary={},

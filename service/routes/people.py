@@ -62,8 +62,8 @@ def list_tokens(parts: PartsDep, caller: CallerDep) -> TokenList:
 @router.post("/tokens", status_code=201, responses=refuses(NotFound, Conflict) | answers(201, Location="Of the token."))
 def create_token(body: NewToken, parts: PartsDep, caller: CallerDep, request: Request, response: Response) -> MadeToken:
     """Makes a token. `token` is its text, which is told here and never again."""
-    request.state.project = body.project  # for the audit log
     row, text = parts.tokens.create(caller, body.name, body.role, body.project, body.lifetime)
+    request.state.project = body.project  # for the audit log
     response.headers["Location"] = f"/v1/tokens/{row.id}"
     return {**token_view(row), "token": text}
 

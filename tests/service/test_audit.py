@@ -99,6 +99,18 @@ def test_a_change_of_a_project_is_in_that_project(service: Secured) -> None:
     ]
 
 
+def test_a_token_for_a_project_that_one_does_not_see_is_noted_in_ones_own(service: Secured) -> None:
+    for name in ("one", "two"):
+        service.project(name)
+    service.token("root", "admin")
+    ann = service.client(service.token("ann", "admin", "one"))
+    codes = [
+        ann.post("/v1/tokens", json={"name": "x", "role": "viewer", "project": of}).status_code for of in ("two", "one")
+    ]
+    assert codes == [404, 201]
+    assert [(project, status) for _, project, _, _, status in log(service)] == [("one", 404), ("one", 201)]
+
+
 def test_the_number_of_a_request_leads_from_the_answer_to_the_entry(service: Secured) -> None:
     answer = service.client().post("/v1/jobs", json=BODY)
     with service.store.session() as session:

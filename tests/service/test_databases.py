@@ -15,7 +15,7 @@ from service.audit import Audit
 from service.errors import Conflict, InvalidToken
 from service.principal import ALL, LOCAL
 from service.projects import Projects
-from service.registry import Registry
+from service.registry import Registry, claim
 from service.store import Job
 from service.tokens import Tokens, new_text
 from tests.service.fakes import write_record
@@ -117,8 +117,13 @@ def test_versions_and_names_in_the_registry(world: World, tmp_path: Path) -> Non
     registry, artifact = Registry(world.settings, world.store), write_artifact(tmp_path / "a", "encoder")
     assert [registry.register("m", artifact, f"j{i}", "artifact").version for i in (1, 2, 1)] == [1, 2, 1]
     assert registry.newest()[0].card["kind"] == "encoder"
-    taken = at_once(8, lambda i: registry.claim(["name"], f"p{i}"))
-    assert sorted(map(len, taken)) == [0] + [1] * 7  # type: ignore[arg-type]
+
+    def claimed(i: int) -> list[str]:
+        with world.store.session() as session:
+            return claim(session, ["name", "m"], f"p{i}")
+
+    taken = at_once(8, claimed)
+    assert sorted(map(len, taken)) == [1] + [2] * 7  # type: ignore[arg-type]
 
 
 def test_tokens_projects_and_the_audit_log(world: World) -> None:

@@ -100,20 +100,22 @@ def state(home: SimpleNamespace, name: str = "digits") -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("row_state", "app", "asked", "expected"),
     [
-        ("DEPLOYING", None, True, ("start", "DEPLOYING")),
-        ("RUNNING", None, False, ("start", "DEPLOYING")),
-        ("FAILED", None, False, ("start", "DEPLOYING")),
-        ("RUNNING", "DELETING", True, ("start", "DEPLOYING")),
-        ("DEPLOYING", "RUNNING", False, ("start", "DEPLOYING")),  # of an older version, perhaps
-        ("RUNNING", "RUNNING", False, ("none", "RUNNING")),
-        ("DEPLOYING", "RUNNING", True, ("none", "RUNNING")),
-        ("RUNNING", "DEPLOYING", False, ("none", "DEPLOYING")),
-        ("DEPLOYING", "DEPLOY_FAILED", True, ("none", "FAILED")),
-        ("RUNNING", "UNHEALTHY", True, ("none", "FAILED")),
-        ("FAILED", "RUNNING", True, ("none", "RUNNING")),  # it recovered
+        ("DEPLOYING", None, 1, ("start", "DEPLOYING")),
+        ("RUNNING", None, None, ("start", "DEPLOYING")),
+        ("FAILED", None, None, ("start", "DEPLOYING")),
+        ("RUNNING", "DELETING", 1, ("start", "DEPLOYING")),
+        ("DEPLOYING", "RUNNING", None, ("start", "DEPLOYING")),  # of an older version, perhaps
+        ("RUNNING", "RUNNING", None, ("none", "RUNNING")),
+        ("DEPLOYING", "RUNNING", 1, ("none", "RUNNING")),
+        ("RUNNING", "RUNNING", 2, ("start", "DEPLOYING")),  # deployed by another front end while Serve was away here
+        ("RUNNING", "RUNNING", 0, ("start", "DEPLOYING")),
+        ("RUNNING", "DEPLOYING", None, ("none", "DEPLOYING")),
+        ("DEPLOYING", "DEPLOY_FAILED", 1, ("none", "FAILED")),
+        ("RUNNING", "UNHEALTHY", 1, ("none", "FAILED")),
+        ("FAILED", "RUNNING", 1, ("none", "RUNNING")),  # it recovered
     ],
 )
-def test_decide(row_state: Any, app: str | None, asked: bool, expected: tuple[str, str]) -> None:
+def test_decide(row_state: Any, app: str | None, asked: int | None, expected: tuple[str, str]) -> None:
     row = Deployment(name="m", version=1, state=row_state)
     decision = decide(row, overview(app, FAILURE) if app else None, asked=asked)
     assert (decision.act, decision.state) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import logs
 from service.curves import thinned
 from service.logs import Wanted, part
+from service.streams import log_lines
 from tests.service.rest import Service
-from workloads.log_file import CHUNK, lines
+from workloads import log_file
+from workloads.log_file import CHUNK, lines, segment
 
 T = "2026-11-22 06:00:00,123"
 LOG = f"{T} INFO workloads.run: a\n{T} ERROR [rank 1] workloads.train: b\nTraceback\n{T} WARNING [rank 11] x: c\n"
@@ -33,6 +37,36 @@ def test_levels_and_ranks_take_their_tracebacks_along(log: Path) -> None:
     assert part(log, 0, 9999, Wanted(level="WARNING"))[0] == "".join(whole[1:])
     assert part(log, 0, 9999, Wanted(rank=1))[0] == "".join(whole[1:3])
     assert part(log, 0, 9999, Wanted(level="ERROR", rank=11)) == ("", len(LOG))
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"level": "WARNING"}, {"level": "ERROR"}, {"rank": 1}, {"rank": 11}, {"level": "INFO", "rank": 1}]
+)
+@pytest.mark.parametrize("sizes", [[], [1, 2, 4]])  # whole lines of each file
+def test_wherever_one_begins_the_same_lines_are_wanted(
+    tmp_path: Path, wanted: dict[str, Any], sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_file, "SEGMENT_BYTES", 1)  # later files are looked for
+    log, whole = tmp_path / "log.txt", LOG.splitlines(keepends=True) * 3
+    ends = [0, *sizes, len(whole)]
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        segment(log, number).write_text("".join(whole[start:end]))
+    seen = list(lines(log, 0))
+    assert len(seen) == len(whole)
+    of_all = Wanted(**wanted)
+    taken = [end for line, end in seen if of_all.takes(line)]
+    for _, place in seen:
+        told = next(log_lines(log, place, Wanted(**wanted)))
+        assert [end for end, text in told if text is not None] == [end for end in taken if end > place]
+        text, _ = part(log, place, 9999, Wanted(**wanted))
+        assert text.count("\n") == len([end for end in taken if end > place])
+
+
+def test_no_more_is_looked_at_than_a_message_has(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = LOG.index("Traceback")
+    assert part(log, place, 9999, Wanted(rank=11))[0].startswith(f"{T} WARNING")
+    monkeypatch.setattr(logs, "LOOK_BACK", 10)
+    assert part(log, place, 9999, Wanted(rank=11))[0].startswith("Traceback")  # whose it is nobody knows
 
 
 @pytest.mark.parametrize("limit", [1, 10, 60, 9999])

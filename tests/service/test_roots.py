@@ -26,7 +26,7 @@ def check(text: str, allowed: tuple[str, ...] | None = ALLOWED, home: Path = HOM
     """Problems of a job that names `text` where a method reads it."""
     data = {"train": {"shards": "x.tar"}}  # looked at by others: it is relative
     spec = JobSpec.model_validate(BODY | {"data": data, "method": {"name": "m", "deep": [{"file": text}]}})
-    own = {("job", "job-1"), ("model", "ours")}
+    own = {("job", "job-1"), ("folder", "ours")}
     return Roots(allowed, None, home).problems(
         spec, lambda kind, name: name != "theirs" and (kind == "model" or (kind, name) in own)
     )

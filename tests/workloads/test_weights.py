@@ -19,7 +19,7 @@ from workloads.assemble import build_method
 from workloads.methods.base import DataInfo
 from workloads.models.vit import ViT, ViTConfig, resize_positions
 from workloads.spec import JobSpec
-from workloads.weights import load_initial, locate
+from workloads.weights import is_public, load_initial, locate
 
 
 def encoder(seed: int = 0, **changes: Any) -> ViT:
@@ -194,6 +194,11 @@ def test_weights_of_timm(
         "pixels are normalised by std",
     ]
     assert torch.equal(torch.get_rng_state(), state), "the method's fresh weights must not depend on timm's draws"
+
+
+def test_public_names_are_those_of_which_timm_has_weights() -> None:
+    assert is_public("resnet18.a1_in1k") and is_public("resnet18")
+    assert not is_public("digits-mae") and not is_public("resnet18.none")
 
 
 def test_without_network(timm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
