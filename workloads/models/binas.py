@@ -204,6 +204,10 @@ class Binas(HiddenHead):
         self.blocks = nn.Sequential(*stages)
         self.finish(num_classes)
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """Blocks by depth, but for convolutions; what they give is behind no ReLU."""
+        return [module for module in self.modules() if isinstance(module, Residual)]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps, [B, last, h, w]; the features are those behind the hidden layer."""
         return self.blocks(self.start(images))

@@ -133,6 +133,10 @@ class GENet(PooledCNN):
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, layers or blocks, the rest."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """Layers by depth."""
+        return [module for module in self.modules() if isinstance(module, Layer)]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 32, W / 32] of the published ones."""
         return self.last(self.blocks(self.stem(images)))

@@ -120,6 +120,10 @@ class MAEDet(PooledCNN):
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, layers or blocks, the rest."""
         return {"stem": r"^blocks\.0\.", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """Layers by depth, but for the stem."""
+        return [module for module in self.modules() if isinstance(module, Layer) and module.shortcut is not None]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 32, W / 32] of the published ones."""
         return self.blocks(images)

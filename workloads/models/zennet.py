@@ -146,6 +146,10 @@ class ZenNet(PooledCNN):
         """Patterns of the names of parameters by depth, for layer-wise decay: the stem, chains or parts, the rest."""
         return {"stem": r"^parts\.0\.", "blocks": r"^parts\.(\d+)" if coarse else r"^parts\.(\d+)\.(\d+)"}
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """Chains by depth, but for stem and tail."""
+        return [module for module in self.modules() if isinstance(module, Chain) and module.shortcut is not None]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU."""
         return self.parts(images)
