@@ -20,6 +20,12 @@ TOY_SEARCH: dict[str, Any] = {
     "budget": {"parameters": 200_000, "layers": 10},
 }
 
+TOY_SPACE: dict[str, Any] = {
+    "stem": 8, "first": 8, "widths": [8, 16], "strides": [1, 2], "relu_stages": 1, "min_depth": 1, "max_depth": 2,
+    "expansions": [2, 3], "kernels": [3, 5], "se": [False], "last": 16, "features": 12,
+}  # fmt: skip
+"""Of BINAS: two stages of one or two blocks, each of four configurations."""
+
 
 def toy_search(search: dict[str, Any] | None = None, **fields: Any) -> SearchSpec:
     """A spec with some fields, or some of its search, replaced."""
