@@ -32,11 +32,11 @@ def toy_search(search: dict[str, Any] | None = None, **fields: Any) -> SearchSpe
     return SearchSpec.model_validate({"name": "toy", "search": TOY_SEARCH | (search or {}), **fields})
 
 
-def in_any_order(island: Island, seed: int = 0) -> Search:
-    """Scores in any order, a few at a time."""
+def in_any_order(island: Island, seed: int = 0, until: int | None = None) -> Search:
+    """Scores in any order, a few at a time; to the end, or until so many are told."""
     order = random.Random(seed)
     held: list[tuple[int, str]] = []
-    while not island.done:
+    while not island.done and (until is None or island.told < until):
         held += island.take(order.randint(1, 9))
         order.shuffle(held)
         island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})

@@ -107,7 +107,7 @@ class Part:
             expansion = int(re.findall(r"E(\d)", self.type)[0])
             halves: list[tuple[Conv, ...]] = []
             for a, b, s in ((width_in, inner, stride), (inner, self.width, 1)):
-                wide = round8(b * expansion)
+                wide = nearest8(b * expansion)
                 halves.append((Conv(a, wide, 1), Conv(wide, wide, k, s, groups=wide), Conv(wide, b, 1)))
             return halves
         if "K1" in self.type:
@@ -126,7 +126,7 @@ def _kernel(kind: str) -> int:
     return max(int(k) for k in re.findall(r"K(\d)", kind))
 
 
-def round8(channels: float) -> int:
+def nearest8(channels: float) -> int:
     """To the nearest multiple of 8, at least 8."""
     return max(8, round(channels / 8) * 8)
 
@@ -183,12 +183,12 @@ def layers(structure: Sequence[Part]) -> int:
     return sum(part.layers for part in structure)
 
 
-def parameters(structure: Sequence[Part], classes: int, *, residual: bool = True) -> int:
+def parameters(structure: Sequence[Part], classes: int) -> int:
     """As the released code counts: a BatchNorm as its channels, of a shortcut as none, a classifier's biases as one."""
-    return sum(_count(part, None, residual)[0] for part in structure) + structure[-1].width * classes + 1
+    return sum(_count(part, None)[0] for part in structure) + structure[-1].width * classes + 1
 
 
-def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool = True) -> int:
+def flops(structure: Sequence[Part], classes: int, size: int) -> int:
     """Multiply-adds as the released code counts them, in whose units the paper's budgets are.
 
     A BatchNorm counts as one for each value; a shortcut by its output's resolution divided by the stride once more.
@@ -197,17 +197,16 @@ def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool 
         structure: of the network.
         classes: of the classifier.
         size: side of the images.
-        residual: whether shortcuts count.
     """
     total = structure[-1].width * classes
     for part in structure:
-        count, size = _count(part, size, residual)
+        count, size = _count(part, size)
         total += count
     return total
 
 
 @lru_cache(maxsize=8192)  # a mutation leaves most parts as they were
-def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
+def _count(part: Part, size: int | None) -> tuple[int, int]:
     """Multiply-adds of a part and the side of its maps; its parameters where `size` is None."""
     total = 0
     for branch in part.branches():
@@ -218,7 +217,7 @@ def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
                 size = -(-size // conv.stride)
             places = 1 if size is None else size**2
             total += (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
-        if residual and branch.projects:
+        if branch.projects:
             weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
             total += weights if size is None else weights * size**2 // stride**2
     return total, size or 1

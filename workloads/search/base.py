@@ -37,7 +37,7 @@ class SearchConfig(BaseModel):
         """What fields cannot say by themselves: (where, got and expected), such as a budget that nothing can meet.
 
         Args:
-            device: `cpu` or `cuda`: what the job's workers have. Takes well below a second, on a machine without it.
+            device: `cpu` or `cuda`: what the job's workers have. Takes about a second at most, on a machine without it.
         """
         return []
 

@@ -14,23 +14,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_array, csr_array, eye_array, kron
 
 from workloads.search.bilinear import Array, Bilinear, Problem, Shape
+from workloads.search.budget import Infeasible
 
 TIME_LIMIT_S = 100.0  # as in the paper
-
-
-class Infeasible(ValueError):
-    """No network is within the budgets.
-
-    Attributes:
-        name: of the budget that nothing meets.
-    """
-
-    def __init__(self, name: str, why: str) -> None:
-        self.name = name
-        super().__init__(name, why)
-
-    def __str__(self) -> str:
-        return str(self.args[1])
 
 
 class Program:
@@ -99,6 +85,7 @@ def smallest(problem: Problem) -> Array:
             others = f" within {', '.join(f'{one}: {_said(problem.limits[one])}' for one in before)}" if before else ""
             raise Infeasible(
                 name,
+                cost,
                 f"got {name}: {_said(limit)}, expected at least {_said(cost)}, the least that a network of the space "
                 f"has{others}; allow as much",
             )

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from workloads.models.structure import Structure, StructureError, flops, layers, parameters, parse, text
 from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
-from workloads.search.latency_budget import Latency
+from workloads.search.latency_budget import NetworkLatency
 from workloads.search.zen_score import zen_score
 from workloads.search.zen_space import START, Space, mutate, smallest
 
@@ -63,7 +63,7 @@ class ZenNASConfig(EvolutionConfig):
         found = [self.costs(structure) for structure in structures]
         least = {name: min(costs[name] for costs in found) for name in found[0]}
         if self.budget.latency is not None and self.budget.latency.table is not None:
-            latency = Latency(self.budget.latency, self.image_size)
+            latency = NetworkLatency(self.budget.latency, self.image_size)
             least["latency_ms"] = min(latency.of_structure(structure, self.classes) for structure in structures)
         return least
 
@@ -94,7 +94,7 @@ class ZenNAS(Evolution):
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
 
-    def latency_ms(self, latency: Latency, candidate: str) -> float:
+    def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         return latency.of_structure(parse(candidate), self.config.classes)
 
     def rate(self, candidate: str, index: int) -> float:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from workloads.search import bcfw, bilinear_evolution, ilp
 from workloads.search.bilinear import Array, Bilinear, Problem, Shape, contributions, entry_of, fit
+from workloads.search.budget import Infeasible
 
 SHAPE = Shape(stages=1, blocks=3, configurations=2, depths=(2, 3))
 ACCURACY = Bilinear.of_terms(SHAPE, 70.0, np.array([[[0.1, 0.4], [0.0, 0.3], [0.1, 0.6]]]), np.array([[0.5, 0.8]]))
@@ -181,7 +182,7 @@ def test_integer_programming_is_brute_force(seed: int) -> None:
         assert problem.excess(network) == 0
         assert problem.value(network) == pytest.approx(problem.value(within).max(), abs=1e-6)
     else:
-        with pytest.raises(ilp.Infeasible):
+        with pytest.raises(Infeasible):
             ilp.solve(problem)
 
 
@@ -199,7 +200,7 @@ def test_the_others_stay_within_the_budgets(seed: int) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_budget_that_nothing_meets(solver: str) -> None:
-    with pytest.raises(ilp.Infeasible, match=r"^got latency_ms: 4.900, expected at least 5.000, the least") as caught:
+    with pytest.raises(Infeasible, match=r"^got latency_ms: 4.900, expected at least 5.000, the least") as caught:
         SOLVERS[solver](toy(4.9))
     assert caught.value.name == "latency_ms"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -209,7 +210,7 @@ def test_budgets_that_nothing_meets_together() -> None:
     shape = Shape(1, 1, 2, (1,))
     a, b = (Bilinear.of_terms(shape, 0.0, np.array([[costs]])) for costs in ([1000, 4000], [4000, 1000]))
     problem: Any = Problem(shape, a, {"flops": a, "parameters": b}, {"flops": 2000, "parameters": 3000})
-    with pytest.raises(ilp.Infeasible, match=r"got parameters: 3,000, expected at least 4,000, .* within flops: 2,000"):
+    with pytest.raises(Infeasible, match=r"got parameters: 3,000, expected at least 4,000, .* within flops: 2,000"):
         ilp.smallest(problem)
 
 

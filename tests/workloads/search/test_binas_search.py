@@ -24,11 +24,12 @@ from workloads.models.architecture import costs, parse
 from workloads.models.binas_space import Paths, Space
 from workloads.models.binas_supernet import BinasSupernet
 from workloads.models.encoders import build_encoder, classifier_of
-from workloads.search import binas_costs, ilp
+from workloads.search import binas_costs
 from workloads.search.base import SearchInputs
 from workloads.search.binas import LATENCY, Binas, BinasConfig
 from workloads.search.binas_accuracy import Fixed, decisions
 from workloads.search.binas_costs import table_of
+from workloads.search.budget import Infeasible
 from workloads.search.island import Island
 from workloads.spec import Named, Stream
 
@@ -177,7 +178,7 @@ def test_a_latency_that_nothing_meets_ends_the_search_before_all_else(inputs: Se
     island = Island(Binas(BinasConfig(**TOY | {"budget": {"latency": {"ms": 1e-6, "batch_size": 1}}}), inputs))
     [(index, candidate)] = island.take(1)
     assert candidate == LATENCY
-    with pytest.raises(ilp.Infeasible, match=r"got latency_ms: .*, expected at least .*; allow as much"):
+    with pytest.raises(Infeasible, match=r"got latency_ms: .*, expected at least .*; allow as much"):
         island.give({index: island.search.score(candidate, index)})
 
 

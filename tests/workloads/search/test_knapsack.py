@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.random import Generator, default_rng
 
 from workloads.search import knapsack
-from workloads.search.knapsack import Choice, Groups, Infeasible, Option, best, by_mutation
+from workloads.search.budget import Infeasible
+from workloads.search.knapsack import Choice, Groups, Option, best, by_mutation
 
 
 def drawn(random: Generator, groups: int = 4, options: int = 4) -> list[list[Option]]:
