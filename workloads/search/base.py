@@ -8,7 +8,8 @@ A search proposes candidates (`ask`), somebody measures them (`score`), and it l
     tell(i, ...)            in order
 
 `search.island` keeps that order whatever the number of processes, so that one seed gives one result, unless latency
-is measured, which is never the same twice. What survives a restart is `state`, plain JSON. Nothing here knows of Ray, of files or of other islands.
+is measured, which is never the same twice. What survives a restart is `state`, plain JSON. Nothing here knows of Ray,
+of files or of other islands.
 """
 
 from __future__ import annotations
