@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from numpy.random import Generator
 from pydantic import AfterValidator, Field
@@ -20,7 +20,7 @@ from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
 from workloads.search.latency_budget import NetworkLatency
 from workloads.search.zen_score import zen_score
-from workloads.search.zen_space import START, Space, mutate, smallest
+from workloads.search.zen_space import RELEASED, START, TYPES, Space, mutate, smallest
 
 
 def _structure(string: str) -> str:
@@ -38,6 +38,7 @@ class ZenNASConfig(EvolutionConfig):
         initial: the structure to start from: cifar, imagenet or imagenet-mobile as in the paper, or a string.
         space: server: full convolutions and bottlenecks; mobile: inverted bottlenecks.
         image_size: side of the images of noise too.
+        types: of a part that is replaced: all equally likely, or as often as the released code happens to draw them.
         classes: of the classifier, which counts too.
         batch_size: of the noise.
         g: how far the second images are from the first.
@@ -46,6 +47,7 @@ class ZenNASConfig(EvolutionConfig):
 
     initial: Annotated[str, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
     space: Space = "server"
+    types: Literal["uniform", "released"] = "uniform"
     classes: int = Field(default=1000, ge=2)
     batch_size: int = Field(default=64, ge=2)
     g: float = Field(default=0.01, gt=0)
@@ -86,10 +88,14 @@ class ZenNAS(Evolution):
 
     def first_child(self, random: Generator) -> str:
         start = self.starts[int(random.integers(len(self.starts)))]
-        return text(mutate(start, 1, self.config.space, random))
+        return self._mutated(start, 1, random)
 
     def child(self, parent: str, random: Generator) -> str:
-        return text(mutate(parse(parent), 2, self.config.space, random))
+        return self._mutated(parse(parent), 2, random)
+
+    def _mutated(self, structure: Structure, times: int, random: Generator) -> str:
+        types = TYPES if self.config.types == "uniform" else RELEASED
+        return text(mutate(structure, times, self.config.space, random, types))
 
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
