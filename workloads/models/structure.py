@@ -107,7 +107,7 @@ class Part:
             expansion = int(re.findall(r"E(\d)", self.type)[0])
             halves: list[tuple[Conv, ...]] = []
             for a, b, s in ((width_in, inner, stride), (inner, self.width, 1)):
-                wide = nearest8(b * expansion)
+                wide = round8(b * expansion)
                 halves.append((Conv(a, wide, 1), Conv(wide, wide, k, s, groups=wide), Conv(wide, b, 1)))
             return halves
         if "K1" in self.type:
@@ -126,7 +126,7 @@ def _kernel(kind: str) -> int:
     return max(int(k) for k in re.findall(r"K(\d)", kind))
 
 
-def nearest8(channels: float) -> int:
+def round8(channels: float) -> int:
     """To the nearest multiple of 8, at least 8."""
     return max(8, round(channels / 8) * 8)
 

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from workloads.models.encoders import model_config
 from workloads.models.genet import RATIO, Block, GENetConfig
-from workloads.models.structure import Branch, Conv, nearest8
+from workloads.models.structure import Branch, Conv, round8
 from workloads.search.base import SearchConfig
 from workloads.search.latency_budget import LatencyBudget
 from workloads.search.latency_ops import of_branches
@@ -40,7 +40,7 @@ class Choices(SearchConfig):
 
     def instead_of(self, block: Block) -> list[Block]:
         """Blocks that may replace one; itself is not among them."""
-        widths = [block.channels if factor == 1 else nearest8(block.channels * factor) for factor in self.widths]
+        widths = [block.channels if factor == 1 else round8(block.channels * factor) for factor in self.widths]
         found = [
             Block(kind, width, block.layers + more, block.stride, kernel)
             for kind, kernel, more, width in itertools.product(self.kinds, self.kernels, self.depths, widths)

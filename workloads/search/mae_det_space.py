@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from numpy.random import Generator
 
 from workloads.models.maedet_structure import Block, Structure, chained, layers, parse
-from workloads.models.structure import nearest8
+from workloads.models.structure import round8
 
 ROUNDS = 2
 RATIOS = (1.5, 1.25, 0.8, 0.6, 0.5)  # of widths and bottlenecks
@@ -139,7 +139,7 @@ class Space:
         return self._fitted(blocks)
 
     def _drawn(self, channels: int, ratios: Sequence[float], random: Generator) -> int:
-        return min(nearest8(channels * _one(ratios, random)), self.widest)
+        return min(round8(channels * _one(ratios, random)), self.widest)
 
     def _bounded(self, width: int, at: int, block: Block, after: Block | None) -> int:
         """Not below what comes in, not above the next; with K1KXK1 neither grows more than four times by a block."""
@@ -148,7 +148,7 @@ class Space:
             width = max(block.width_in, min(max(width, least), most))
             return width if after is None else min(width, after.width)
         width = max(block.width_in, min(width, 4 * block.width_in))
-        return width if after is None else max(min(width, after.width), nearest8(after.width / 4))
+        return width if after is None else max(min(width, after.width), round8(after.width / 4))
 
     def _range(self, at: int) -> tuple[int, int]:
         return (self.ranges[at] if self.ranges else None) or (8, self.widest)
@@ -172,7 +172,7 @@ class Space:
 
 
 def _thick(bottleneck: int, width: int) -> int:
-    return bottleneck if bottleneck >= width / THINNEST else nearest8(width / THINNEST)
+    return bottleneck if bottleneck >= width / THINNEST else round8(width / THINNEST)
 
 
 def _one(of: Sequence[T], random: Generator) -> T:

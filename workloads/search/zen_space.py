@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from numpy.random import Generator
 
-from workloads.models.structure import BODY, Part, Structure, nearest8
+from workloads.models.structure import BODY, Part, Structure, round8
 
 Space = Literal["server", "mobile"]
 TYPES: dict[Space, list[str]] = {
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 def widths(width: int, space: Space) -> list[int]:
     """Channels that one of `width` may become, the most first."""
-    return sorted({nearest8(min(MAX_WIDTH[space], width * factor)) for factor in FACTORS}, reverse=True)
+    return sorted({round8(min(MAX_WIDTH[space], width * factor)) for factor in FACTORS}, reverse=True)
 
 
 def depths(layers: int) -> list[int]:

@@ -18,9 +18,9 @@ from workloads.models.structure import (
     StructureError,
     flops,
     layers,
-    nearest8,
     parameters,
     parse,
+    round8,
     text,
 )
 from workloads.models.zennet import published
@@ -94,7 +94,7 @@ def test_layers_of_each_type() -> None:
         *(Conv(8, 64, 1), Conv(64, 64, 3, 2, groups=64), Conv(64, 10, 1)),
         *(Conv(10, 120, 1), Conv(120, 120, 3, groups=120), Conv(120, 20, 1)),
     ]
-    assert [nearest8(x) for x in (1, 11, 12.1, 60)] == [8, 8, 16, 64]
+    assert [round8(x) for x in (1, 11, 12.1, 60)] == [8, 8, 16, 64]
 
 
 def test_shortcuts_project_first_and_where_channels_differ() -> None:
