@@ -175,6 +175,7 @@ def run(
         def on_point(point: dict[str, Any]) -> None:
             show(job("RUNNING", point["step"], point["epoch"], int(folder.total_steps.read_text())), point)
 
+        before = folder.read_record()
         try:
             code = run_local(document, out_folder, fresh=fresh, on_point=on_point)
         except ValueError as error:
@@ -182,8 +183,9 @@ def run(
         record = folder.read_record()
         if record is not None and code in (OK, CANCELLED):
             show(job(record.state, record.step, record.epoch, record.total_steps))
-    if record is not None and record.reason and code != OK:
-        fail(f"{record.state}: {record.reason}" + (f" ({record.hint})" if record.hint else ""), code)
+    if record is not None and record != before and record.reason and code != OK:  # else the log has said why
+        hint = record.hint or ("the same command goes on from there" if code == CANCELLED else None)
+        fail(f"{record.state}: {record.reason}" + (f" ({hint})" if hint else ""), code)
     raise typer.Exit(code)
 
 

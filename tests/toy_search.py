@@ -20,17 +20,23 @@ TOY_SEARCH: dict[str, Any] = {
     "budget": {"parameters": 200_000, "layers": 10},
 }
 
+TOY_SPACE: dict[str, Any] = {
+    "stem": 8, "first": 8, "widths": [8, 16], "strides": [1, 2], "relu_stages": 1, "min_depth": 1, "max_depth": 2,
+    "expansions": [2, 3], "kernels": [3, 5], "se": [False], "last": 16, "features": 12,
+}  # fmt: skip
+"""Of BINAS: two stages of one or two blocks, each of four configurations."""
+
 
 def toy_search(search: dict[str, Any] | None = None, **fields: Any) -> SearchSpec:
     """A spec with some fields, or some of its search, replaced."""
     return SearchSpec.model_validate({"name": "toy", "search": TOY_SEARCH | (search or {}), **fields})
 
 
-def in_any_order(island: Island, seed: int = 0) -> Search:
-    """Scores in any order, a few at a time."""
+def in_any_order(island: Island, seed: int = 0, until: int | None = None) -> Search:
+    """Scores in any order, a few at a time; to the end, or until so many are told."""
     order = random.Random(seed)
     held: list[tuple[int, str]] = []
-    while not island.done:
+    while not island.done and (until is None or island.told < until):
         held += island.take(order.randint(1, 9))
         order.shuffle(held)
         island.give({index: island.search.score(candidate, index) for index, candidate in held[:3]})

@@ -138,7 +138,7 @@ def execute(
                     journal.finish("FAILED", f"got max_duration of {spec.max_duration:.9g} s, reached {reached}", HINT)
                     return FAILED
             if not done or stop():
-                journal.finish("STOPPED", "stopped on request; the checkpoint is kept")
+                journal.finish("STOPPED", "stopped on request; what is done is kept")
                 return STOPPED
             with tracing.span("conclude"):
                 concluded = work.conclude()
@@ -180,19 +180,28 @@ def _story_in_mirror(spec: AnySpec, run: RunFolder) -> Iterator[None]:
 
 
 def _claim(spec: AnySpec, run: RunFolder, home: Path) -> str | None:
-    """Writes the spec into a new folder; refuses a folder that holds another job. Only `max_duration` may change."""
+    """Writes the spec into a new folder; refuses a folder that holds another job. Only `max_duration` may change.
+
+    A job that was refused, and mended since, is no other job: nothing was begun.
+    """
     text = spec.model_dump_json(indent=1)
     if not run.spec.exists():
         write_atomic(run.spec, text)
         return None
     held = settled(spec_of(run), home)  # the service writes the job as it was sent
-    if held.model_copy(update={"max_duration": spec.max_duration}) == spec:
+    alone = all(_mirror_of(one, run) is None for one in (held, spec))  # nothing of it lies elsewhere
+    if held.model_copy(update={"max_duration": spec.max_duration}) == spec or (alone and _never_began(run)):
         if run.spec.read_text() != text:
             write_atomic(run.spec, text)
         return None
     ours, theirs = spec.model_dump(), held.model_dump()
     keys = ", ".join(key for key in ours if ours[key] != theirs.get(key))
     return f"{run.path} holds another job (it differs in {keys}); use another folder, or --fresh to start anew"
+
+
+def _never_began(run: RunFolder) -> bool:
+    record = run.read_record()
+    return record is not None and record.total_steps == 0 and not run.total_steps.exists()
 
 
 @contextlib.contextmanager

@@ -147,5 +147,6 @@ def _words(found: Found, kept: int) -> str:
         x = found.latency
         lines.append(f"- latency: {x.ms:.4g} ms an image, batch {x.batch_size}, {x.precision}, on {x.device}")
     lines.append(f"- candidates: {found.told:,}, of which {found.spent:,} were over budget or known; {kept:,} are kept")
-    lines += ["", f"Use it in a job: `model: {{name: job:{found.job_id}}}`.", ""]
+    here = "the path of this folder" if found.job_id.startswith("local-") else f"job:{found.job_id}"
+    lines += ["", f"Use it in a job: `model: {{name: {here}}}`.", ""]
     return "\n".join(lines)

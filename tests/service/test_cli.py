@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from service import cli
 from service.client import ApiError
+from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
 runner = CliRunner()
@@ -264,7 +265,23 @@ def test_run_local_trains_and_refuses_another_job(tmp_path: Path, toy_job: Calla
     assert (tmp_path / "out" / "artifact" / "model.safetensors").is_file()
     assert runner.invoke(cli.app, ["run", str(path), "--out", str(tmp_path / "out")]).exit_code == 2
     path.write_text(yaml.safe_dump(toy_job(seed=4).model_dump(mode="json")))
-    assert runner.invoke(cli.app, command).exit_code == 1
+    run = RunFolder(tmp_path / "out")
+    record = run.read_record()
+    assert record is not None
+    run.write_record(record.model_copy(update={"state": "STOPPED", "reason": "of before"}))
+    refused = runner.invoke(cli.app, command)
+    assert refused.exit_code == 1 and "of before" not in refused.stderr  # which has nothing to do with it
+
+
+def test_stopped_it_says_how_to_go_on(
+    tmp_path: Path, toy_job: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = tmp_path / "job.yaml", RunFolder(tmp_path / "out")
+    path.write_text(yaml.safe_dump(toy_job().model_dump(mode="json")))
+    monkeypatch.setattr("workloads.work.Work.go", lambda *_: run.stop.touch())
+    result = runner.invoke(cli.app, ["run", "--local", str(path), "--out", str(run.path)])
+    assert result.exit_code == 3
+    assert "STOPPED: stopped on request; what is done is kept (the same command goes on from there)" in result.stderr
 
 
 def test_replay_says_whether_steps_are_equal(

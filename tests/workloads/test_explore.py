@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return run
 
 
-def test_leaves_structure_score_costs_latency_and_population(whole: RunFolder) -> None:
+def test_leaves_structure_score_costs_latency_and_population(whole: RunFolder, tmp_path: Path) -> None:
     found, rows = read_found(whole.artifact), kept(whole)
     assert found is not None and found.latency is not None
     assert found.latency.ms > 0 and found.latency.device.startswith("cpu")
@@ -75,7 +75,10 @@ def test_leaves_structure_score_costs_latency_and_population(whole: RunFolder) -
     record, points = whole.read_record(), list(whole.read_metrics())
     assert record is not None and (record.step, record.total_steps) == (120, 120)
     assert points[-1]["best_score"] == found.score
-    assert found.structure in (whole.artifact / "README.md").read_text()
+    words = (whole.artifact / "README.md").read_text()
+    assert found.structure in words and "`model: {name: job:s1}`" in words
+    write(tmp_path / "artifact", found.model_copy(update={"job_id": "local-1"}), rows)  # which no `job:` finds
+    assert "`model: {name: the path of this folder}`" in (tmp_path / "artifact" / "README.md").read_text()
 
 
 def test_killed_and_resumed_it_finds_the_same(whole: RunFolder, tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_a_second_call_does_nothing_and_fresh_starts_anew(toy_job: Callable[...,
     assert (run.artifact / "model.safetensors").stat().st_mtime_ns != written
 
 
+def test_a_refused_job_that_was_mended_takes_its_folder(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
+    """Unless a mirror may hold something of it."""
+    wrong, mended = {"name": "mae", "mask_ratoi": 0.5}, {"epochs": None, "steps": 1}
+    assert run_local(toy_job(method=wrong), tmp_path / "out") == FAILED
+    assert run_local(toy_job(**mended), tmp_path / "out") == SUCCEEDED
+    assert run_local(toy_job(method=wrong), tmp_path / "out") == FAILED
+    assert run_local(toy_job(**mended), tmp_path / "out") == SUCCEEDED  # what was done is not taken over
+    mended["checkpoint"] = {"mirror": str(tmp_path / "mirror")}
+    assert run_local(toy_job(method=wrong), tmp_path / "other") == FAILED
+    assert run_local(toy_job(**mended), tmp_path / "other") == FAILED
+
+
 def test_fresh_does_not_delete_what_is_no_run(toy_job: Callable[..., JobSpec], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds files but no run"):

@@ -37,7 +37,7 @@ class Costs(NamedTuple):
     flops: int  # multiply-adds of convolutions and linear layers
 
 
-def round8(channels: float) -> int:
+def mobile8(channels: float) -> int:
     """To the nearest multiple of 8, but not below 9 tenths of what was asked, as MobileNets do."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
@@ -71,7 +71,7 @@ class Block:
 
     def inside(self, width_in: int) -> int:
         """Channels of its spatial convolution."""
-        return round8(width_in * self.expansion) if self.kind == "ir" else width_in
+        return mobile8(width_in * self.expansion) if self.kind == "ir" else width_in
 
     def size(self, size: int) -> int:
         """Side of its maps for that of those that come in."""
@@ -88,8 +88,8 @@ class Block:
         if self.kind == "ir":
             parameters, flops = parameters + width_in * mid + 2 * mid, flops + width_in * mid * before
         if self.se:
-            weights = 2 * mid * round8(mid / 4)
-            parameters, flops = parameters + weights + mid + round8(mid / 4), flops + weights
+            weights = 2 * mid * mobile8(mid / 4)
+            parameters, flops = parameters + weights + mid + mobile8(mid / 4), flops + weights
         return Costs(parameters, flops)
 
 

@@ -21,7 +21,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from workloads.data.views import Size
-from workloads.models.architecture import Architecture, ArchitectureError, Block, parse, round8, text
+from workloads.models.architecture import Architecture, ArchitectureError, Block, mobile8, parse, text
+from workloads.models.convolution import conv
 from workloads.models.pooled_cnn import PooledCNN
 from workloads.models.structure import Channels, String
 from workloads.models.timm_import import timm
@@ -71,10 +72,6 @@ class BinasConfig(BaseModel):
         return Binas(self.structure, self.stem, self.features)
 
 
-def conv(width_in: int, width: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(width_in, width, kernel, stride, kernel // 2, groups=groups, bias=False)
-
-
 def activation(relu: bool) -> nn.Module:
     return nn.ReLU() if relu else nn.Hardswish()
 
@@ -84,8 +81,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv_reduce = nn.Conv2d(channels, round8(channels / 4), 1)
-        self.conv_expand = nn.Conv2d(round8(channels / 4), channels, 1)
+        self.conv_reduce = nn.Conv2d(channels, mobile8(channels / 4), 1)
+        self.conv_expand = nn.Conv2d(mobile8(channels / 4), channels, 1)
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """[B, C, H, W]; kept [B, R, 1, 1]: which of the R channels inside count."""
@@ -202,6 +199,10 @@ class Binas(HiddenHead):
             stages.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*stages)
         self.finish(num_classes)
+
+    def residual_blocks(self) -> list[nn.Module]:
+        """Blocks by depth, but for convolutions; what they give is behind no ReLU."""
+        return [module for module in self.modules() if isinstance(module, Residual)]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps, [B, last, h, w]; the features are those behind the hidden layer."""

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.data.views import Size
-from workloads.models.architecture import round8
-from workloads.models.binas import Convolution, HiddenHead, Separable, SqueezeExcite, activation, conv
+from workloads.models.architecture import mobile8
+from workloads.models.binas import Convolution, HiddenHead, Separable, SqueezeExcite, activation
 from workloads.models.binas_space import Paths, Space
+from workloads.models.convolution import conv
 from workloads.models.timm_import import timm
 
 
@@ -50,7 +51,7 @@ class Elastic(nn.Module):
         mid, width = largest.inside(width_in), largest.width
         self.configurations = space.configurations
         self.kernels, self.with_se = space.kernels, space.se
-        self.mids = [round8(width_in * expansion) for expansion in space.expansions]
+        self.mids = [mobile8(width_in * expansion) for expansion in space.expansions]
         self.act = activation(largest.relu)
         self.conv_pw, self.bn1 = conv(width_in, mid), nn.BatchNorm2d(mid)
         self.conv_dw = conv(mid, mid, largest.kernel, largest.stride, mid)
@@ -89,7 +90,7 @@ class Elastic(nn.Module):
         spatial = sum(self._spatial(y, i) * (kernel == i)[:, None, None, None] for i in range(len(self.kernels)))
         y = self.act(spatial * first(self.mids, expansion, y.shape[1]))
         if self.se is not None:
-            excited = self.se(y, first([round8(mid / 4) for mid in self.mids], expansion, round8(self.mids[-1] / 4)))
+            excited = self.se(y, first([mobile8(mid / 4) for mid in self.mids], expansion, mobile8(self.mids[-1] / 4)))
             on = torch.tensor(self.with_se, device=y.device)[se]
             y = torch.where(on[:, None, None, None], excited, y)
         row = expansion * len(self.with_se) + se
@@ -125,7 +126,7 @@ class Elastic(nn.Module):
             **{f"bn3.{name}": value for name, value in bn3.items()},
         }
         if chosen.se and self.se is not None:
-            reduce, expand, inner = self.se.conv_reduce, self.se.conv_expand, round8(mid / 4)
+            reduce, expand, inner = self.se.conv_reduce, self.se.conv_expand, mobile8(mid / 4)
             assert reduce.bias is not None and expand.bias is not None
             found |= {"se.conv_reduce.weight": reduce.weight[:inner, :mid], "se.conv_reduce.bias": reduce.bias[:inner]}
             found |= {"se.conv_expand.weight": expand.weight[:mid, :inner], "se.conv_expand.bias": expand.bias[:mid]}

@@ -24,6 +24,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from workloads.data.views import Size
+from workloads.models.convolution import conv_norm
 from workloads.models.pooled_cnn import PooledCNN
 from workloads.models.structure import Channels, Layers
 from workloads.models.timm_import import timm
@@ -111,12 +112,6 @@ class GENetLarge(GENetConfig):
     last: Channels = 2560
 
 
-def convolution(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """A convolution and its BatchNorm."""
-    conv = nn.Conv2d(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width))
-
-
 class Layer(nn.Module):
     """relu(f(x) + x); where the shape changes, x goes through a convolution of 1 x 1 with that stride."""
 
@@ -124,13 +119,13 @@ class Layer(nn.Module):
         super().__init__()
         mid = round(width * RATIO[kind])
         if kind == "XX":
-            parts = [convolution(width_in, mid, kernel, stride), nn.ReLU(), convolution(mid, width, kernel)]
+            parts = [conv_norm(width_in, mid, kernel, stride), nn.ReLU(), conv_norm(mid, width, kernel)]
         else:
-            inner = convolution(mid, mid, kernel, stride, groups=mid if kind == "DW" else 1)
-            parts = [convolution(width_in, mid, 1), nn.ReLU(), inner, nn.ReLU(), convolution(mid, width, 1)]
+            inner = conv_norm(mid, mid, kernel, stride, groups=mid if kind == "DW" else 1)
+            parts = [conv_norm(width_in, mid, 1), nn.ReLU(), inner, nn.ReLU(), conv_norm(mid, width, 1)]
         self.branch = nn.Sequential(*parts)
         same = stride == 1 and width_in == width
-        self.shortcut = nn.Identity() if same else convolution(width_in, width, 1, stride)
+        self.shortcut = nn.Identity() if same else conv_norm(width_in, width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.branch(x) + self.shortcut(x)).relu()
@@ -143,7 +138,7 @@ class GENet(PooledCNN):
         blocks = tuple(Block(*block) for block in blocks)  # of a JSON file they are lists
         args = {"stem": stem, "blocks": [list(block) for block in blocks], "last": last}
         super().__init__(last, architecture="genet", args=args)
-        self.stem = nn.Sequential(*convolution(3, stem, 3, 2), nn.ReLU())
+        self.stem = nn.Sequential(*conv_norm(3, stem, 3, 2), nn.ReLU())
         made, width = [], stem
         for block in blocks:
             layers = []
@@ -152,12 +147,16 @@ class GENet(PooledCNN):
                 width = block.channels
             made.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*made)
-        self.last = nn.Sequential(*convolution(width, last, 1), nn.ReLU())
+        self.last = nn.Sequential(*conv_norm(width, last, 1), nn.ReLU())
         self.finish(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, layers or blocks, the rest."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
+
+    def residual_blocks(self) -> list[nn.Module]:
+        """Layers by depth."""
+        return [module for module in self.modules() if isinstance(module, Layer)]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 32, W / 32] of the published ones."""

@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor, nn
 
 from workloads.data.views import Size
+from workloads.models.convolution import conv_norm
 from workloads.models.maedet_structure import Structure, parse, plain, stages, strides
 from workloads.models.pooled_cnn import PooledCNN
 from workloads.models.structure import Branch, StructureError
@@ -68,8 +69,7 @@ class Layer(nn.Module):
         super().__init__()
         parts: list[nn.Module] = []
         for conv in branch.convs:
-            convolution = nn.Conv2d(conv.width_in, conv.width, conv.kernel, conv.stride, conv.kernel // 2, bias=False)
-            parts += [convolution, nn.BatchNorm2d(conv.width), nn.ReLU()]
+            parts += [*conv_norm(conv.width_in, conv.width, conv.kernel, conv.stride), nn.ReLU()]
         self.branch = nn.Sequential(*parts[:-1])
         self.shortcut = _shortcut(branch) if branch.residual else None
 
@@ -85,7 +85,7 @@ def _shortcut(branch: Branch) -> nn.Sequential:
     if any(conv.stride == 2 for conv in branch.convs):
         parts.append(nn.AvgPool2d(2, ceil_mode=True))  # as a convolution of stride 2 rounds; for even sizes the same
     if branch.projects:
-        parts += [nn.Conv2d(width_in, width, 1, bias=False), nn.BatchNorm2d(width)]
+        parts += conv_norm(width_in, width)
     return nn.Sequential(*parts)
 
 
@@ -119,6 +119,10 @@ class MAEDet(PooledCNN):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, layers or blocks, the rest."""
         return {"stem": r"^blocks\.0\.", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
+
+    def residual_blocks(self) -> list[nn.Module]:
+        """Layers by depth, but for the stem."""
+        return [module for module in self.modules() if isinstance(module, Layer) and module.shortcut is not None]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 32, W / 32] of the published ones."""

@@ -41,6 +41,10 @@ class PooledCNN(nn.Module):
         """[B, 3, H, W] -> the last maps, [B, num_features, h, w]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward_features(images)")
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """By depth, those whose maps a student and its teacher compare; none of a subclass that names none."""
+        return []
+
     def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` returns -> what `forward` does, or what its classifier sees."""
         pooled = maps.mean(dim=(2, 3))

@@ -89,6 +89,10 @@ class StagedCNN(PooledCNN):
         """Patterns of the names of parameters by depth, for layer-wise decay: stem, blocks or stages, the rest."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
+    def residual_blocks(self) -> list[nn.Module]:
+        """Blocks by depth."""
+        return [*self.layer1, *self.layer2, *self.layer3]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU, [B, num_features, H / 4, W / 4]."""
         return self.layer3(self.layer2(self.layer1(self.stem(images))))

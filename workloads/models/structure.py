@@ -220,12 +220,12 @@ def layers(structure: Sequence[Part]) -> int:
     return sum(part.layers for part in structure)
 
 
-def parameters(structure: Sequence[Part], classes: int, *, residual: bool = True) -> int:
+def parameters(structure: Sequence[Part], classes: int) -> int:
     """As the released code counts: a BatchNorm as its channels, of a shortcut as none, a classifier's biases as one."""
-    return sum(_count(part, None, residual)[0] for part in structure) + structure[-1].width * classes + 1
+    return sum(_count(part, None)[0] for part in structure) + structure[-1].width * classes + 1
 
 
-def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool = True) -> int:
+def flops(structure: Sequence[Part], classes: int, size: int) -> int:
     """Multiply-adds as the released code counts them, in whose units the paper's budgets are.
 
     A BatchNorm counts as one for each value; a shortcut by its output's resolution divided by the stride once more.
@@ -234,17 +234,16 @@ def flops(structure: Sequence[Part], classes: int, size: int, *, residual: bool 
         structure: of the network.
         classes: of the classifier.
         size: side of the images.
-        residual: whether shortcuts count.
     """
     total = structure[-1].width * classes
     for part in structure:
-        count, size = _count(part, size, residual)
+        count, size = _count(part, size)
         total += count
     return total
 
 
 @lru_cache(maxsize=8192)  # a mutation leaves most parts as they were
-def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
+def _count(part: Part, size: int | None) -> tuple[int, int]:
     """Multiply-adds of a part and the side of its maps; its parameters where `size` is None."""
     total = 0
     for branch, count in ((branch, count) for layer, count in part.parts() for branch in layer):
@@ -255,7 +254,7 @@ def _count(part: Part, size: int | None, residual: bool) -> tuple[int, int]:
                 size = -(-size // conv.stride)
             places = 1 if size is None else size**2
             total += count * (conv.width_in * conv.width // conv.groups * conv.kernel**2 + conv.width) * places
-        if residual and branch.projects:
+        if branch.projects:
             weights = (branch.convs[0].width_in + 1) * branch.convs[-1].width
             total += count * (weights if size is None else weights * size**2 // stride**2)
     return total, size or 1

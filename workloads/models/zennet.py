@@ -10,7 +10,6 @@ loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +19,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from workloads.data.views import Size
+from workloads.models.convolution import conv_norm
 from workloads.models.pooled_cnn import PooledCNN
-from workloads.models.structure import EPS, Branch, Conv, String, Structure, StructureError, parse, parse_network, text
+from workloads.models.structure import EPS, Branch, String, Structure, StructureError, parse, parse_network, text
 from workloads.models.timm_import import timm
 
 GAIN = 3.26
@@ -71,21 +71,13 @@ class ZenNetConfig(BaseModel):
         return ZenNet(parse(self.structure), se=self.se)
 
 
-def convolution(conv: Conv) -> Iterator[nn.Module]:
-    """The convolution and its BatchNorm."""
-    yield nn.Conv2d(
-        conv.width_in, conv.width, conv.kernel, conv.stride, conv.kernel // 2, groups=conv.groups, bias=False
-    )
-    yield nn.BatchNorm2d(conv.width, eps=EPS)
-
-
 class SE(nn.Module):
     """Weighs channels by what the means of all of them say (Hu et al. 2018, arXiv 1709.01507)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = max(1, round(0.25 * channels))
-        squeeze, excite = convolution(Conv(channels, inner, 1)), convolution(Conv(inner, channels, 1))
+        squeeze, excite = conv_norm(channels, inner, eps=EPS), conv_norm(inner, channels, eps=EPS)
         self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), *squeeze, nn.ReLU(), *excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +91,7 @@ class Chain(nn.Module):
         super().__init__()
         parts: list[nn.Module] = []
         for i, conv in enumerate(branch.convs):
-            parts += convolution(conv)
+            parts += conv_norm(conv.width_in, conv.width, conv.kernel, conv.stride, conv.groups, eps=EPS)
             if i < len(branch.convs) - 1:
                 parts.append(nn.ReLU())
             if se and branch.residual and i == len(branch.convs) - 2:  # the k x k one: never the last of its branch
@@ -144,6 +136,10 @@ class ZenNet(PooledCNN):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of the names of parameters by depth, for layer-wise decay: the stem, chains or parts, the rest."""
         return {"stem": r"^parts\.0\.", "blocks": r"^parts\.(\d+)" if coarse else r"^parts\.(\d+)\.(\d+)"}
+
+    def residual_blocks(self) -> list[nn.Module]:
+        """Chains by depth, but for stem and tail."""
+        return [module for module in self.modules() if isinstance(module, Chain) and module.shortcut is not None]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the last maps behind their ReLU."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workloads.models.maps import laid_out
+from workloads.models.pooled_cnn import PooledCNN
 
 
 def dense_features(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,18 +33,22 @@ def residual_blocks(network: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: it has none.
     """
-    blocks = [block for i in range(1, 5) for block in getattr(network, f"layer{i}", ())]
+    if isinstance(network, PooledCNN):
+        blocks = network.residual_blocks()
+    else:  # as timm's ResNets call their stages
+        blocks = [block for i in range(1, 5) for block in getattr(network, f"layer{i}", ())]
     if not blocks:
         raise ValueError(
-            f"got model {type(network).__name__}, expected one of residual stages, whose maps can be compared; use "
-            "resnet_cifar, wide_resnet or a ResNet of timm such as resnet18, for student and teacher"
+            f"got model {type(network).__name__}, expected one of residual blocks, whose maps can be compared; use "
+            "resnet_cifar, wide_resnet, a network that a search found, or a ResNet of timm such as resnet18, for "
+            "student and teacher"
         )
     return blocks
 
 
 @contextlib.contextmanager
 def tapped(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, a forward leaves here what each block gives behind its last ReLU, [B, C, H, W].
+    """Within, a forward leaves here what each block gives, behind its last ReLU if it ends in one, [B, C, H, W].
 
     The hooks are on the blocks, outside of what the engine compiles and of what it computes again.
     """

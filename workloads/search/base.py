@@ -7,8 +7,9 @@ A search proposes candidates (`ask`), somebody measures them (`score`), and it l
                             was told; a process that only scores builds the same object and calls nothing else
     tell(i, ...)            in order
 
-`search.island` keeps that order whatever the number of processes, so that one seed gives one result. What survives a
-restart is `state`, plain JSON. Nothing here knows of Ray, of files or of other islands.
+`search.island` keeps that order whatever the number of processes, so that one seed gives one result, unless latency
+is measured, which is never the same twice. What survives a restart is `state`, plain JSON. Nothing here knows of Ray,
+of files or of other islands.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SearchConfig(BaseModel):
         """What fields cannot say by themselves: (where, got and expected), such as a budget that nothing can meet.
 
         Args:
-            device: `cpu` or `cuda`: what the job's workers have. Takes well below a second, on a machine without it.
+            device: `cpu` or `cuda`: what the job's workers have. Takes about a second at most, on a machine without it.
         """
         return []
 

@@ -28,7 +28,7 @@ from workloads.search.base import Result, Search, SearchConfig, SearchInputs, Wi
 from workloads.search.bilinear import Array, Bilinear, Problem, contributions, fit
 from workloads.search.binas_accuracy import Accuracy, Fixed, decisions, of_block, of_depth
 from workloads.search.binas_costs import PartLatency, blocks_of, counted, latency, shape_of, table_of
-from workloads.search.budget import COUNTED, Budget
+from workloads.search.budget import COUNTED, Budget, Infeasible
 from workloads.search.latency_ops import TableError
 
 LATENCY = "latency table"  # the candidate that measures one
@@ -102,7 +102,7 @@ class BinasConfig(SearchConfig):
             return [(("budget", "latency"), problem) for problem in said]
         try:
             ilp.smallest(self.problem(table=self.looked_up()))
-        except ilp.Infeasible as error:
+        except Infeasible as error:
             where = ("budget", "latency", "ms") if error.name == "latency_ms" else ("budget", error.name)
             return [(where, str(error))]
         except TableError as error:
@@ -209,7 +209,7 @@ class Binas(Search):
         """The best network within the budgets, and what it solves.
 
         Raises:
-            ilp.Infeasible: there is none.
+            Infeasible: there is none.
         """
         table = self.config.looked_up() if self._table is None else self._table
         if table is None and self.config.budget.latency is not None:

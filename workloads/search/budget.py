@@ -11,6 +11,22 @@ from workloads.search.latency_budget import LatencyBudget
 COUNTED = ("parameters", "flops", "layers")
 
 
+class Infeasible(ValueError):
+    """Nothing is within a budget.
+
+    Attributes:
+        name: of the budget.
+        least: what the cheapest has of it.
+    """
+
+    def __init__(self, name: str, least: float, why: str) -> None:
+        self.name, self.least = name, least
+        super().__init__(name, least, why)
+
+    def __str__(self) -> str:
+        return str(self.args[2])
+
+
 class Budget(BaseModel):
     """The most that a network may cost; None: as much as it likes.
 

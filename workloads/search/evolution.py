@@ -18,7 +18,7 @@ from pydantic import Field
 
 from workloads.search.base import Result, Search, SearchConfig
 from workloads.search.budget import Budget
-from workloads.search.latency_budget import Latency
+from workloads.search.latency_budget import NetworkLatency
 from workloads.search.latency_ops import TableError
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ class Evolution(Search):
         """The score."""
 
     @abstractmethod
-    def latency_ms(self, latency: Latency, candidate: str) -> float:
+    def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         """What `latency` says of the candidate."""
 
     @abstractmethod
@@ -121,9 +121,9 @@ class Evolution(Search):
         return found | {"score": self.rate(candidate, index)}
 
     @cached_property
-    def _latency(self) -> Latency | None:
+    def _latency(self) -> NetworkLatency | None:
         budget = self.config.budget.latency
-        return None if budget is None else Latency(budget, self.config.image_size)
+        return None if budget is None else NetworkLatency(budget, self.config.image_size)
 
     def tell(self, index: int, candidate: str, result: Result) -> None:
         self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))

@@ -34,9 +34,10 @@ from numpy.random import default_rng
 from workloads.models.genet import GENet, GENetConfig
 from workloads.search import block_distillation as distillation
 from workloads.search.base import Result, Search, Winner
+from workloads.search.budget import Infeasible
 from workloads.search.genet_space import GENetLLRConfig, branches, costs, parse, replaced, text
-from workloads.search.knapsack import Choice, Infeasible, Option, best, by_mutation
-from workloads.search.latency_budget import Latency
+from workloads.search.knapsack import Choice, Option, best, by_mutation
+from workloads.search.latency_budget import NetworkLatency
 from workloads.search.latency_ops import of_branches
 
 
@@ -78,8 +79,8 @@ class GENetLLR(Search):
             return self._latency.of_all([network.build() for network in networks])
 
     @cached_property
-    def _latency(self) -> Latency:
-        return Latency(self.config.budget.latency, self.config.size)
+    def _latency(self) -> NetworkLatency:
+        return NetworkLatency(self.config.budget.latency, self.config.size)
 
     @cached_property
     def _master(self) -> GENet:
@@ -165,7 +166,9 @@ class GENetLLR(Search):
         try:
             chosen = {choice.picks: choice for choice in best(options, room, keep)}
         except Infeasible as error:
-            raise Infeasible(self.config.ms, t0 + error.least) from None
+            least = t0 + error.least
+            why = f"got latency_ms: {self.config.ms:.6g}, expected at least {least:.6g}, the fastest sum; allow as much"
+            raise Infeasible("latency_ms", least, why) from None
         random = default_rng((self.inputs.seed, self.total))
         chosen |= {choice.picks: choice for choice in by_mutation(options, room, random, keep=keep)}
         first = sorted(chosen.values(), key=lambda choice: (-choice.value, choice.cost))[:keep]

@@ -16,26 +16,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_array, csr_array, eye_array, kron
 
 from workloads.search.bilinear import Array, Bilinear, Problem, Shape
-from workloads.search.budget import COUNTED
+from workloads.search.budget import COUNTED, Infeasible
 
 logger = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 100.0  # as in the paper
-
-
-class Infeasible(ValueError):
-    """No network is within the budgets.
-
-    Attributes:
-        name: of the budget that nothing meets.
-    """
-
-    def __init__(self, name: str, why: str) -> None:
-        self.name = name
-        super().__init__(name, why)
-
-    def __str__(self) -> str:
-        return str(self.args[1])
 
 
 class Unsolved(ValueError):
@@ -135,6 +120,7 @@ def smallest(problem: Problem) -> Array:
             others = ", ".join(f"{one}: {_said(one, problem.limits[one])}" for one in before)
             raise Infeasible(
                 name,
+                cost,
                 f"got {name}: {said}, expected at least {expected}, the least that a network of the space "
                 f"has{' within ' * bool(others)}{others}; allow as much",
             )

@@ -17,23 +17,10 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
+from workloads.search.budget import Infeasible
+
 MOST = 50_000
 BIN = 0.005  # of the budget's room, above the cheapest
-
-
-class Infeasible(ValueError):
-    """No combination is within the budget.
-
-    Attributes:
-        least: what the cheapest one costs.
-    """
-
-    def __init__(self, budget: float, least: float) -> None:
-        super().__init__(budget, least)
-        self.budget, self.least = budget, least
-
-    def __str__(self) -> str:
-        return f"got a budget of {self.budget:.6g}, expected at least {self.least:.6g}, the cheapest combination's"
 
 
 class Option(NamedTuple):
@@ -77,8 +64,13 @@ def best(groups: Groups, budget: float, keep: int = 1) -> list[Choice]:
         if len(found) > MOST:
             found = _binned(found, (budget - sum(least)) * BIN, keep)
     if not found:
-        raise Infeasible(budget, sum(least))
+        raise _infeasible(budget, sum(least))
     return heapq.nlargest(keep, found, _rank)
+
+
+def _infeasible(budget: float, least: float) -> Infeasible:
+    why = f"got a budget of {budget:.6g}, expected at least {least:.6g}, the cheapest combination's"
+    return Infeasible("cost", least, why)
 
 
 def _rank(choice: Choice) -> tuple[float, float]:
@@ -122,7 +114,7 @@ def by_mutation(groups: Groups, budget: float, random: Generator, *, keep: int =
 
     start = chosen(cheapest)
     if start.cost > budget:
-        raise Infeasible(budget, start.cost)
+        raise _infeasible(budget, start.cost)
     members, known = [start], {start.picks}
     for _ in range(turns):
         picks = list(members[random.integers(len(members))].picks)

@@ -80,7 +80,7 @@ class LatencyBudget(BaseModel):
         return table
 
 
-class Latency:
+class NetworkLatency:
     """What answers for networks: ms per image."""
 
     def __init__(self, budget: LatencyBudget, size: int) -> None:

@@ -31,7 +31,7 @@ from workloads.models.maedet_structure import Structure, flops, layers, paramete
 from workloads.models.structure import MOST_CHANNELS, Channels, StructureError
 from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
-from workloads.search.latency_budget import Latency
+from workloads.search.latency_budget import NetworkLatency
 from workloads.search.latency_ops import of_branches
 from workloads.search.mae_det_space import START, Space
 
@@ -54,7 +54,7 @@ def entropy_score(structure: Structure, weights: Sequence[float]) -> float:
     return math.fsum(a * H for a, H in zip(weights, stage_entropies(structure), strict=True))
 
 
-def latency_ms(latency: Latency, structure: Structure) -> float:
+def latency_ms(latency: NetworkLatency, structure: Structure) -> float:
     """By a table in a millisecond, as nothing is built, or measured.
 
     Raises:
@@ -142,7 +142,7 @@ class MAEDETConfig(EvolutionConfig):
         found = [self.costs(structure) for structure in structures]
         least = {name: min(costs[name] for costs in found) for name in found[0]}
         if self.budget.latency is not None and self.budget.latency.table is not None:
-            latency = Latency(self.budget.latency, self.image_size)
+            latency = NetworkLatency(self.budget.latency, self.image_size)
             least["latency_ms"] = min(latency_ms(latency, structure) for structure in structures)
         return least
 
@@ -178,7 +178,7 @@ class MAEDET(Evolution):
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
 
-    def latency_ms(self, latency: Latency, candidate: str) -> float:
+    def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         return latency_ms(latency, parse(candidate))
 
     def rate(self, candidate: str, index: int) -> float:

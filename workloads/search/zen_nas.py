@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from numpy.random import Generator
 from pydantic import AfterValidator, Field
@@ -28,9 +28,9 @@ from workloads.models.structure import (
 )
 from workloads.search.base import Winner
 from workloads.search.evolution import Evolution, EvolutionConfig
-from workloads.search.latency_budget import Latency
+from workloads.search.latency_budget import NetworkLatency
 from workloads.search.zen_score import zen_score
-from workloads.search.zen_space import START, Space, mutate, smallest
+from workloads.search.zen_space import RELEASED, START, TYPES, Space, mutate, smallest
 
 
 def _structure(string: str) -> str:
@@ -48,6 +48,7 @@ class ZenNASConfig(EvolutionConfig):
         initial: the structure to start from: cifar, imagenet or imagenet-mobile as in the paper, or a string.
         space: server: full convolutions and bottlenecks; mobile: inverted bottlenecks.
         image_size: side of the images of noise too.
+        types: of a part that is replaced: all equally likely, or as often as the released code happens to draw them.
         classes: of the classifier, which counts too.
         batch_size: of the noise.
         g: how far the second images are from the first.
@@ -56,6 +57,7 @@ class ZenNASConfig(EvolutionConfig):
 
     initial: Annotated[String, AfterValidator(_structure)] = Field(default="imagenet", validate_default=True)
     space: Space = "server"
+    types: Literal["uniform", "released"] = "uniform"
     classes: int = Field(default=1000, ge=2)
     batch_size: int = Field(default=64, ge=2)
     g: float = Field(default=0.01, gt=0)
@@ -73,7 +75,7 @@ class ZenNASConfig(EvolutionConfig):
         found = [self.costs(structure) for structure in structures]
         least = {name: min(costs[name] for costs in found) for name in found[0]}
         if self.budget.latency is not None and self.budget.latency.table is not None:
-            latency = Latency(self.budget.latency, self.image_size)
+            latency = NetworkLatency(self.budget.latency, self.image_size)
             least["latency_ms"] = min(latency.of_structure(structure, self.classes) for structure in structures)
         return least
 
@@ -96,15 +98,19 @@ class ZenNAS(Evolution):
 
     def first_child(self, random: Generator) -> str:
         start = self.starts[int(random.integers(len(self.starts)))]
-        return text(mutate(start, 1, self.config.space, random))
+        return self._mutated(start, 1, random)
 
     def child(self, parent: str, random: Generator) -> str:
-        return text(mutate(parse(parent), 2, self.config.space, random))
+        return self._mutated(parse(parent), 2, random)
+
+    def _mutated(self, structure: Structure, times: int, random: Generator) -> str:
+        types = TYPES if self.config.types == "uniform" else RELEASED
+        return text(mutate(structure, times, self.config.space, random, types))
 
     def costs(self, candidate: str) -> dict[str, float]:
         return self.config.costs(parse(candidate))
 
-    def latency_ms(self, latency: Latency, candidate: str) -> float:
+    def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         return latency.of_structure(parse(candidate), self.config.classes)
 
     def rate(self, candidate: str, index: int) -> float:

@@ -7,8 +7,7 @@ x + g e go through it, and
 
 with f the maps before pooling. The second term gives back the scale that BatchNorm takes out; without it depth would
 not count. As in the released code the distance is the sum of absolute values (the paper writes a Frobenius norm), and
-the variances are the running ones of torch after both forwards, .81 + .09 v(x) + .1 v(x + g e), which dampens them;
-`exact` takes v(x + g e) itself.
+the variances are the running ones of torch after both forwards, .81 + .09 v(x) + .1 v(x + g e), which dampens them.
 
 There are no modules, whose making took as long as the scoring of a small network, and all lies channels-last,
 for which BatchNorm takes a third of the time.
@@ -39,8 +38,6 @@ def zen_score(
     size: int,
     batch_size: int = 64,
     g: float = 0.01,
-    classes: int | None = None,
-    exact: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Zen:
@@ -51,16 +48,12 @@ def zen_score(
         size: side of the images.
         batch_size: of the noise.
         g: how far the second images are from the first.
-        classes: of a classifier whose weights are drawn too, before the noise, as the released code does; None: none.
-        exact: variances of the second batch rather than the running ones.
         generator: of weights and noise, on `device`; None: torch's own.
         device: where it is computed.
     """
     convs = [conv for part in structure for branch in part.branches() for conv in branch.convs]
     shapes = [(c.width, c.width_in // c.groups, c.kernel, c.kernel) for c in convs]
     weights = [_normal(shape, generator, device) for shape in shapes]
-    if classes is not None:
-        _normal((classes, structure[-1].width), generator, device)
     shape = (batch_size, structure[0].width_in, size, size)
     x, e = (_normal(shape, generator, device) for _ in range(2))
     means = [torch.zeros(c.width, device=device) for c in convs]
@@ -70,7 +63,7 @@ def zen_score(
         """A ReLU behind each convolution, also where shortcuts would end."""
         for c, weight, mean, variance in zip(convs, weights, means, variances, strict=True):
             x = functional.conv2d(x, weight, None, c.stride, c.kernel // 2, groups=c.groups)
-            x = functional.batch_norm(x, mean, variance, None, None, True, 1.0 if exact else 0.1, EPS).relu_()
+            x = functional.batch_norm(x, mean, variance, None, None, True, 0.1, EPS).relu_()
         return x
 
     delta = float((features(x) - features(x + g * e)).abs().sum(dim=(1, 2, 3)).mean())

@@ -5,14 +5,14 @@ nine widths and bottlenecks and of five depths about its own, and keeps its stri
 one below 8 may stay what it is. `server` has full convolutions and bottlenecks, `mobile` inverted bottlenecks, whose
 last convolution never changes.
 
-The released code draws some types more often than others, as its lists of candidates share memory (3 : 3 : 2 for
-kernels of 3, 5 and 7); here all are equally likely. Its bound of 2048 on widths of the server space is kept, though
+The released code draws some types more often than others, as its lists of candidates share memory; here all are
+equally likely, unless one asks for its `RELEASED`. Its bound of 2048 on widths of the server space is kept, though
 the paper's own networks have up to 6704 channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -24,6 +24,12 @@ Space = Literal["server", "mobile"]
 TYPES: dict[Space, list[str]] = {
     "server": [name for name in BODY if "IDW" not in name],
     "mobile": [name for name in BODY if "IDW" in name],
+}
+RELEASED: dict[Space, list[str]] = {  # as often as the released code draws each
+    "server": [name for name in TYPES["server"] for _ in range(2 if "K7" in name else 3)],
+    "mobile": [
+        name for name, times in zip(TYPES["mobile"], (12, *range(12, 1, -1)), strict=True) for _ in range(times)
+    ],
 }
 MAX_WIDTH = {"server": 2048.0, "mobile": 65536.0}
 NARROW = 8  # channels, below which mutations do not lead
@@ -56,22 +62,26 @@ def depths(layers: int) -> list[int]:
     return [n for n in range(layers - 2, layers + 3) if n > 0]
 
 
-def choices(part: Part, space: Space) -> tuple[list[str], list[int], list[int | None], list[int]]:
+def choices(
+    part: Part, space: Space, types: Mapping[Space, list[str]] = TYPES
+) -> tuple[list[str], list[int], list[int | None], list[int]]:
     """Types, widths, bottlenecks and depths that a part may become, each with each."""
     if part.bottleneck is None:
         of_width = [part.width] if frozen(part, space) else widths(part.width, space)
         return [part.type], of_width, [None], [part.layers]
-    return TYPES[space], widths(part.width, space), [*widths(part.bottleneck, space)], depths(part.layers)
+    return types[space], widths(part.width, space), [*widths(part.bottleneck, space)], depths(part.layers)
 
 
-def mutate(structure: Structure, times: int, space: Space, random: Generator) -> Structure:
+def mutate(
+    structure: Structure, times: int, space: Space, random: Generator, types: Mapping[Space, list[str]] = TYPES
+) -> Structure:
     """Another structure: up to `times` of its parts replaced (one that is drawn again stays), long ones split."""
     parts = list(structure)
     for at in set(random.integers(len(parts), size=times).tolist()):
-        types, of_width, bottlenecks, of_layers = choices(parts[at], space)
+        of_type, of_width, bottlenecks, of_layers = choices(parts[at], space, types)
         parts[at] = replace(
             parts[at],
-            type=_one(types, random),
+            type=_one(of_type, random),
             width=_one(of_width, random),
             bottleneck=_one(bottlenecks, random),
             layers=_one(of_layers, random),

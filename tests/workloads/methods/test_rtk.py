@@ -282,7 +282,7 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="of 5 classes for data of 3, expected a classifier of the same"):
         RTK(config, inputs(WideResNet(10, 1, num_classes=5)))
     vit = ViTConfig(image_size=16, patch_size=4, dim=16, depth=1, heads=2).build()
-    with pytest.raises(ValueError, match="got model ViT, expected one of residual stages"):
+    with pytest.raises(ValueError, match="got model ViT, expected one of residual blocks"):
         RTK(config, inputs(WideResNet(10, 1, num_classes=3), vit))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from workloads.models.architecture import ArchitectureError, Block, costs, parse, round8, text, walk
+from workloads.models.architecture import ArchitectureError, Block, costs, mobile8, parse, text, walk
 from workloads.models.binas import Binas, published
 
 SMALL = (
@@ -101,4 +101,4 @@ def test_what_does_not_parse_says_where(string: str, said: str) -> None:
 
 
 def test_channels_are_rounded_as_mobilenets_do() -> None:
-    assert [round8(x) for x in (1, 11, 12, 18, 20, 72 / 4, 144 / 4)] == [8, 16, 16, 24, 24, 24, 40]
+    assert [mobile8(x) for x in (1, 11, 12, 18, 20, 72 / 4, 144 / 4)] == [8, 16, 16, 24, 24, 24, 40]

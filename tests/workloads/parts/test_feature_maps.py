@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from workloads.models.architecture import parse
+from workloads.models.binas import BinasConfig, published
+from workloads.models.genet import GENetLight
+from workloads.models.maedet import MAEDetConfig
 from workloads.models.resnet_cifar import ResNetCifar
 from workloads.models.timm_import import timm
 from workloads.models.vit import ViTConfig
 from workloads.models.wide_resnet import WideResNet
+from workloads.models.zennet import ZenNetConfig
 from workloads.parts.feature_maps import dense_features, map_shapes, tapped
 
 
@@ -23,6 +28,9 @@ from workloads.parts.feature_maps import dense_features, map_shapes, tapped
         (ResNetCifar(56), 27),
         (timm.create_model("resnet18", num_classes=0), 8),
         (timm.create_model("resnet50", num_classes=0), 16),
+        (ZenNetConfig(structure="cifar-0.5M").build(), 28),
+        (MAEDetConfig(structure="S").build(), 26),
+        (GENetLight().build(), 14),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -37,6 +45,15 @@ def test_a_map_for_each_block(network: nn.Module, maps: int) -> None:
     assert all(x.min() == 0 for x in tapped_maps)  # behind a ReLU
 
 
+def test_maps_of_a_mobile_network_are_behind_no_relu() -> None:
+    """Of inverted residuals and the separable convolution, not of the convolution behind them."""
+    network = BinasConfig(structure="binas-a").build()
+    with torch.no_grad(), tapped(network) as maps:
+        network(torch.randn(2, 3, 32, 32))
+    assert len(maps) == sum(len(stage) for stage in parse(published()["binas-a"])[:-1])
+    assert all(x.min() < 0 for x in maps)
+
+
 def test_hooks_are_gone_afterwards() -> None:
     network = ResNetCifar(8)
     with tapped(network) as maps:
@@ -47,7 +64,7 @@ def test_hooks_are_gone_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_50"])
 def test_other_networks_are_refused(name: str) -> None:
-    with torch.device("meta"), pytest.raises(ValueError, match="expected one of residual stages"):
+    with torch.device("meta"), pytest.raises(ValueError, match="expected one of residual blocks"):
         map_shapes(timm.create_model(name), 224)
 
 

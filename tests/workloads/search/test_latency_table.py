@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from workloads.models.structure import parse
 from workloads.models.zennet import ZenNet, published
 from workloads.search import commands, latency_grid
-from workloads.search.latency_budget import Latency, LatencyBudget
+from workloads.search.latency_budget import LatencyBudget, NetworkLatency
 from workloads.search.latency_grid import grid, measure_op, measure_table
 from workloads.search.latency_ops import Op, TableError, conv, of_structure, operations
 from workloads.search.latency_table import LatencyTable
@@ -203,12 +203,12 @@ def test_a_gpu_budget_without_a_gpu_is_offered_a_table(tmp_path: Path) -> None:
 
 def test_a_budget_answers_by_its_table_or_by_measurement(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     structure = parse(TINY)
-    by_table = Latency(LatencyBudget(ms=1, batch_size=2, table=str(file)), 32)
+    by_table = NetworkLatency(LatencyBudget(ms=1, batch_size=2, table=str(file)), 32)
     expected = table().predict(of_structure(structure, 32))
     assert by_table(ZenNet(structure)) == pytest.approx(expected) == by_table.of_structure(structure)
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr("workloads.search.latency_budget.measure_all", lambda _, **how: seen.append(how) or [7.0])
-    measured = Latency(LatencyBudget(ms=1, batch_size=2), 32)
+    measured = NetworkLatency(LatencyBudget(ms=1, batch_size=2), 32)
     assert measured(ZenNet(structure)) == measured.of_structure(structure, 10) == 7
     assert seen[0] == {"size": 32, "batch_size": 2, "precision": "fp32", "device": "cpu"}
 

@@ -22,7 +22,7 @@ from workloads.models.maedet import MAEDet, published
 from workloads.models.maedet_structure import Structure, layers, parse, plain, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
-from workloads.search.latency_budget import Latency, LatencyBudget
+from workloads.search.latency_budget import LatencyBudget, NetworkLatency
 from workloads.search.latency_grid import grid
 from workloads.search.latency_ops import of_branches, operations
 from workloads.search.latency_table import LatencyTable
@@ -202,7 +202,7 @@ def test_a_structure_and_its_network_have_the_same_parts(name: str) -> None:
     structure = (START | published())[name]
     with torch.device("meta"):
         network = MAEDet(structure)
-    latency = Latency(LatencyBudget(ms=1), 65)
+    latency = NetworkLatency(LatencyBudget(ms=1), 65)
     latency.table = table(65, 1)
     assert latency_ms(latency, structure) == pytest.approx(latency(network))
     branches = [branch for block in structure for branch, count in block.parts() for _ in range(count)]
