@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
 from cluster.embedded import Head
-from tests.toy_search import toy_search
+from tests.toy_search import kept, toy_search
 from workloads.explore import IslandFile
 from workloads.record import RunFolder
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute
@@ -26,10 +25,6 @@ from workloads.winner import read_found
 
 pytestmark = pytest.mark.ray
 LONG = {"iterations": 3000, "population": 16, "batch_size": 8, "image_size": 16}
-
-
-def kept(run: RunFolder) -> list[dict[str, Any]]:
-    return pq.read_table(run.artifact / "population.parquet").to_pylist()
 
 
 def told(run: RunFolder, island: int = 0) -> int:

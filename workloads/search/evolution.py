@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
@@ -20,8 +20,7 @@ from workloads.search.base import Result, Search, SearchConfig
 from workloads.search.budget import Budget
 from workloads.search.latency_budget import Latency
 from workloads.search.latency_ops import TableError
-
-Row = dict[str, Any]
+from workloads.search.pareto import Row, front, unique
 
 
 class EvolutionConfig(SearchConfig):
@@ -51,16 +50,6 @@ class EvolutionConfig(SearchConfig):
             return [(("budget", "latency", "table"), str(error))]
 
 
-def front(rows: Iterable[Row], cost: str) -> list[Row]:
-    """Those that score higher than whatever costs no more, the cheapest first."""
-    best, found = -math.inf, []
-    for row in sorted((row for row in rows if cost in row), key=lambda row: (row[cost], -row["score"])):
-        if row["score"] > best:
-            best = row["score"]
-            found.append(row)
-    return found
-
-
 class Evolution(Search):
     """A subclass says where it starts, how a child is made, what it costs and what it scores."""
 
@@ -71,6 +60,7 @@ class Evolution(Search):
         self._members: list[Row] = []
         self._costs = lru_cache(maxsize=1024)(self.costs)  # asked for when a candidate is made, and when it is told
         self._fastest_ms = math.inf
+        self._turns = self.total  # of all islands that were merged
         self._fronts: dict[str, list[Row]] = {"flops": [], "latency_ms": []}
 
     @abstractmethod
@@ -128,7 +118,8 @@ class Evolution(Search):
     def tell(self, index: int, candidate: str, result: Result) -> None:
         self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))
         if math.isfinite(result.get("score", math.nan)):
-            self._add({"candidate": candidate, "index": index, **self._costs(candidate), **result})
+            island = self.inputs.island
+            self._add({"candidate": candidate, "index": index, "island": island, **self._costs(candidate), **result})
 
     def immigrate(self, row: Row) -> None:
         self._add(row)
@@ -153,16 +144,28 @@ class Evolution(Search):
     def population(self) -> list[Row]:
         return sorted(self._members, key=lambda row: -row["score"])
 
-    def fronts(self) -> dict[str, list[Row]]:
-        """Cost -> the front by it."""
-        return {cost: rows for cost, rows in self._fronts.items() if rows}
+    def networks(self) -> list[Row]:
+        return unique([*self._members, *(row for rows in self._fronts.values() for row in rows)])
+
+    def merge(self, others: Sequence[Search]) -> None:
+        islands = [self, *(cast(Evolution, other) for other in others)]
+        self._turns = sum(island.total for island in islands)
+        self._fastest_ms = min(island._fastest_ms for island in islands)
+        self._members = unique(row for island in islands for row in island._members)
+        for cost in self._fronts:
+            self._fronts[cost] = unique(row for island in islands for row in island._fronts[cost])
+
+    def costs_of(self, row: Row) -> dict[str, float]:
+        """What a winner says of itself."""
+        names = (*self.costs(row["candidate"]), "latency_ms")
+        return {name: row[name] for name in names if name in row}
 
     def best(self) -> Row:
         """Raises ValueError where no candidate was within budget."""
         if not self._members:
             fastest = "" if self._fastest_ms == math.inf else f", of which the fastest took {self._fastest_ms:.4g} ms"
             raise ValueError(
-                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self.total} candidates"
+                f"got no network within {self.config.budget.model_dump(exclude_none=True)} by {self._turns} candidates"
                 f"{fastest}, expected one; allow more, or more iterations"
             )
         return self.population()[0]

@@ -200,6 +200,9 @@ class GENetLLR(Search):
         known = {row["candidate"] for row in solved}
         return [*solved, *(row for row in measured if row["candidate"] not in known)]
 
+    def build(self, candidate: str) -> GENet:
+        return parse(candidate, self.config.master).build()
+
     def winner(self) -> Winner:
         row = self.solutions()[0]
         network, size = parse(row["candidate"], self.config.master), -(-self.config.size // 2)

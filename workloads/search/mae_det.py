@@ -182,6 +182,9 @@ class MAEDET(Evolution):
     def latency_ms(self, latency: Latency, candidate: str) -> float:
         return latency_ms(latency, parse(candidate))
 
+    def build(self, candidate: str) -> MAEDet:
+        return MAEDet(parse(candidate))
+
     def rate(self, candidate: str, index: int) -> float:
         return entropy_score(parse(candidate), self.config.stage_weights)
 
@@ -199,5 +202,4 @@ class MAEDET(Evolution):
             for block, stride in zip(structure, strides(structure), strict=True)
         ]
         model = {"name": "maedet", "structure": plain(structure), "image_size": size}
-        costs = {name: row[name] for name in self.costs(row["candidate"])}
-        return Winner(row["candidate"], model, row["score"], costs, blocks)
+        return Winner(row["candidate"], model, row["score"], self.costs_of(row), blocks)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from numpy.random import Generator
 from pydantic import AfterValidator, Field
+from torch import nn
 
 from workloads.models.structure import Structure, StructureError, flops, layers, parameters, parse, text
 from workloads.search.base import Winner
@@ -97,6 +98,11 @@ class ZenNAS(Evolution):
     def latency_ms(self, latency: Latency, candidate: str) -> float:
         return latency.of_structure(parse(candidate), self.config.classes)
 
+    def build(self, candidate: str) -> nn.Module:
+        from workloads.models.zennet import ZenNet  # which needs timm: 1.7 s, and few searches build one
+
+        return ZenNet(parse(candidate), num_classes=self.config.classes)
+
     def rate(self, candidate: str, index: int) -> float:
         config, structure, random = self.config, parse(candidate), self.torch_random(index)
         options: dict[str, Any] = {"size": config.image_size, "batch_size": config.batch_size, "g": config.g}
@@ -114,5 +120,4 @@ class ZenNAS(Evolution):
                 {"label": label, "channels": part.width, "size": size, "layers": part.layers, "stride": part.stride}
             )
         model = {"name": "zennet", "structure": row["candidate"], "image_size": self.config.image_size}
-        costs = {name: row[name] for name in self.costs(row["candidate"])}
-        return Winner(row["candidate"], model, row["score"], costs, blocks)
+        return Winner(row["candidate"], model, row["score"], self.costs_of(row), blocks)

@@ -16,6 +16,7 @@ from tests.toy_search import in_any_order
 from workloads.models.structure import layers, parse, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
+from workloads.search.pareto import front
 from workloads.search.zen_nas import ZenNAS, ZenNASConfig
 from workloads.search.zen_space import START, TYPES, choices, mutate, smallest, split, widths
 
@@ -136,6 +137,15 @@ def test_candidates_over_a_latency_are_measured_and_not_scored(monkeypatch: pyte
         none.winner()
 
 
+def test_islands_without_a_network_say_what_all_of_them_saw() -> None:
+    islands = [ZenNAS(search(budget={"latency": {"ms": 0.1}}).config, SearchInputs(island=n)) for n in range(2)]
+    for ms, island in zip((0.7, 0.5), islands, strict=True):
+        island.tell(0, START["cifar"], {"latency_ms": ms})
+    islands[0].merge(islands[1:])
+    with pytest.raises(ValueError, match=rf"by {2 * islands[1].total} candidates, of which the fastest took 0\.5 ms"):
+        islands[0].winner()
+
+
 def test_a_gpu_budget_without_gpus_is_refused_with_the_choice_of_a_table() -> None:
     config = ZenNASConfig(**{**TINY, "budget": {"latency": {"ms": 0.1, "device": "cuda"}}})
     assert config.problems("cuda") == []
@@ -150,7 +160,7 @@ def test_the_best_never_gets_worse_and_the_front_has_the_cheap_ones() -> None:
         best += [row["score"] for row in island.search.population()[:1]]
     assert best == sorted(best)
     found: Any = island.search
-    by_flops = found.fronts()["flops"]
+    by_flops = front(found.networks(), "flops")
     assert [row["score"] for row in by_flops] == sorted(row["score"] for row in by_flops)
     assert by_flops[0]["flops"] < min(row["flops"] for row in found.population())
     winner = found.winner()
