@@ -1,8 +1,12 @@
 """Evolution as the training-free searches do it: one child a turn, scored once, the best stay.
 
-A turn draws a parent from the population, mutates it, and is spent where the child is over budget or known already.
-No structure is kept twice, so a lucky score is not drawn again. Beside the population the Pareto front is kept: what
-scored best for its FLOPs, or for its milliseconds, though the population has long outgrown it.
+A turn draws a parent from the population and mutates it, again while the child is known, and is spent where the child
+is over budget, or known still. Known are members and what is under way: none of them is scored again for a luckier
+score, though what fell out of the population may be.
+
+Where latency is measured, the first turns ask for nothing but that of the smallest networks: a budget that none of them
+meets ends the search with what it would take. Beside the population the Pareto front is kept: what scored best for its FLOPs, or for its milliseconds, though the
+population has long outgrown it.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from workloads.search.latency_budget import Latency
 from workloads.search.latency_ops import TableError
 from workloads.search.pareto import Row, front, unique
 
+DRAWS = 10  # of a turn while what it draws is known: around one or two members that is every second child
+
 
 class EvolutionConfig(SearchConfig):
     """What evolutions have in common.
 
     Attributes:
         population: how many stay.
-        iterations: turns, of each island.
+        iterations: turns, of each island; where latency is measured, behind those of the smallest networks.
         budget: what a network may cost.
         image_size: side of the images, of which FLOPs and latency are counted.
     """
@@ -58,6 +64,7 @@ class Evolution(Search):
     def __init__(self, config: Any, inputs: Any) -> None:
         super().__init__(config, inputs)
         self._members: list[Row] = []
+        self._under_way: dict[int, str] = {}
         self._costs = lru_cache(maxsize=1024)(self.costs)  # asked for when a candidate is made, and when it is told
         self._fastest_ms = math.inf
         self._turns = self.total  # of all islands that were merged
@@ -83,6 +90,10 @@ class Evolution(Search):
     def costs(self, candidate: str) -> dict[str, float]:
         """Parameters, flops and layers, counted."""
 
+    @abstractmethod
+    def smallest(self) -> list[str]:
+        """The candidates of which one should be the fastest of the space."""
+
     @property
     def few(self) -> int:
         """Up to so many members children come from the start rather than from a member."""
@@ -91,22 +102,38 @@ class Evolution(Search):
     @property
     def total(self) -> int:
         iterations: int = self.config.iterations
-        return iterations
+        return len(self.probes) + iterations
+
+    @cached_property
+    def probes(self) -> list[str]:
+        """Candidates of the first turns, of which nothing but the latency is asked."""
+        latency = self.config.budget.latency
+        if latency is None or latency.table is not None:
+            return []
+        return [candidate for candidate in self.smallest() if self.config.budget.met(self._costs(candidate))]
 
     def ask(self, index: int) -> str | None:
-        random = self.random(index)
+        if index < len(self.probes):
+            return self.probes[index]
+        random, known = self.random(index), {*self._under_way.values(), *(row["candidate"] for row in self._members)}
+        drawn = (self.turn(index - len(self.probes), random) for _ in range(DRAWS))
+        child = next((one for one in drawn if one not in known), None)
+        if child is None or not self.config.budget.met(self._costs(child)):
+            return None
+        self._under_way[index] = child
+        return child
+
+    def turn(self, number: int, random: Generator) -> str:
+        """What is drawn, whether it will do or not."""
         if len(self._members) <= self.few:
-            child = self.first_child(random)
-        else:
-            child = self.child(self._members[random.integers(len(self._members))]["candidate"], random)
-        known = any(row["candidate"] == child for row in self._members)
-        return None if known or not self.config.budget.met(self._costs(child)) else child
+            return self.first_child(random)
+        return self.child(self._members[random.integers(len(self._members))]["candidate"], random)
 
     def score(self, candidate: str, index: int) -> Result:
         found = {}
         if self._latency is not None:
             found["latency_ms"] = self.latency_ms(self._latency, candidate)
-            if found["latency_ms"] > self._latency.budget.ms:
+            if index < len(self.probes) or found["latency_ms"] > self._latency.budget.ms:
                 return found
         return found | {"score": self.rate(candidate, index)}
 
@@ -116,7 +143,13 @@ class Evolution(Search):
         return None if budget is None else Latency(budget, self.config.image_size)
 
     def tell(self, index: int, candidate: str, result: Result) -> None:
+        self._under_way.pop(index, None)
         self._fastest_ms = min(self._fastest_ms, result.get("latency_ms", math.inf))
+        if index == len(self.probes) - 1 and self.config.budget.latency.ms < self._fastest_ms < math.inf:
+            raise ValueError(
+                f"got latency: {self.config.budget.latency.ms:g} ms, expected more than {self._fastest_ms:.4g}, which "
+                f"the fastest of the {len(self.probes)} smallest networks took; allow as much"
+            )
         if math.isfinite(result.get("score", math.nan)):
             island = self.inputs.island
             self._add({"candidate": candidate, "index": index, "island": island, **self._costs(candidate), **result})
@@ -135,11 +168,13 @@ class Evolution(Search):
 
     def state(self) -> Any:
         fastest = None if self._fastest_ms == math.inf else self._fastest_ms
-        return {"members": self._members, "fronts": self._fronts, "fastest_ms": fastest}
+        under_way = [[index, candidate] for index, candidate in self._under_way.items()]
+        return {"members": self._members, "fronts": self._fronts, "fastest_ms": fastest, "under_way": under_way}
 
     def restore(self, state: Any) -> None:
         self._members, self._fronts = list(state["members"]), dict(state["fronts"])
         self._fastest_ms = math.inf if state["fastest_ms"] is None else state["fastest_ms"]
+        self._under_way = {index: candidate for index, candidate in state.get("under_way", [])}
 
     def population(self) -> list[Row]:
         return sorted(self._members, key=lambda row: -row["score"])

@@ -164,11 +164,11 @@ class MAEDET(Evolution):
             return [smallest]
         return [config.initial] if config.budget.latency is None else [config.initial, smallest]
 
-    def ask(self, index: int) -> str | None:
-        if index >= len(self.starts):
-            return super().ask(index)
-        start = self.starts[index]
-        return text(start) if self.config.budget.met(self.config.costs(start)) else None
+    def smallest(self) -> list[str]:
+        return [text(self.config.space.smallest(self.config.initial))]
+
+    def turn(self, number: int, random: Generator) -> str:
+        return text(self.starts[number]) if number < len(self.starts) else super().turn(number, random)
 
     def first_child(self, random: Generator) -> str:
         return text(self.config.space.mutate(self.starts[0], random))

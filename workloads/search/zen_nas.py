@@ -85,6 +85,9 @@ class ZenNAS(Evolution):
             return [least]
         return [start] if config.budget.latency is None else [start, least]
 
+    def smallest(self) -> list[str]:
+        return [text(structure) for structure in smallest(parse(self.config.initial), self.config.space)]
+
     def first_child(self, random: Generator) -> str:
         start = self.starts[int(random.integers(len(self.starts)))]
         return text(mutate(start, 1, self.config.space, random))
