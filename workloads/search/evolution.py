@@ -5,8 +5,8 @@ is over budget, or known still. Known are members and what is under way: none of
 score, though what fell out of the population may be.
 
 Where latency is measured, the first turns ask for nothing but that of the smallest networks: a budget that none of them
-meets ends the search with what it would take. Beside the population the Pareto front is kept: what scored best for its FLOPs, or for its milliseconds, though the
-population has long outgrown it.
+meets ends the search with what it would take. Beside the population the Pareto front is kept: what scored best for its
+FLOPs, or for its milliseconds, though the population has long outgrown it.
 """
 
 from __future__ import annotations
