@@ -224,6 +224,18 @@ def test_when_all_fail_the_job_does(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert re.search(r"got no score by \d+ candidates, expected some; the last: .*out of memory", record.reason)
 
 
+def test_a_latency_that_no_network_has_fails_the_job_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At POST nobody knows it: it is measured, and where the service runs is not where the job does."""
+    monkeypatch.setattr("workloads.search.latency_budget.measure_all", lambda *_, **__: [7.0])
+    run, spec = RunFolder(tmp_path), toy_search({"budget": {"latency": {"ms": 1e-9}}})
+    assert check(spec, tmp_path) == [] and execute(spec, run, tmp_path, job_id="j") == FAILED
+    record, state = run.read_record(), IslandFile(run, 0).read()
+    assert record is not None and state is not None and state["told"] < 6  # of 126 turns
+    assert record.reason is not None and "got latency: 1e-09 ms, expected more than 7, which the" in record.reason
+
+
 @pytest.mark.parametrize(
     ("fields", "loc", "says"),
     [
