@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from workloads.record import RunFolder
 from workloads.search.base import Search
 from workloads.search.island import Island
 from workloads.spec_search import SearchSpec
+from workloads.winner import POPULATION
 
 TOY_SEARCH: dict[str, Any] = {
     "name": "zen_nas",
@@ -30,6 +34,12 @@ TOY_SPACE: dict[str, Any] = {
 def toy_search(search: dict[str, Any] | None = None, **fields: Any) -> SearchSpec:
     """A spec with some fields, or some of its search, replaced."""
     return SearchSpec.model_validate({"name": "toy", "search": TOY_SEARCH | (search or {}), **fields})
+
+
+def kept(run: RunFolder) -> list[dict[str, Any]]:
+    """Rows of the artifact as one seed gives them: without what was measured at the end."""
+    rows = pq.read_table(run.artifact / POPULATION).to_pylist()
+    return [{name: value for name, value in row.items() if "latency_ms" not in name} for row in rows]
 
 
 def in_any_order(island: Island, seed: int = 0, until: int | None = None) -> Search:

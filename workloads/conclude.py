@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,38 +11,48 @@ from torch import nn
 
 from workloads import winner
 from workloads.explore import IslandFile, search_of
-from workloads.models.encoders import build_encoder, model_config
+from workloads.found_latency import measured
+from workloads.models.encoders import model_config
 from workloads.record import RunFolder
 from workloads.search.base import Search, Winner
-from workloads.search.evolution import Evolution
-from workloads.search.latency import Precision, device_name, measure
+from workloads.search.pareto import Row, front, spread
 from workloads.spec import Named
 from workloads.spec_search import SearchSpec
 
-logger = logging.getLogger(__name__)
-
-BATCH_SIZE = 64  # of the latency that every winner is measured by, as in Zen-NAS and GENet
-MOST_MACS = 2e10  # of a batch on a CPU, about a second: larger networks see fewer images at once
+COSTS = ("flops", "latency_ms")  # of the Pareto fronts
+MEASURED = 12  # networks of the front by FLOPs, where latency was no budget
 Scan = Callable[..., Any]
 
 
-def conclude(spec: SearchSpec, run: RunFolder, home: Path, job_id: str, scan: Scan) -> winner.Found:
-    """Writes what was found into `run.artifact`.
+def conclude(spec: SearchSpec, run: RunFolder, home: Path, job_id: str, scan: Scan) -> bool:
+    """Writes what was found into `run.artifact`; False when it was stopped.
 
     Args:
         spec: the job.
         run: its folder, with all islands at their end.
         home: where references to weights are looked up.
         job_id: of the job.
-        scan: `Place.scan`: the winner is measured where candidates were.
+        scan: `Place.scan`: what was found is measured where candidates were.
 
     Raises:
         ValueError: no candidate met the budget.
     """
     states = [state for n in range(spec.islands) if (state := IslandFile(run, n).read()) is not None]
     search = _together(spec, home, states)
-    best = search.winner()
-    fronts = search.fronts() if isinstance(search, Evolution) else {}
+    best, networks = search.winner(), search.networks()
+    kept = _kept(search.population(), networks)
+    networks = [kept[row["candidate"]] for row in networks]
+    timed = _to_measure(best, networks)
+    size: Any = model_config(Named.model_validate(best.model)).image_size  # type: ignore[attr-defined]
+    flops = max([best.costs["flops"], *(row["flops"] for row in networks if row["candidate"] in timed)])
+    latencies = scan(measured, nn.Linear(1, 1), spec, run, home, timed, size, flops)
+    if len(latencies) < len(timed):
+        return False
+    for candidate, latency in zip(timed, latencies, strict=True):
+        kept[candidate].setdefault("latency_ms", latency["ms"])
+    for cost in COSTS:
+        for row in front(networks, cost):
+            row[f"on_front_{cost}"] = True
     found = winner.Found(
         job_id=job_id,
         spec=spec,
@@ -53,49 +61,33 @@ def conclude(spec: SearchSpec, run: RunFolder, home: Path, job_id: str, scan: Sc
         model=best.model,
         score=best.score,
         costs=best.costs,
-        latency=_latency(best, scan),
+        latency=winner.Latency.model_validate(latencies[0]),
         blocks=best.blocks,
         **{name: sum(state[name] for state in states) for name in ("told", "scored", "spent")},
     )
-    winner.write(run.artifact, found, _rows(search, fronts), best.weights)
-    return found
+    winner.write(run.artifact, found, [*kept.values()], best.weights)
+    return True
 
 
 def _together(spec: SearchSpec, home: Path, states: list[dict[str, Any]]) -> Search:
-    """The island with the best member, and the members of the others."""
+    """All islands as one."""
     cpu = torch.device("cpu")
     islands = [search_of(spec, home, cpu, number) for number in range(len(states))]
     for search, state in zip(islands, states, strict=True):
         search.restore(state["search"])
-    rows = [search.population() for search in islands]
-    first, *others = sorted(range(len(islands)), key=lambda n: -rows[n][0].get("score", 0.0) if rows[n] else math.inf)
-    for n in others:
-        for row in rows[n]:
-            islands[first].immigrate(row)
-    return islands[first]
+    islands[0].merge(islands[1:])
+    return islands[0]
 
 
-def _rows(search: Search, fronts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Population, best first, then what else is on a front; columns say which."""
-    kept = {row["candidate"]: row | {"in_population": True} for row in search.population()}
-    for cost, rows in fronts.items():
-        for row in rows:
-            kept.setdefault(row["candidate"], row | {"in_population": False})[f"on_front_{cost}"] = True
-    columns = ["in_population", *(f"on_front_{cost}" for cost in fronts)]
-    return [dict.fromkeys(columns, False) | row for row in kept.values()]
+def _kept(population: list[Row], networks: list[Row]) -> dict[str, Row]:
+    """Rows by candidate: the population, best first, then what else may be on a front; columns say which."""
+    columns = {"in_population": False} | {f"on_front_{cost}": False for cost in COSTS}
+    kept = {row["candidate"]: columns | row | {"in_population": True} for row in population}
+    return kept | {row["candidate"]: columns | row for row in networks if row["candidate"] not in kept}
 
 
-def _latency(best: Winner, scan: Scan) -> winner.Latency:
-    named = Named.model_validate(best.model)
-    size: Any = model_config(named).image_size  # type: ignore[attr-defined]
-    return winner.Latency.model_validate(scan(measured, build_encoder(named), size, best.costs["flops"]))
-
-
-def measured(network: nn.Module, size: int, flops: float) -> dict[str, Any]:
-    """What `scan` calls, where the network is."""
-    device = next(network.parameters()).device
-    cuda = device.type == "cuda"
-    precision: Precision = "fp16" if cuda else "fp32"
-    batch_size = BATCH_SIZE if cuda else max(1, min(BATCH_SIZE, int(MOST_MACS / flops)))
-    ms = measure(network, size=size, batch_size=batch_size, precision=precision, device=device)
-    return {"ms": ms, "device": device_name(device), "batch_size": batch_size, "precision": precision}
+def _to_measure(best: Winner, networks: list[Row]) -> list[str]:
+    """The winner, and where the search knows no latencies, some networks of the front by FLOPs."""
+    known = any("latency_ms" in row for row in networks)
+    others = [] if known else spread(front(networks, "flops"), MEASURED)
+    return [*dict.fromkeys([best.structure, *(row["candidate"] for row in others)])]

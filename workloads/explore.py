@@ -193,6 +193,12 @@ def migrate(spec: SearchSpec, run: RunFolder, number: int, island: Island, told_
         island.search.immigrate(theirs["best"])
 
 
+def standing_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Where an island stands by its file, before it does anything."""
+    best = state["best"] or {}
+    return {"told": state["told"], "spent": state["spent"], "best": best.get("score"), "rate": 0.0, "share": 0.0}
+
+
 def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A point of the curve, from the `standing` of each island."""
     told, spent = (sum(one[name] for one in islands) for name in ("told", "spent"))

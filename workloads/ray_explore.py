@@ -37,6 +37,7 @@ from workloads.explore import (
     point_of,
     score,
     search_of,
+    standing_of,
 )
 from workloads.journal import FailedForGoodError
 from workloads.metrics import MetricsWriter
@@ -112,7 +113,7 @@ def _tuner(spec: SearchSpec, run: RunFolder, home: Path, folder: Path) -> tune.T
             storage_path=str(folder),
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
-            callbacks=[Curve(str(run.path))],
+            callbacks=[Curve(str(run.path), spec.islands)],
             verbose=0,
         ),
     )
@@ -134,11 +135,14 @@ def _resources(spec: SearchSpec) -> tune.PlacementGroupFactory:
 class Curve(tune.Callback):
     """Adds what islands report to the curve of the job, in the process that runs it."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, islands: int) -> None:
+        self._run, self._number = run, islands
         self._islands: dict[int, dict[str, Any]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if not self._islands:  # an attempt that goes on: the curve must not fall to what reports first
+            files = {number: IslandFile(RunFolder(Path(self._run)), number).read() for number in range(self._number)}
+            self._islands = {number: standing_of(state) for number, state in files.items() if state is not None}
         self._islands[result["config"]["island"]] = result
         writer = MetricsWriter(RunFolder(Path(self._run)).metrics)
         writer.append(point_of([*self._islands.values()]))

@@ -1,7 +1,7 @@
 """What a search leaves: a folder that other jobs name as their model. No torch in here.
 
     winner.json          the Found: structure, `model:` that builds it, score, costs, latency, how it was searched
-    population.parquet   candidates that were kept, and those of the Pareto fronts, with all that was measured
+    population.parquet   the populations of all islands and the Pareto fronts of all they saw, with all that is known
     model.safetensors    weights to start from, of searches that train some
     README.md            the same for people
 
@@ -30,7 +30,7 @@ FOUND, POPULATION = "winner.json", "population.parquet"
 
 
 class Latency(BaseModel):
-    """Of one image in a batch, measured."""
+    """Of one image in a batch, measured at the end: by the conditions of the search's latency budget, if it had one."""
 
     ms: float
     device: str

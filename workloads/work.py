@@ -56,7 +56,7 @@ class Work:
             if not run.artifact.exists():
                 from workloads.conclude import conclude  # knows networks of timm, which cost each start seconds
 
-                conclude(spec, run, self.home, self.job_id, place.scan)
+                return conclude(spec, run, self.home, self.job_id, place.scan)
             return True
         if not run.artifact.exists():
             export(spec, run, self.home, self.job_id)

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.toy_search import TOY_SEARCH, toy_search
+from tests.toy_search import TOY_SEARCH, kept, toy_search
 from workloads import explore as loop
 from workloads.explore import IslandFile
 from workloads.models.encoders import build_encoder
@@ -24,6 +23,7 @@ from workloads.preflight import check
 from workloads.record import RunFolder
 from workloads.replay_plan import plan
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute, run_local
+from workloads.search.pareto import front
 from workloads.search.zen_nas import ZenNAS
 from workloads.spec import JobSpec, Named
 from workloads.spec_search import SearchSpec
@@ -48,10 +48,6 @@ sys.exit(run_local(SearchSpec.model_validate_json(Path(sys.argv[1]).read_text())
 """
 
 
-def kept(run: RunFolder) -> list[dict[str, Any]]:
-    return pq.read_table(run.artifact / "population.parquet").to_pylist()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A toy search that went through."""
@@ -69,9 +65,9 @@ def test_leaves_structure_score_costs_latency_and_population(whole: RunFolder, t
     assert (best["candidate"], best["score"], best["parameters"]) == (
         found.structure, found.score, found.costs["parameters"],
     )  # fmt: skip
-    assert sum(row["in_population"] for row in rows) == 12
-    front = [row for row in rows if row["on_front_flops"]]
-    assert best in front and front != [best]
+    assert sum(row["in_population"] for row in rows) == 12 and {row["island"] for row in rows} == {0}
+    on_front = [row for row in rows if row["on_front_flops"]]
+    assert best in on_front and on_front != [best]
     record, points = whole.read_record(), list(whole.read_metrics())
     assert record is not None and (record.step, record.total_steps) == (120, 120)
     assert points[-1]["best_score"] == found.score
@@ -124,6 +120,14 @@ def test_islands_take_over_the_best_of_each_other(tmp_path: Path, monkeypatch: p
     of_each = [{m["candidate"] for m in IslandFile(run, n).read()["search"]["members"]} for n in range(2)]  # type: ignore[index]
     assert of_each[0] & of_each[1], "nobody moved"
     assert rows[0]["candidate"] in best and len({row["candidate"] for row in rows}) == len(rows)
+    assert {row["candidate"] for row in rows if row["in_population"]} == of_each[0] | of_each[1]
+    assert {row["island"] for row in rows} == {0, 1}
+    searches = [IslandFile(run, n).read()["search"] for n in range(2)]  # type: ignore[index]
+    seen = [row for search in searches for row in [*search["members"], *search["fronts"]["flops"]]]
+    assert {row["candidate"] for row in rows if row["on_front_flops"]} == {
+        row["candidate"] for row in front(seen, "flops")
+    }
+    assert {row["candidate"] for row in rows} == {row["candidate"] for row in seen}
 
 
 def test_the_winner_is_a_model_for_other_jobs(
@@ -229,6 +233,18 @@ def test_scores_that_are_no_numbers_are_failures(tmp_path: Path) -> None:
     record = run.read_record()
     assert record is not None and record.reason is not None
     assert re.search(r"got no score by \d+ .*got \{'score': nan\}, expected finite numbers", record.reason)
+
+
+def test_a_latency_that_no_network_has_fails_the_job_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At POST nobody knows it: it is measured, and where the service runs is not where the job does."""
+    monkeypatch.setattr("workloads.search.latency_budget.measure_all", lambda *_, **__: [7.0])
+    run, spec = RunFolder(tmp_path), toy_search({"budget": {"latency": {"ms": 1e-9}}})
+    assert check(spec, tmp_path) == [] and execute(spec, run, tmp_path, job_id="j") == FAILED
+    record, state = run.read_record(), IslandFile(run, 0).read()
+    assert record is not None and state is not None and state["told"] < 6  # of 126 turns
+    assert record.reason is not None and "got latency: 1e-09 ms, expected more than 7, which the" in record.reason
 
 
 @pytest.mark.parametrize(

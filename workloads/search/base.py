@@ -15,7 +15,7 @@ of files or of other islands.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,7 +84,7 @@ class Winner:
         structure: as the paper writes it: a string, or JSON.
         model: `model:` of a JobSpec that builds it.
         score: that it won by.
-        costs: parameters, flops (multiply-adds), layers, and whatever else the search counts.
+        costs: parameters, flops (multiply-adds), layers, and what else is known: latency_ms, as its budget counts it.
         blocks: to draw it: `label`, `channels`, `size` (side of the maps behind it), `layers`, `stride` of each.
         weights: to start from, by the names of `model`; None: none were trained.
     """
@@ -140,6 +140,14 @@ class Search(ABC):
     def population(self) -> list[dict[str, Any]]:
         """A row for each candidate that is kept: `candidate`, `index`, and what was measured; best first."""
 
+    def networks(self) -> list[dict[str, Any]]:
+        """Rows that Pareto fronts are drawn of: networks with a `score` and costs. Asked for once, at the end."""
+        return self.population()
+
+    @abstractmethod
+    def build(self, candidate: str) -> nn.Module:
+        """The network of a row of `networks`, with a classifier where latency counts it. Its weights mean nothing."""
+
     @abstractmethod
     def winner(self) -> Winner:
         """The best one.
@@ -151,6 +159,11 @@ class Search(ABC):
     def immigrate(self, row: dict[str, Any]) -> None:
         """Takes a row of the `population` of another island; of searches that have `islands`."""
         raise NotImplementedError(f"{type(self).__name__} has no islands")
+
+    def merge(self, others: Sequence[Search]) -> None:
+        """Takes over all that other islands found, to be asked for what all have: rows and the winner."""
+        if others:
+            raise NotImplementedError(f"{type(self).__name__} has no islands")
 
     def random(self, index: int) -> Generator:
         """For `ask`: the same numbers for the same candidate, in any process."""

@@ -14,7 +14,8 @@ table of `manta latency-table` avoids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +23,14 @@ from numpy.random import default_rng
 from pydantic import Field
 
 from workloads.models.architecture import text
+from workloads.models.binas import Binas as Network
 from workloads.models.binas_space import Space
 from workloads.search import bcfw, bilinear_evolution, ilp
 from workloads.search.base import Result, Search, SearchConfig, SearchInputs, Winner
 from workloads.search.bilinear import Array, Bilinear, Problem, contributions, fit
 from workloads.search.binas_accuracy import Accuracy, Fixed, decisions, of_block, of_depth
 from workloads.search.binas_costs import PartLatency, blocks_of, counted, latency, shape_of, table_of
+from workloads.search.binas_front import below, mean_costs
 from workloads.search.budget import COUNTED, Budget, Infeasible
 from workloads.search.latency_ops import TableError
 
@@ -178,9 +181,19 @@ class Binas(Search):
         self._accuracy, self._table = dict(state["accuracy"]), state["table"]
 
     def population(self) -> list[dict[str, Any]]:
+        """Decisions. As the score of one is a mean over random networks that have it, so are its costs."""
         index = {candidate: i for i, candidate in enumerate(self._candidates)}
-        rows = [{"candidate": name, "index": index[name], "score": score} for name, score in self._accuracy.items()]
+        rows = [
+            {"candidate": name, "index": index[name], "score": score, **self._mean_costs(name)}
+            for name, score in self._accuracy.items()
+        ]
         return sorted(rows, key=lambda row: (-row["score"], row["index"]))
+
+    @cached_property
+    def _mean_costs(self) -> Callable[[str], dict[str, float]]:
+        """First asked for behind the first accuracy, when latencies are known."""
+        problem = self.config.problem(table=self._latencies)
+        return cache(lambda candidate: mean_costs(problem, self.fixed[candidate]))
 
     def estimator(self) -> Bilinear:
         """Accuracy in % as a form.
@@ -211,7 +224,7 @@ class Binas(Search):
         Raises:
             Infeasible: there is none.
         """
-        table = self.config.looked_up() if self._table is None else self._table
+        table = self._latencies
         if table is None and self.config.budget.latency is not None:
             raise ValueError("got no latency table, expected one to be measured; the log says why, then search again")
         problem, random = self.config.problem(self.estimator(), table), default_rng((self.inputs.seed, 1))
@@ -219,14 +232,40 @@ class Binas(Search):
             return ilp.solve(problem), problem
         return (bcfw if self.config.solver == "bcfw" else bilinear_evolution).solve(problem, random), problem
 
+    @property
+    def _latencies(self) -> dict[str, float] | None:
+        return self.config.looked_up() if self._table is None else self._table
+
+    def networks(self) -> list[dict[str, Any]]:
+        """The winner, and the best networks for less FLOPs and, where it is a budget, less latency; by the estimate."""
+        best, problem = self.solve()
+        costs = [cost for cost in ("flops", "latency_ms") if cost in problem.costs]
+        found = {self._structure(network): network for cost in costs for network in below(problem, best, cost)}
+        found |= {self._structure(best): best}
+        rows: list[dict[str, Any]] = [
+            {"candidate": structure, "score": float(problem.value(network)), **self._costs_of(network, problem)}
+            for structure, network in found.items()
+        ]
+        rows.sort(key=lambda row: -row["score"])
+        return [row | {"index": self.total + i} for i, row in enumerate(rows)]
+
+    def _structure(self, network: Array) -> str:
+        return text(self.config.space.architecture(*self._parts(network)))
+
+    def _costs_of(self, network: Array, problem: Problem) -> dict[str, float]:
+        return {name: float(cost(*self.shape.one_hot(network))) for name, cost in problem.costs.items()}
+
+    def build(self, candidate: str) -> Network:
+        return Network(candidate, self.config.space.stem, self.config.space.features, self.config.classes)
+
     def winner(self) -> Winner:
         network, problem = self.solve()
         config, parts = self.config, self._parts(network)
-        architecture = config.space.architecture(*parts)
-        costs = {name: float(cost(*self.shape.one_hot(network))) for name, cost in problem.costs.items()}
-        structure = text(architecture)
+        architecture, structure = config.space.architecture(*parts), self._structure(network)
         model = {"name": "binas", "structure": structure, "image_size": config.image_size}
         model |= {"stem": config.space.stem, "features": config.space.features}
         blocks = list(blocks_of(config.space, config.image_size, architecture))
         weights = self.accuracy.supernet.weights_of(*parts)
-        return Winner(structure, model, float(problem.value(network)), costs, blocks, weights)
+        return Winner(
+            structure, model, float(problem.value(network)), self._costs_of(network, problem), blocks, weights
+        )

@@ -14,7 +14,8 @@ blocks of another width, behind which a linear convolution brings back the old w
 `block_distillation`); latency is that of the network without it, whose next block takes the new width in. The first
 order errs where two neighbours both change theirs.
 
-Each latency is measured in turns with the master's, and the quotient counts: what slows a shared device slows both.
+Without a table all latencies are measured first: a budget that no sum meets ends the search before anything is
+distilled. Each is measured in turns with the master's, and the quotient counts: what slows a shared device slows both.
 Still a device that does other work makes numbers of little worth, and the best of many sums is the one that was lucky:
 search where nothing else runs, or by a table.
 Networks are measured without a classifier (1 % of the published ones).
@@ -42,7 +43,10 @@ from workloads.search.latency_ops import of_branches
 
 
 class GENetLLR(Search):
-    """Candidate 0 is the master, the others have one block replaced."""
+    """Network 0 is the master, the others have one block replaced.
+
+    Without a table each is a candidate twice: first all are asked for their latency, then for their score.
+    """
 
     Config = GENetLLRConfig
     paper: ClassVar[str] = "GENet (LLR-NAS), Lin et al. 2020, arXiv 2006.14090"
@@ -56,21 +60,30 @@ class GENetLLR(Search):
         self._told: dict[int, Result] = {}
 
     @property
-    def total(self) -> int:
+    def count(self) -> int:
+        """Networks that are measured."""
         return 1 + len(self.config.replacements)
 
-    def network(self, index: int) -> GENetConfig:
-        return self.config.replacements[index - 1][1] if index else self.config.master
+    @property
+    def total(self) -> int:
+        return self.count if self.config.budget.latency.table is not None else 2 * self.count
+
+    def network(self, number: int) -> GENetConfig:
+        return self.config.replacements[number - 1][1] if number else self.config.master
 
     def ask(self, index: int) -> str:
-        return text(self.network(index))
+        return text(self.network(index % self.count))
 
     def score(self, candidate: str, index: int) -> Result:
-        network = parse(candidate, self.config.master)
+        """Latency, score, or by a table both."""
+        network, number, found = parse(candidate, self.config.master), index % self.count, dict[str, float]()
         with torch.random.fork_rng(devices=[]):
-            master_ms, *others = self._latencies([self.config.master, network] if index else [network])
-            latency_ms = others[0] if others else master_ms
-            return {"latency_ms": latency_ms, "master_ms": master_ms, "score": self._accuracy(network, index)}
+            if index < self.count:
+                master_ms, *others = self._latencies([self.config.master, network] if number else [network])
+                found |= {"latency_ms": others[0] if others else master_ms, "master_ms": master_ms}
+            if index >= self.total - self.count:
+                found["score"] = self._accuracy(network, number)
+        return found
 
     def _latencies(self, networks: Sequence[GENetConfig]) -> list[float]:
         if (table := self._latency.table) is not None:
@@ -123,6 +136,27 @@ class GENetLLR(Search):
 
     def tell(self, index: int, candidate: str, result: Result) -> None:
         self._told[index] = result
+        if index == self.count - 1 < self.total - 1 and (least := self._least()) > self.config.ms:
+            raise self._beyond(least)
+
+    def _beyond(self, least: float) -> Infeasible:
+        why = f"got latency_ms: {self.config.ms:.6g}, expected at least {least:.6g}, the fastest sum; allow as much"
+        return Infeasible("latency_ms", least, why)
+
+    def _least(self) -> float:
+        """Latency in ms of the fastest network, by the sums; 0: nothing could be measured."""
+        if not any(self._told.values()):
+            return 0.0
+        t0, saved = self.t0, [0.0 for _ in self.config.master.blocks]
+        for number, (at, _) in enumerate(self.config.replacements, 1):
+            if result := self._told[number]:
+                saved[at] = min(saved[at], self._of(result) - t0)
+        return t0 + sum(saved)
+
+    def measured(self) -> dict[int, Result]:
+        """What was measured of each network of which nothing failed."""
+        found = {n: self._told.get(n, {}) | self._told.get(self.count + n, {}) for n in range(self.count)}
+        return {n: one for n, one in found.items() if "latency_ms" in one and math.isfinite(one.get("score", math.nan))}
 
     def state(self) -> Any:
         return [[index, result] for index, result in self._told.items()]
@@ -131,20 +165,20 @@ class GENetLLR(Search):
         self._told = {index: result for index, result in state}
 
     def groups(self) -> tuple[list[list[Option]], list[list[int]]]:
-        """(dA, dT) of what may be in each block's place, and the candidate that each is; the first is what is there."""
+        """(dA, dT) of what may be in each block's place, and the network each is of; the first is what is there."""
         options = [[Option(0.0, 0.0)] for _ in self.config.master.blocks]
         indices = [[0] for _ in options]
-        a0, t0 = self._told[0]["score"], self.t0
-        for index, (at, _) in enumerate(self.config.replacements, 1):
-            result = self._told.get(index, {})
-            if math.isfinite(result.get("score", math.nan)):
-                options[at].append(Option(result["score"] - a0, self._of(result) - t0))
-                indices[at].append(index)
+        measured, t0 = self.measured(), self.t0
+        a0 = measured.pop(0)["score"]
+        for number, result in measured.items():
+            at, _ = self.config.replacements[number - 1]
+            options[at].append(Option(result["score"] - a0, self._of(result) - t0))
+            indices[at].append(number)
         return options, indices
 
     @property
     def t0(self) -> float:
-        """Latency of the master in ms: the median of all measurements, of which there is one for each candidate."""
+        """Latency of the master in ms: the median of all measurements, of which there is one for each network."""
         return median(result["master_ms"] for result in self._told.values() if "master_ms" in result)
 
     def _of(self, result: Result) -> float:
@@ -158,22 +192,20 @@ class GENetLLR(Search):
             Infeasible: there is none.
             ValueError: the master could not be measured.
         """
-        if "score" not in self._told.get(0, {}):
+        if (master := self.measured().get(0)) is None:
             raise ValueError("got no measurement of the master, expected one; the log says why it failed")
-        a0, t0, keep = self._told[0]["score"], self.t0, self.config.alternatives
+        a0, t0, keep = master["score"], self.t0, self.config.alternatives
         options, indices = self.groups()
         room = self.config.ms - t0
         try:
             chosen = {choice.picks: choice for choice in best(options, room, keep)}
         except Infeasible as error:
-            least = t0 + error.least
-            why = f"got latency_ms: {self.config.ms:.6g}, expected at least {least:.6g}, the fastest sum; allow as much"
-            raise Infeasible("latency_ms", least, why) from None
-        random = default_rng((self.inputs.seed, self.total))
+            raise self._beyond(t0 + error.least) from None
+        random = default_rng((self.inputs.seed, self.count))
         chosen |= {choice.picks: choice for choice in by_mutation(options, room, random, keep=keep)}
         first = sorted(chosen.values(), key=lambda choice: (-choice.value, choice.cost))[:keep]
         return [
-            self._row(self._combined(choice, indices), self.total + i, a0 + choice.value, t0 + choice.cost)
+            self._row(self._combined(choice, indices), self.count + i, a0 + choice.value, t0 + choice.cost)
             for i, choice in enumerate(first)
         ]
 
@@ -184,14 +216,15 @@ class GENetLLR(Search):
     def _row(self, network: GENetConfig, index: int, score: float, latency_ms: float) -> dict[str, Any]:
         changed = sum(a != b for a, b in zip(network.blocks, self.config.master.blocks, strict=True))
         row = {"candidate": text(network), "index": index, "score": score, "latency_ms": latency_ms}
-        return row | {"replaced": changed, "measured": index < self.total} | costs(network)
+        return row | {"replaced": changed, "measured": index < self.count} | costs(network)
 
     def population(self) -> list[dict[str, Any]]:
         """The best networks by the sums, once all is told and some are within budget; then what was measured."""
+        results = self.measured()
         measured = [
-            self._row(self.network(index), index, result["score"], self._of(result))
-            for index, result in self._told.items()
-            if "score" in result and "score" in self._told[0]
+            self._row(self.network(number), number, result["score"], self._of(result))
+            for number, result in results.items()
+            if 0 in results
         ]
         measured.sort(key=lambda row: -row["score"])
         if len(self._told) < self.total:
@@ -202,6 +235,9 @@ class GENetLLR(Search):
             return measured
         known = {row["candidate"] for row in solved}
         return [*solved, *(row for row in measured if row["candidate"] not in known)]
+
+    def build(self, candidate: str) -> GENet:
+        return parse(candidate, self.config.master).build()
 
     def winner(self) -> Winner:
         row = self.solutions()[0]

@@ -18,6 +18,7 @@ from workloads.models.encoders import model_config
 from workloads.models.genet import RATIO, Block, GENetConfig
 from workloads.models.structure import MOST_CHANNELS, MOST_LAYERS, Branch, Conv, round8
 from workloads.search.base import SearchConfig
+from workloads.search.budget import COUNTED
 from workloads.search.latency_budget import LatencyBudget
 from workloads.search.latency_ops import TableError, of_branches
 from workloads.spec import Named
@@ -121,9 +122,23 @@ def _genet(model: Any) -> GENetConfig:
 
 
 class GENetBudget(SearchConfig):
-    """Parameters and FLOPs have no bound: the search is about latency."""
+    """Latency alone: the method asks for the most accuracy within it, by sums over blocks.
+
+    What parameters and FLOPs a block has depends on the width of the one before, so no sum of single replacements is
+    a bound on them; they and the layers are counted for each row of the population, to choose among them.
+    """
 
     latency: LatencyBudget
+
+    @model_validator(mode="before")
+    @classmethod
+    def _latency_alone(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and (counted := [name for name in COUNTED if name in fields]):
+            raise ValueError(
+                f"got {', '.join(counted)} in a budget of genet, expected latency alone, which its method adds up over "
+                "blocks; leave out the others and choose among the rows of population.parquet, which count them"
+            )
+        return fields
 
 
 class GENetLLRConfig(SearchConfig):

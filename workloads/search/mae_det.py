@@ -163,11 +163,11 @@ class MAEDET(Evolution):
             return [smallest]
         return [config.initial] if config.budget.latency is None else [config.initial, smallest]
 
-    def ask(self, index: int) -> str | None:
-        if index >= len(self.starts):
-            return super().ask(index)
-        start = self.starts[index]
-        return text(start) if self.config.budget.met(self.config.costs(start)) else None
+    def smallest(self) -> list[str]:
+        return [text(self.config.space.smallest(self.config.initial))]
+
+    def turn(self, number: int, random: Generator) -> str:
+        return text(self.starts[number]) if number < len(self.starts) else super().turn(number, random)
 
     def first_child(self, random: Generator) -> str:
         return text(self.config.space.mutate(self.starts[0], random))
@@ -180,6 +180,9 @@ class MAEDET(Evolution):
 
     def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         return latency_ms(latency, parse(candidate))
+
+    def build(self, candidate: str) -> MAEDet:
+        return MAEDet(parse(candidate))
 
     def rate(self, candidate: str, index: int) -> float:
         return entropy_score(parse(candidate), self.config.stage_weights)
@@ -198,5 +201,4 @@ class MAEDET(Evolution):
             for block, stride in zip(structure, strides(structure), strict=True)
         ]
         model = {"name": "maedet", "structure": plain(structure), "image_size": size}
-        costs = {name: row[name] for name in self.costs(row["candidate"])}
-        return Winner(row["candidate"], model, row["score"], costs, blocks)
+        return Winner(row["candidate"], model, row["score"], self.costs_of(row), blocks)

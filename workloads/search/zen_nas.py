@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from numpy.random import Generator
 from pydantic import AfterValidator, Field
+from torch import nn
 
 from workloads.models.structure import (
     String,
@@ -96,6 +97,9 @@ class ZenNAS(Evolution):
             return [least]
         return [start] if config.budget.latency is None else [start, least]
 
+    def smallest(self) -> list[str]:
+        return [text(structure) for structure in smallest(parse(self.config.initial), self.config.space)]
+
     def first_child(self, random: Generator) -> str:
         start = self.starts[int(random.integers(len(self.starts)))]
         return self._mutated(start, 1, random)
@@ -112,6 +116,11 @@ class ZenNAS(Evolution):
 
     def latency_ms(self, latency: NetworkLatency, candidate: str) -> float:
         return latency.of_structure(parse(candidate), self.config.classes)
+
+    def build(self, candidate: str) -> nn.Module:
+        from workloads.models.zennet import ZenNet  # which needs timm: 1.7 s, and few searches build one
+
+        return ZenNet(parse(candidate), num_classes=self.config.classes)
 
     def rate(self, candidate: str, index: int) -> float:
         config, structure, random = self.config, parse(candidate), self.torch_random(index)
@@ -130,5 +139,4 @@ class ZenNAS(Evolution):
                 {"label": label, "channels": part.width, "size": size, "layers": part.layers, "stride": part.stride}
             )
         model = {"name": "zennet", "structure": row["candidate"], "image_size": self.config.image_size}
-        costs = {name: row[name] for name in self.costs(row["candidate"])}
-        return Winner(row["candidate"], model, row["score"], costs, blocks)
+        return Winner(row["candidate"], model, row["score"], self.costs_of(row), blocks)

@@ -79,7 +79,11 @@ def test_a_network_is_one_line() -> None:
         ({"choices": {"depths": [*range(17)]}}, "at most 16 items"),
         ({"choices": {"widths": [float("nan")]}}, "finite number"),
         ({"choices": {"kernels": [7]}}, "Input should be 3 or 5"),
-        ({"budget": {"parameters": 5}}, "Extra inputs"),
+        (
+            {"budget": {"parameters": 5, "layers": 9}},
+            "got parameters, layers in a budget of genet, expected latency alone",
+        ),
+        ({"budget": {"flop": 5}}, "Extra inputs"),
         ({"budget": {}}, "Field required"),
     ],
 )

@@ -217,7 +217,7 @@ def test_a_latency_budget_by_a_table(tmp_path: Path) -> None:
     assert config.problems("cpu") == []
     found = MAEDET(config, SearchInputs(seed=3))
     assert [found.ask(0), found.ask(1)] == [text(R50), text(config.space.smallest(R50))]
-    rows = run(Island(found))
+    rows = run(Island(MAEDET(config, SearchInputs(seed=3))))
     assert all(row["latency_ms"] <= 0.05 for row in rows)
     assert rows[0]["score"] > 1.5 * entropy_score(config.space.smallest(R50), DETECTION)
 
@@ -278,3 +278,14 @@ def test_impossible_budgets_are_told_with_what_is_possible() -> None:
 def test_wrong_configs(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         MAEDETConfig(**{**TINY, **change})
+
+
+def test_the_smallest_network_is_measured_before_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search(budget={"layers": 40, "latency": {"ms": 5}})
+    asked = [found.ask(index) for index in range(3)]
+    assert asked[:2] == [text(found.config.space.smallest(R50)), text(R50)]
+    monkeypatch.setattr("workloads.search.mae_det.latency_ms", lambda *_: 7.0)
+    with pytest.raises(
+        ValueError, match=r"got latency: 5 ms, expected more than 7, which the fastest of the 1 smallest"
+    ):
+        found.tell(0, str(asked[0]), found.score(str(asked[0]), 0))

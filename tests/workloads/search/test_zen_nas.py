@@ -17,6 +17,7 @@ from tests.toy_search import in_any_order
 from workloads.models.structure import layers, parse, text
 from workloads.search.base import SearchInputs
 from workloads.search.island import Island
+from workloads.search.pareto import front
 from workloads.search.zen_nas import ZenNAS, ZenNASConfig
 from workloads.search.zen_space import RELEASED, START, TYPES, choices, frozen, mutate, smallest, split, widths
 
@@ -157,11 +158,44 @@ def test_candidates_over_a_latency_are_measured_and_not_scored(monkeypatch: pyte
     by_latency = Island(search(budget={"latency": {"ms": 2.5}}))
     rows = run(by_latency)
     assert {row["latency_ms"] for row in rows} <= {0.0, 2.0}
-    none: Any = search(budget={"latency": {"ms": 0.1}})
-    monkeypatch.setattr(ZenNAS, "latency_ms", lambda *_: 0.7)
-    run(Island(none))
-    with pytest.raises(ValueError, match=r"of which the fastest took 0\.7 ms, expected one; allow more"):
-        none.winner()
+
+
+def test_a_latency_that_the_smallest_networks_do_not_have_ends_the_search_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(ZenNAS, "latency_ms", lambda _, __, candidate: seen.append(candidate) or 0.7 + 1 / len(seen))
+    island = Island(search(budget={"latency": {"ms": 0.1}, "layers": 6}))
+    first = island.take(6)
+    with pytest.raises(
+        ValueError, match=r"got latency: 0\.1 ms, expected more than 0\.8667, .* the 6 smallest networks"
+    ):
+        island.give({index: island.search.score(candidate, index) for index, candidate in first})
+    assert seen == island.search.smallest()  # type: ignore[attr-defined]
+    table = search(budget={"latency": {"ms": 0.1, "device": "cuda", "table": "v100.json"}})
+    assert (table.probes, table.total) == ([], TINY["iterations"])  # that was refused at POST
+
+
+def test_what_is_under_way_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after the search was away, and as soon as it was told and fell through, it may be."""
+    monkeypatch.setattr(ZenNAS, "child", lambda *_: START["cifar"])
+    monkeypatch.setattr(ZenNAS, "first_child", lambda *_: START["cifar"])
+    one = search()
+    assert one.ask(0) == START["cifar"] and one.ask(1) is None
+    again = search()
+    again.restore(json.loads(json.dumps(one.state())))
+    assert again.ask(2) is None
+    again.tell(0, START["cifar"], {})
+    assert again.ask(3) == START["cifar"]
+
+
+def test_islands_without_a_network_say_what_all_of_them_saw() -> None:
+    islands = [ZenNAS(search(budget={"latency": {"ms": 0.1}}).config, SearchInputs(island=n)) for n in range(2)]
+    for ms, island in zip((0.7, 0.5), islands, strict=True):
+        island.tell(0, START["cifar"], {"latency_ms": ms})
+    islands[0].merge(islands[1:])
+    with pytest.raises(ValueError, match=rf"by {2 * islands[1].total} candidates, of which the fastest took 0\.5 ms"):
+        islands[0].winner()
 
 
 def test_a_gpu_budget_without_gpus_is_refused_with_the_choice_of_a_table() -> None:
@@ -178,7 +212,7 @@ def test_the_best_never_gets_worse_and_the_front_has_the_cheap_ones() -> None:
         best += [row["score"] for row in island.search.population()[:1]]
     assert best == sorted(best)
     found: Any = island.search
-    by_flops = found.fronts()["flops"]
+    by_flops = front(found.networks(), "flops")
     assert [row["score"] for row in by_flops] == sorted(row["score"] for row in by_flops)
     assert by_flops[0]["flops"] < min(row["flops"] for row in found.population())
     winner = found.winner()
