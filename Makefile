@@ -42,8 +42,9 @@ check: dev      ## lint, format, types, layers, the image and the chart
 	$(BIN)/hadolint cluster/Dockerfile
 	$(BIN)/helm lint --quiet --strict helm/manta --values helm/manta/ci/minimal-values.yaml
 
+# Bytecode is kept even where the machine says not to: the suite starts some hundred processes.
 test: dev       ## the whole suite, on three processes of one thread each: that with the Ray cluster waits for most of its time
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --no-loadscope-reorder --durations 30
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --no-loadscope-reorder --durations 30
 
 soak: dev       ## every fault at random moments for SOAK_MINUTES (30), then ordeals that take half an hour; FAULTS_SEED
 	$(BIN)/pytest -m soak

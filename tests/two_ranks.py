@@ -81,6 +81,7 @@ def _rank(rank: int, inbox: Any, outbox: Any) -> None:
                 assert train(JobSpec.model_validate_json(spec), RunFolder(run), home, Ranks(rank, 2))
             gc.collect()  # DDP goes before gloo, see `workloads.ray_train`
             dist.destroy_process_group()
+            gc.freeze()  # what is left is modules, which the collection after the next job need not look at
             outbox.put("")
         except Exception:
             outbox.put(f"rank {rank}: {traceback.format_exc()}")

@@ -38,7 +38,7 @@ def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_operation_keeps_to_the_document(service: Contracted) -> None:
-    found, asked = failures(service, examples=2, seed=SEED)
+    found, asked = failures(service, examples=1, seed=SEED)
     assert not found, "\n".join(found)
     assert {label.split(" ", 1)[1] for label in asked} == RULES.keys() - {"GET /docs", "GET /openapi.json"}
     assert {label.split(" ", 1)[0] for label in asked} == {"examples", "coverage", "fuzzing", "stateful_testing"}

@@ -282,4 +282,4 @@ def test_no_order_of_events_makes_a_job_untrue(tmp_path_factory: pytest.TempPath
 
     Life.template = tmp_path_factory.mktemp("template")
     Store(f"sqlite:///{Life.template / 'manta.db'}").close()
-    run_state_machine_as_test(Life, settings=settings(max_examples=40, stateful_step_count=40))
+    run_state_machine_as_test(Life, settings=settings(max_examples=16, stateful_step_count=40))

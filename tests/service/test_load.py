@@ -94,7 +94,7 @@ def parts(database: str, tmp_path: Path) -> Iterator[Parts]:
 
 
 def test_a_burst_loses_nothing_doubles_nothing_and_runs_no_more_than_fits(parts: Parts) -> None:
-    """200 submissions of 32 clients while jobs are started and end; each tenth comes twice, as from one that retries.
+    """60 submissions of 32 clients while jobs are started and end; each tenth comes twice, as from one that retries.
 
     Ray's head holds a driver for each job that runs, so what is admitted bounds its memory.
     """
@@ -110,19 +110,19 @@ def test_a_burst_loses_nothing_doubles_nothing_and_runs_no_more_than_fits(parts:
 
     async def burst() -> list[tuple[int, str]]:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            order = sorted([*range(200), *range(0, 200, 10)])
+            order = sorted([*range(60), *range(0, 60, 10)])
             return await asyncio.gather(*(post(client, i) for i in order))
 
     answers = asyncio.run(burst())
-    assert Counter(code for code, _ in answers) == {201: 200, 200: 20}
+    assert Counter(code for code, _ in answers) == {201: 60, 200: 6}
     ids = {job_id for _, job_id in answers}
     ray: Any = parts.ray
-    until(lambda: len(ray.submitted) >= 200)
+    until(lambda: len(ray.submitted) >= 60)
     until(lambda: not parts.jobs.list(limit=1, state="RUNNING") and not parts.jobs.list(limit=1, state="STARTING"))
     jobs = parts.jobs.list(limit=500)
     assert {job.state for job in jobs} == {"SUCCEEDED"}
-    assert {job.id for job in jobs} == ids and len(jobs) == 200
-    assert len({job.name for job in jobs}) == 200 and {job.attempt for job in jobs} == {1}
+    assert {job.id for job in jobs} == ids and len(jobs) == 60
+    assert len({job.name for job in jobs}) == 60 and {job.attempt for job in jobs} == {1}
     assert sorted(ray.submitted) == sorted(ids)
     assert 1 < ray.most <= CPUS
 
@@ -132,6 +132,7 @@ def test_the_harness(tmp_path: Path, toy_shards: dict[str, str], monkeypatch: py
     monkeypatch.setattr(apart, "run", lambda function, **arguments: function(**arguments))
     monkeypatch.setattr(service_load, "LOOKS", 3)
     monkeypatch.setattr(service_load, "SUBMISSIONS", 10)
+    monkeypatch.setattr(service_load, "CLIENTS", 4)
     found = service_load.measure(tmp_path / "home", toy_shards["train"], "", jobs=200)
     assert all(ms > 0 for ms in found["looks"].values()) and 0 < found["most"] <= CPUS
     assert found["rate"] > 0 and found["round_s"] > 0 and len(found["ids"]) == 10

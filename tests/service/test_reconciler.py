@@ -360,7 +360,7 @@ def test_a_folder_that_is_no_run_does_not_stop_the_others(world: World) -> None:
     assert [found.id for found in world.jobs.list(limit=10)] == [job.id]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_whatever_happens_each_job_ends_in_a_true_state_and_never_runs_twice(
     seed: int, tmp_path_factory: pytest.TempPathFactory
