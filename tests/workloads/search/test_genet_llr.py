@@ -305,7 +305,7 @@ def test_without_a_table_all_latencies_are_asked_first_and_what_nothing_meets_en
     first = island.take(made.count)
     results = {index: island.search.score(candidate, index) for index, candidate in first}
     assert not any("score" in result for result in results.values())
-    with pytest.raises(Infeasible, match=r"got a budget of 0\.99, expected at least 1,"):
+    with pytest.raises(Infeasible, match=r"got latency_ms: 0\.99, expected at least 1,"):
         island.give(results)
     rows = run(enough := measuring(1.01))
     by_table = told(search(ms=1.01), lambda number: (0.5 + 0.01 * number, 2 - 0.05 * number))
