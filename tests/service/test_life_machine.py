@@ -103,8 +103,9 @@ class Life(RuleBasedStateMachine):
 
     # Users
 
-    @initialize()
-    def first(self) -> None:
+    @initialize(cpus=st.sampled_from([1, 1, 3]))
+    def first(self, cpus: int) -> None:
+        self.ray.cpus = cpus
         self.submit("a", None)
 
     @rule(key=st.sampled_from(list(PRIORITIES)), fuse=FUSE)
@@ -128,7 +129,9 @@ class Life(RuleBasedStateMachine):
         job_id = self.jobs[n % len(self.jobs)]
         accepts = self.world.submissions
         with contextlib.suppress(InvalidSpec):  # what it comes after has failed
-            job, _ = accepts.clone(job_id, {"name": "b"}) if clone else accepts.submit(BODY | {"after": [job_id]})
+            job, _ = (
+                accepts.clone(job_id, {"priority": "high"}) if clone else accepts.submit(BODY | {"after": [job_id]})
+            )
             self.accepted(job.id)
 
     @rule(n=SOME, verb=st.sampled_from(VERBS), fuse=FUSE)
