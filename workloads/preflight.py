@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from workloads import catalog
-from workloads.artifact import ArtifactError
+from workloads.artifact import ArtifactError, resolve
 from workloads.data.shards import DataError, Unreachable
 from workloads.data.sources import hurried
 from workloads.spec import BaseSpec, JobSpec, Named
@@ -95,7 +95,7 @@ def look(spec: AnySpec, home: Path) -> list[Problem]:
         spec = settled(spec, home)
     except ArtifactError as error:
         return [Problem(loc=["model", "name"], message=str(error))]
-    return form(spec) or _data(spec) + _init(spec, home)
+    return form(spec) or _data(spec) + _init(spec, home) + _references(spec, home)
 
 
 def form(spec: AnySpec) -> list[Problem]:
@@ -243,6 +243,18 @@ def _init(spec: BaseSpec, home: Path) -> list[Problem]:
     except ArtifactError as error:
         return [Problem(loc=["init"], message=str(error))]
     return []
+
+
+def _references(spec: AnySpec, home: Path) -> list[Problem]:
+    """Networks that an evaluation compares with and that are not there; it asks for them at the end of the job."""
+    problems = []
+    for i, evaluation in enumerate(spec.evaluate if isinstance(spec, JobSpec) else ()):
+        if (reference := evaluation.config.get("reference")) is not None:
+            try:
+                resolve(reference, home)
+            except ArtifactError as error:
+                problems.append(Problem(loc=["evaluate", i, "reference"], message=str(error)))
+    return problems
 
 
 def _fit(spec: JobSpec, home: Path) -> list[Problem]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.toy_artifact import write_artifact
 from workloads import preflight
 from workloads.preflight import check
 from workloads.spec import JobSpec
@@ -76,6 +77,18 @@ def test_shards_of_an_evaluation_are_looked_at_too(
     data = {"train": {"shards": toy_shards["train"]}, "test": {"shards": "/nowhere/t.tar"}}
     problems = check(toy_job(evaluate=[{"name": "knn", "data": data}]), tmp_path)
     assert [problem.loc for problem in problems] == [["evaluate", 0, "data", "test", "shards"]]
+
+
+def test_what_an_evaluation_compares_with_is_there_when_the_job_begins(
+    toy_job: Callable[..., JobSpec], toy_shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Else it would fail behind the training; or, in a service, read what others register meanwhile."""
+    data = {key: {"shards": toy_shards["train"]} for key in ("train", "test")}
+    job = toy_job(evaluate=[{"name": "forgetting", "reference": "later", "data": data}])
+    (problem,) = check(job, tmp_path)
+    assert problem.loc == ["evaluate", 0, "reference"] and "names no artifact" in problem.message
+    write_artifact(tmp_path / "registry" / "later" / "1", "encoder")
+    assert check(job, tmp_path) == []
 
 
 def test_a_network_that_would_take_days_to_build_is_refused(
