@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ os.environ.setdefault("FAULTS_SEED", str(time.time_ns() % 100_000))  # all proce
 settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test by the clock
 settings.load_profile("manta")
 os.environ.update(embedded.MODE)  # before any conftest below imports ray, which reads it once
+gc.disable()  # nothing that is imported is garbage
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -45,6 +47,12 @@ def _marked_ray(file: Path) -> set[str]:
         elif isinstance(node, ast.Assign) and "mark.ray" in ast.unparse(node.value):
             found |= {ast.unparse(target) for target in node.targets}
     return found
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of modules need not be looked at whenever a test leaves garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -227,7 +227,8 @@ def test_headers_of_any_bytes(client: TestClient) -> None:
         answer = client.get("/v1/jobs", headers={name: b"\xff\xfe\x80"})
         assert answer.status_code == 200 and answer.headers["x-request-id"].isascii()
     again = [client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": b"\xc3\xa4\xff"}) for _ in range(2)]
-    assert [answer.status_code for answer in again] == [201, 200] and again[0].json() == again[1].json()
+    first, second = (answer.json() | {"queue": "what is ahead of it now"} for answer in again)
+    assert [answer.status_code for answer in again] == [201, 200] and first == second
     expect(client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": ""}), 422)
     expect(client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "k" * 201}), 422)
     expect(client.get("/v1/jobs", headers={"Authorization": b"Bearer \xff"}), 401)
