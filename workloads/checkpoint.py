@@ -10,10 +10,11 @@ as `extra`. A full disk or a kill while writing leaves the previous checkpoint w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,7 +130,14 @@ class Checkpoints:
         return found
 
     def save(
-        self, step: int, method: nn.Module, optimizer: Optimizer, *, extra: dict[str, Any], metric: float | None
+        self,
+        step: int,
+        method: nn.Module,
+        optimizer: Optimizer,
+        *,
+        extra: dict[str, Any],
+        metric: float | None,
+        suspect: bool = False,
     ) -> None:
         """Returns when the state is copied; waits before that for the write of the one before.
 
@@ -139,6 +147,7 @@ class Checkpoints:
             optimizer: the same.
             extra: tensors, numbers and texts that `restore` gives back.
             metric: of `policy.metric` at this step; None or not finite: it is never among the best.
+            suspect: rank 0 says whether a guard has begun to count.
 
         Raises:
             CheckpointError: the one before could not be written.
@@ -151,7 +160,7 @@ class Checkpoints:
         else:
             return
         self._next_waits.set()
-        self._written = self._thread.submit(self._write, step, put, metric)
+        self._written = self._thread.submit(self._write, step, put, metric, suspect)
         if self._mirror is not None:
             self._mirrored = self._thread.submit(self._send, self._mirror)
 
@@ -164,6 +173,36 @@ class Checkpoints:
         self._wait_for_write()
         if self._mirrored is not None:
             self._mirrored.result()
+
+    @contextlib.contextmanager
+    def back_after(self, *guards: type[Exception]) -> Iterator[None]:
+        """Around what all ranks leave by the same of these errors: a later attempt goes on from before its first sign.
+
+        An event says from where. What is suspect stays on the disk until that attempt has its next checkpoint.
+        """
+        try:
+            yield
+        except guards as error:
+            if self._ranks.rank == 0:
+                self._go_back(type(error).__name__)
+            self._ranks.barrier()  # a rank that ends takes the others with it
+            raise
+
+    def _go_back(self, why: str) -> None:
+        if self._written is not None:
+            self._written.exception()  # waited for; `close` tells of it
+        ended = latest_step(self._folder)
+        step = files.go_back(self._folder)
+        if step == ended:
+            return
+        told = "none from before is kept: clone the job to start anew"
+        if step is not None:
+            told = f"a later attempt goes on from step {step}"
+            if self._mirror is not None:
+                self._mirrored = self._thread.submit(self._send, self._mirror)
+                self._mirrored.result()
+        signs = f"{why}: the checkpoint of step {ended} was written after its first sign"
+        RunFolder(self._folder.parent).event("went_back", f"{signs}; {told}")
 
     def close(self) -> None:
         """Waits and ends the thread.
@@ -197,7 +236,7 @@ class Checkpoints:
         path = self._folder / f"{stem(step)}.pt"
         return lambda: {path.name: write(path, state)}
 
-    def _write(self, step: int, put: Callable[[], dict[str, FileSum]], metric: float | None) -> None:
+    def _write(self, step: int, put: Callable[[], dict[str, FileSum]], metric: float | None, suspect: bool) -> None:
         self._next_waits.clear()
         began = time.perf_counter()
         try:
@@ -206,7 +245,7 @@ class Checkpoints:
             if self._ranks.rank == 0:
                 finite = metric if metric is not None and math.isfinite(metric) else None
                 took = round(time.perf_counter() - began, 3)
-                seal = Seal(step=step, files=sums, metric=finite, time=time.time(), seconds=took)
+                seal = Seal(step=step, files=sums, metric=finite, time=time.time(), seconds=took, suspect=suspect)
                 files.complete(self._folder, seal)
                 files.prune(self._folder, self._policy, step)
         except (OSError, RuntimeError) as error:  # torch's zip writer answers a full disk with a RuntimeError

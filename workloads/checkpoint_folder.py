@@ -2,7 +2,8 @@
 
     checkpoints/step-00000050.pt     the state (or the folder step-00000050/ when it is sharded)
     checkpoints/step-00000050.json   its seal: size and SHA-256 of each file, written after them
-    checkpoints/latest               the name of the newest sealed one, replaced by rename
+    checkpoints/latest               the name of the newest sealed one, replaced by rename; after a guard has ended the
+                                     run, of the newest from before its first sign
     checkpoints/mirrored             the newest step up to which the mirror has all, where there is a mirror
 
 What has no seal, or does not agree with it, is not a checkpoint.
@@ -56,6 +57,7 @@ class Seal(BaseModel):
         metric: what `keep_best` goes by; None: never among the best.
         time: of writing, seconds since the epoch.
         seconds: that writing took, beside training.
+        suspect: a guard had begun to count: if it ends the run, this is what it ended.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,6 +67,7 @@ class Seal(BaseModel):
     metric: float | None
     time: float
     seconds: float | None = None
+    suspect: bool = False
 
     @property
     def name(self) -> str:
@@ -91,14 +94,15 @@ def latest_step(folder: Path) -> int | None:
 
 
 def kept(seals: Iterable[Seal], policy: CheckpointPolicy, newest: int) -> set[int]:
-    """Steps that stay: the newest `keep`, and the `keep_best` best by metric.
+    """Steps that stay: the newest `keep`; of those that are not suspect the newest, and the `keep_best` best by metric.
 
     Those after `newest` do not: the run went back behind them, and will come to those steps again.
     """
     past = sorted((seal for seal in seals if seal.step <= newest), key=lambda seal: -seal.step)
     sign = 1 if policy.mode == "min" else -1
-    best = sorted((seal for seal in past if seal.metric is not None), key=lambda seal: sign * (seal.metric or 0.0))
-    return {newest} | {seal.step for seal in past[: policy.keep] + best[: policy.keep_best]}
+    good = [seal for seal in past if not seal.suspect]
+    best = sorted((seal for seal in good if seal.metric is not None), key=lambda seal: sign * (seal.metric or 0.0))
+    return {newest} | {seal.step for seal in past[: policy.keep] + good[:1] + best[: policy.keep_best]}
 
 
 class HashingFile:
@@ -190,6 +194,22 @@ def complete(folder: Path, seal: Seal) -> None:
     finally:
         os.close(handle)
     write_atomic(folder / "latest", seal.name)
+
+
+def go_back(folder: Path) -> int | None:
+    """Makes the newest that is not suspect the latest -> its step; None where there is none, and nothing changes."""
+    latest = latest_step(folder) or 0
+    good = max((s for s in seals(folder) if s.step <= latest and not s.suspect), key=lambda s: s.step, default=None)
+    if good is None:
+        return None
+    write_atomic(folder / "latest", good.name)
+    return good.step
+
+
+def given_up(folder: Path) -> list[int]:
+    """Steps of the suspect checkpoints that a run went back from."""
+    latest = latest_step(folder)
+    return sorted(seal.step for seal in seals(folder) if seal.suspect and latest is not None and seal.step > latest)
 
 
 def prune(folder: Path, policy: CheckpointPolicy, newest: int) -> None:

@@ -33,7 +33,8 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
     """The newest whole checkpoint, on the disk or else in the mirror.
 
     Raises:
-        CheckpointError: there are some and none is whole, or there may be some in a mirror that does not answer.
+        CheckpointError: there are some and none is whole, or there were some, or there may be some in a mirror that
+            does not answer.
     """
     here, there, problems = files.steps(folder), [], list[str]()
     if mirror is not None:
@@ -41,6 +42,10 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
             there = mirror.steps()
         except (OSError, ValueError) as error:
             problems.append(f"{mirror} cannot be read ({first_line(error)})")
+    latest, mirrored = files.latest_step(folder), files.mirrored_step(folder)
+    if latest is not None and mirrored is not None and latest < mirrored:  # went back, and could not tell the mirror
+        there = [step for step in there if step <= latest]
+    problems += [f"checkpoint of step {step} is suspect: a guard had begun to count" for step in files.given_up(folder)]
     for step in sorted({*here, *there}, reverse=True):
         for at_mirror in (False, True):
             if step not in (there if at_mirror else here):
@@ -54,11 +59,13 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
                 problems.append(f"checkpoint of step {step}{where} is damaged ({first_line(error)})")
             else:
                 return Found(seal, state, [f"{problem}; continued from step {step}{where}" for problem in problems])
+    if latest is not None and not (here or there):
+        problems.append(f"`latest` names step {latest}, of which nothing is left")
     if problems:
         raise CheckpointError(
             f"no checkpoint in {folder} can be read: {'; '.join(problems)}",
             f"bring one of them back, or remove {folder} to start anew"
-            if here or there
+            if here or there or latest is not None
             else f"see that {mirror} answers, then submit again",
         )
     return Found()

@@ -39,7 +39,8 @@ class CollapseError(RuntimeError):
 
     hint = (
         "lower optimizer.lr and check what keeps this method from collapse (predictor, momentum, temperature, weights "
-        "of its losses); if narrow features are meant, lower guards.min_feature_std or set it to null"
+        "of its losses); if narrow features are meant, lower guards.min_feature_std and guards.min_rankme, or set them "
+        "to null"
     )
 
 
@@ -83,6 +84,11 @@ class Divergence:
         else:
             self._above = self._above + 1 if loss > self._factor * self._largest else 0
 
+    @property
+    def counts(self) -> bool:
+        """Whether the last point was too large."""
+        return self._above > 0
+
     def look(self, point: dict[str, Any]) -> None:
         """Takes the next point of the curve, {"step", "loss", ...}; the loss may be None.
 
@@ -100,15 +106,20 @@ class Divergence:
 
 
 class Collapse:
-    """Ends a run whose features have deviated too little at two checkpoints in a row.
+    """Ends a run whose features have deviated too little, or in one direction only, at two checkpoints in a row.
 
     A resumed run has forgotten the checkpoint before: it says the same a checkpoint later.
     """
 
-    def __init__(self, min_feature_std: float | None) -> None:
-        """`Guards.min_feature_std`; None: measured, but never an end."""
-        self._min = min_feature_std
+    def __init__(self, min_feature_std: float | None, min_rankme: float | None = None) -> None:
+        """`Guards.min_feature_std` and `Guards.min_rankme`; None: measured, but never an end."""
+        self._min_std, self._min_rankme = min_feature_std, min_rankme
         self._narrow = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the last features were too narrow."""
+        return self._narrow > 0
 
     def look(self, features: Tensor) -> dict[str, float]:
         """Measures features [B, D]; the same features give the same verdict on every rank.
@@ -121,20 +132,28 @@ class Collapse:
             Nothing for a single sample or features that are not finite, where neither means anything.
 
         Raises:
-            CollapseError: `feature_std` is below the least for the second time in a row.
+            CollapseError: one of them is below its least for the second time in a row; of a single dimension (D = 1)
+                RankMe is always 1, and no sign.
         """
         if len(features) < 2 or not bool(features.isfinite().all()):
             return {}
         x = features.detach().double()  # lengths of float32 features can overflow float32
         unit = x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         feature_std = float(unit.std(dim=0, correction=0).mean() * x.shape[1] ** 0.5)
-        self._narrow = self._narrow + 1 if self._min is not None and feature_std < self._min else 0
+        measured = {"feature_std": feature_std, "rankme": rankme(x)}
+        signs = []
+        if self._min_std is not None and feature_std < self._min_std:
+            signs.append(f"features at unit length deviate by {feature_std:.3g} of 1, less than {self._min_std:.3g}")
+        if self._min_rankme is not None and measured["rankme"] < self._min_rankme and x.shape[1] > 1:
+            signs.append(
+                f"features span {measured['rankme']:.4g} directions (RankMe), less than {self._min_rankme:.4g}"
+            )
+        self._narrow = self._narrow + 1 if signs else 0
         if self._narrow >= CHECKPOINTS_IN_A_ROW:
             raise CollapseError(
-                f"features at unit length deviate by {feature_std:.3g} of 1, less than {self._min:.3g}, at "
-                f"{self._narrow} checkpoints in a row: the encoder has collapsed"
+                f"{' and '.join(signs)}, at {self._narrow} checkpoints in a row: the encoder has collapsed"
             )
-        return {"feature_std": feature_std, "rankme": rankme(x)}
+        return measured
 
 
 def rankme(features: Tensor) -> float:

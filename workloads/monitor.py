@@ -66,12 +66,12 @@ class Monitor:
         if first:
             self._skipped.quarantined()
             for note in restored.notes:
-                run.event("checkpoint_damaged", note)
+                run.event("checkpoint_passed_over", note)
             record = run.read_record()
             self._trackers = trackers_of(spec, run, record.job_id if record else run.path.name, restored.step)
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)
         self._divergence = Divergence(spec.guards.divergence, known)
-        self._collapse = Collapse(spec.guards.min_feature_std)
+        self._collapse = Collapse(spec.guards.min_feature_std, spec.guards.min_rankme)
         stacks = run.path / f"stacks-rank{ranks.rank}.txt"
         self._watchdog = Watchdog(spec.guards.hang, stacks, rank=ranks.rank, tell=partial(run.event, "hang"))
         self._features: dict[str, float] = {}
@@ -128,6 +128,11 @@ class Monitor:
         self._divergence.look(point)
         return point
 
+    @property
+    def suspicious(self) -> bool:
+        """Whether a guard has begun to count; rank 0 knows."""
+        return self._divergence.counts or self._collapse.counts
+
     def checkpoint(self, step: int, model: Spread, method: Method, streams: dict[str, Batch], views: Views) -> None:
         """What must hold before a checkpoint replaces the one before it.
 
@@ -138,7 +143,7 @@ class Monitor:
         if not model.finite():
             raise NonFiniteLossError(f"a weight became infinite or NaN at step {step}")
         self._curve.flush()  # the curve up to a checkpoint must outlive whatever comes after it
-        if self._spec.guards.min_feature_std is None:
+        if self._spec.guards.min_feature_std is None and self._spec.guards.min_rankme is None:
             return
         batch = streams if len(streams) > 1 else next(iter(streams.values()))
         with model.whole():

@@ -203,7 +203,7 @@ class RunFolder:
         On a disk that is full the event goes to the log only: it is not worth the run.
 
         Args:
-            kind: worker_joined, worker_left, preempted, checkpoint_damaged, hang, ...
+            kind: worker_joined, worker_left, preempted, checkpoint_passed_over, hang, ...
             message: a sentence for a person.
         """
         logger.info("%s: %s", kind, message)

@@ -89,9 +89,12 @@ class Stepper:
                 metrics = output.metrics
                 alone_s = time.perf_counter() - began
                 if output.loss is not None:
-                    loss = output.loss if self._scale is None else output.loss * self._scale.value
-                    (loss / self._n).backward()
                     losses.append(output.loss.detach())
+                    # Times 1, or NaN: a loss that is not finite makes the gradient so, by which every rank knows of it.
+                    loss = output.loss * (1 + 0 * losses[-1])
+                    if self._scale is not None:
+                        loss = loss * self._scale.value
+                    (loss / self._n).backward()
         if not losses:
             self._optimizer.zero_grad(set_to_none=True)
             return Done(None, metrics, torch.zeros((), device=self._ranks.device), alone_s)

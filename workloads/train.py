@@ -26,8 +26,9 @@ from workloads.checkpoint import Checkpoints
 from workloads.data.ahead import ahead
 from workloads.data.modalities import Views
 from workloads.data.reader import Reader
+from workloads.guards import CollapseError, DivergenceError
 from workloads.methods.base import Batch, Progress
-from workloads.metrics import OnPoint
+from workloads.metrics import NonFiniteLossError, OnPoint
 from workloads.monitor import Monitor, flops_of_step
 from workloads.parallel import Spread
 from workloads.parts import optimizers, schedules
@@ -69,7 +70,7 @@ def train(
 
     Raises:
         ValueError: spec and data do not fit (preflight finds most of it before).
-        NonFiniteLossError, DivergenceError, CollapseError: the last good checkpoint is kept.
+        NonFiniteLossError, DivergenceError, CollapseError: the last good checkpoint is kept, and the latest again.
         CheckpointError: a checkpoint could not be written or read.
     """
     ranks = ranks or Ranks()
@@ -106,6 +107,7 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, spec.checkpoint, ranks, sharded=model.in_parts))
         restored = checkpoints.restore(method, optimizer)
+        stack.enter_context(checkpoints.back_after(NonFiniteLossError, DivergenceError, CollapseError))
         if restored.step:
             stepper.load_state_dict(restored.extra)
         if ranks.rank == 0:
@@ -150,13 +152,13 @@ def train(
             if save:
                 monitor.checkpoint(step, model, method, streams, views)
                 with monitor.patient():
-                    metric = point.get(spec.checkpoint.metric)
-                    checkpoints.save(step, method, optimizer, extra=stepper.state_dict(), metric=metric)
-            if wish == "stop" and step < total:
-                checkpoints.wait()
-                ranks.barrier()
-                logger.info("stopped at step %d of %d, checkpoint written", step, total)
-                return False
-        checkpoints.wait()
-        ranks.barrier()
-    return True
+                    extra, metric = stepper.state_dict(), point.get(spec.checkpoint.metric)
+                    checkpoints.save(step, method, optimizer, extra=extra, metric=metric, suspect=monitor.suspicious)
+            if wish == "stop":
+                break
+        with monitor.patient():
+            checkpoints.wait()
+            ranks.barrier()
+        if step < total:
+            logger.info("stopped at step %d of %d, checkpoint written", step, total)
+    return step >= total

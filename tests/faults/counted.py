@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workloads import ray_train
+from workloads import checkpoint_folder, ray_train
 from workloads.record import RunFolder
 from workloads.run import main
 from workloads.step import Stepper
@@ -17,19 +17,31 @@ from workloads.step import Stepper
 def count(home: Path) -> None:
     """Makes rank 0 of this process count how often each step is made, a byte a step in `home/steps`.
 
-    Mapped memory: a SIGKILL takes nothing back, and a full disk stops no count.
+    Mapped memory: a SIGKILL takes nothing back, and a full disk stops no count. A line of `home/starts` has how many
+    steps were done when it began, and what the newest whole checkpoint was then.
     """
+    began = False
     with open(home / "steps", "r+b") as file:
         made = mmap.mmap(file.fileno(), 0)
     make = Stepper.__call__
 
     def counted(self: Stepper, streams: Any, progress: Any) -> Any:
+        nonlocal began
+        if self._ranks.rank == 0 and not began:
+            began = True
+            with open(home / "starts", "a") as starts:
+                starts.write(f"{progress.step} {_newest_whole(RunFolder(home / 'runs' / 'job').checkpoints)}\n")
         done = make(self, streams, progress)
         if self._ranks.rank == 0:
             made[progress.step] += 1
         return done
 
     Stepper.__call__ = counted  # type: ignore[method-assign]
+
+
+def _newest_whole(folder: Path) -> int:
+    sealed = checkpoint_folder.seals(folder)
+    return max((seal.step for seal in sealed if checkpoint_folder.damage(folder, seal) is None), default=0)
 
 
 def worker(*arguments: Any) -> None:

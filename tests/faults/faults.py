@@ -28,7 +28,7 @@ class Fault:
     Attributes:
         name: in the table.
         inject: starts the job and does it, and says how often; what is left of the job is finished afterwards.
-        may_lose: steps, each time. A checkpoint is written beside training: the newest may not be there yet.
+        may_lose: steps, each time: those since the newest checkpoint, and since the one before while it is written.
         check: what else must hold of the finished job.
     """
 
@@ -48,6 +48,8 @@ class Fault:
         row = Row(self.name, injected, True, trial.lost(), same(expected, final_weights(trial.run)))
         assert row.equal, f"{self.name}: other weights than those of an uninterrupted run; {trial.said()}"
         assert row.lost <= self.may_lose * injected, f"{self.name}: {row.lost} steps lost; {trial.said()}"
+        starts = trial.starts()
+        assert all(began == newest for began, newest in starts), f"{self.name}: sealed steps were made again: {starts}"
         self.check(trial)
         return row
 
@@ -100,7 +102,7 @@ def _damage(trial: Trial, rng: random.Random, change: Callable[[bytearray], None
 
 
 def says_what_was_damaged(trial: Trial) -> None:
-    said = [event["message"] for event in trial.run.read_events() if event["kind"] == "checkpoint_damaged"]
+    said = [event["message"] for event in trial.run.read_events() if event["kind"] == "checkpoint_passed_over"]
     record = trial.run.read_record()
     assert len(said) == 1 and "is damaged" in said[0] and "continued from step" in said[0], said
     assert record is not None and said[0] in record.warnings

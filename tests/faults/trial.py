@@ -117,6 +117,11 @@ class Trial:
         assert all(made), f"steps were left out; how often each was made: {list(made)}"
         return sum(made) - len(made)
 
+    def starts(self) -> list[tuple[int, int]]:
+        """Of each attempt that trained: how many steps were done when it began, and at the newest whole checkpoint."""
+        lines = (self.folder / "starts").read_text().splitlines()
+        return [(int(began), int(newest)) for began, newest in map(str.split, lines)]
+
     def said(self) -> str:
         """The end of what each driver wrote."""
         logs = [self.folder / f"driver-{n + 1}.txt" for n in range(len(self._drivers))]

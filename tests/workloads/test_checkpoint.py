@@ -176,6 +176,15 @@ def test_damage_falls_back_to_the_one_before_and_says_so(
     assert "start anew" in caught.value.hint
 
 
+def test_a_run_whose_checkpoints_were_removed_does_not_start_anew(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    for path in tmp_path.glob("step-*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="`latest` names step 5, of which nothing is left") as caught:
+        checkpoints(tmp_path).restore(*trained(0))
+    assert f"remove {tmp_path} to start anew" in caught.value.hint
+
+
 def test_another_model_or_optimizer_is_no_damage(tmp_path: Path) -> None:
     model, _ = saved(tmp_path, 5, 10)
     with pytest.raises(CheckpointError, match=r"(?s)step 10.*does not fit.*Missing.*weight.*Unexpected.*0.bias"):

@@ -15,26 +15,30 @@ from workloads.checkpoint_newest import newest
 from workloads.spec_training import CheckpointPolicy
 
 
-def seal(step: int, metric: float | None = None) -> Seal:
-    return Seal(step=step, files={f"{files.stem(step)}.pt": FileSum(bytes=0, sha256="")}, metric=metric, time=0)
+def seal(step: int, metric: float | None = None, suspect: bool = False) -> Seal:
+    sums = {f"{files.stem(step)}.pt": FileSum(bytes=0, sha256="")}
+    return Seal(step=step, files=sums, metric=metric, time=0, suspect=suspect)
 
 
 @given(
     metrics=st.dictionaries(st.integers(0, 50), st.none() | st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1),
+    suspects=st.sets(st.integers(0, 50)),
     keep=st.integers(1, 4),
     keep_best=st.integers(0, 3),
     mode=st.sampled_from(["min", "max"]),
     data=st.data(),
 )
-def test_newest_and_best_stay_in_any_history(metrics, keep, keep_best, mode, data):
+def test_newest_best_and_newest_good_stay_in_any_history(metrics, suspects, keep, keep_best, mode, data):
     newest = data.draw(st.sampled_from(sorted(metrics)))
     policy = CheckpointPolicy(keep=keep, keep_best=keep_best, mode=mode)
-    stay = kept([seal(step, metric) for step, metric in metrics.items()], policy, newest)
+    stay = kept([seal(step, metric, step in suspects) for step, metric in metrics.items()], policy, newest)
     past = [step for step in metrics if step <= newest]
     assert newest in stay <= set(past)
-    assert set(sorted(past)[-keep:]) <= stay
-    scored = {step: metrics[step] for step in past if metrics[step] is not None}
-    assert len(stay - set(sorted(past)[-keep:])) <= keep_best
+    good = sorted(set(past) - suspects)
+    always = {*sorted(past)[-keep:], *good[-1:]}
+    assert always <= stay
+    scored = {step: metrics[step] for step in good if metrics[step] is not None}
+    assert len(stay - always) <= keep_best and stay - always <= scored.keys()
     sign = 1 if mode == "min" else -1
     for gone in scored.keys() - stay:
         assert sum(sign * scored[step] <= sign * scored[gone] for step in stay & scored.keys()) >= keep_best
@@ -64,6 +68,17 @@ def test_a_latest_that_says_nothing_hides_nothing(tmp_path: Path) -> None:
     assert files.latest_step(tmp_path) is None
     assert files.steps(tmp_path) == [7]
     assert files.damage(tmp_path, seal(7)) == "the sha256 of step-00000007.pt differs"
+
+
+def test_a_run_goes_back_to_the_newest_that_is_not_suspect(tmp_path: Path) -> None:
+    assert files.go_back(tmp_path) is None and files.given_up(tmp_path) == []
+    files.complete(tmp_path, seal(10, suspect=True))
+    assert files.go_back(tmp_path) is None and files.latest_step(tmp_path) == 10, "no other to go back to"
+    for step in (20, 30, 40, 50):
+        files.complete(tmp_path, seal(step, suspect=step in (40, 50)))
+    (tmp_path / "latest").write_text("step-00000040.pt")
+    assert files.go_back(tmp_path) == files.go_back(tmp_path) == files.latest_step(tmp_path) == 30
+    assert files.given_up(tmp_path) == [40, 50]
 
 
 def test_a_first_write_that_was_cut_short_is_no_damaged_checkpoint(tmp_path: Path) -> None:

@@ -96,6 +96,27 @@ def test_a_node_with_an_empty_disk_continues(mirror: str, tmp_path: Path) -> Non
     assert checkpoints(tmp_path / "a", mirror).restore(*made()).step == 5, "newer than what is on the disk"
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_the_mirror_goes_back_with_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool) -> None:
+    there = str(tmp_path / "mirror")
+    with pytest.raises(KeyError), checkpoints(tmp_path / "a", there, keep=1) as writer, writer.back_after(KeyError):
+        save(writer, 1)
+        writer.save(2, *made(2), extra={"n": 2}, metric=None, suspect=True)
+        writer.wait()
+        assert listed(there) == both(1, 2)
+        if away:
+            monkeypatch.setattr(Mirror, "_update", _refused)
+        raise KeyError
+    monkeypatch.undo()
+    assert listed(there) == (both(1, 2) if away else both(1))
+    restored = checkpoints(tmp_path / "a", there).restore(*made())
+    assert restored.step == 1 and "step 2 is suspect" in restored.notes[0]
+
+
+def _refused(*_: object) -> None:
+    raise OSError("connection refused")
+
+
 def test_the_mirror_heals_the_disk(mirror: str, tmp_path: Path) -> None:
     with checkpoints(tmp_path / "a", mirror) as writer:
         save(writer, 1)

@@ -118,6 +118,22 @@ def test_collapse_ends_the_run_at_the_second_checkpoint_in_a_row(features: Tenso
     assert "guards.min_feature_std" in caught.value.hint
 
 
+def test_features_on_a_line_have_collapsed_however_wide_they_are() -> None:
+    line = normal(64, 1) @ normal(1, 32)
+    guard = Collapse(Guards().min_feature_std, Guards().min_rankme)
+    measured = guard.look(line)
+    assert measured["feature_std"] > 0.7 and measured["rankme"] < 1.001 and guard.counts
+    assert guard.look(line + 0.01 * normal(64, 32))["rankme"] > 1.01 and not guard.counts, "not quite on it"
+    guard.look(line)
+    with pytest.raises(CollapseError, match=r"^features span 1 directions \(RankMe\), less than 1.01, at 2") as caught:
+        guard.look(line)
+    assert "guards.min_rankme" in caught.value.hint
+    alone = Collapse(None, 1.5)
+    assert [alone.look(line[:, :1])["rankme"] for _ in range(3)] == pytest.approx([1.0] * 3), (
+        "of one dimension: no sign"
+    )
+
+
 def test_nearly_constant_features_are_told_from_constant_ones() -> None:
     guard = Collapse(1e-3)
     for _ in range(3):

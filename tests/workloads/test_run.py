@@ -29,12 +29,16 @@ from workloads.spec import JobSpec
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
+from workloads.checkpoint import latest_step
 from workloads.run import run_local
 from workloads.spec import JobSpec
 from workloads.step import Stepper
 kill_at = int(sys.argv[3])
 def step(self, streams, progress, _step=Stepper.__call__):
+    print(progress.step, flush=True)
     if progress.step == kill_at:
+        while (latest_step(Path(sys.argv[2]) / "checkpoints") or 0) < kill_at // 5 * 5:
+            pass  # it is being written
         os.kill(os.getpid(), signal.SIGKILL)
     return _step(self, streams, progress)
 Stepper.__call__ = step
@@ -56,12 +60,14 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(
     steps = torch.randperm(19, generator=torch.Generator().manual_seed(time.time_ns()))[
         :3
     ].tolist()  # three random ones
-    run = RunFolder(tmp_path / "killed")
+    run, sealed = RunFolder(tmp_path / "killed"), 0
     for kill_at in sorted(steps):
         arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "job.json"), str(run.path), str(kill_at)]
-        assert subprocess.run(arguments, capture_output=True, timeout=120).returncode == -signal.SIGKILL, steps
-        written = kill_at // 5 * 5  # in the background: the newest may be lost
-        assert (checkpoint.latest_step(run.checkpoints) or 0) in (written, written - 5), steps
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+        assert done.returncode == -signal.SIGKILL, steps
+        assert list(map(int, done.stdout.split())) == list(range(sealed, kill_at + 1)), steps
+        sealed = kill_at // 5 * 5
+        assert (checkpoint.latest_step(run.checkpoints) or 0) == sealed, steps
         record = run.read_record()
         assert record is not None and record.state in ("STARTING", "RUNNING")  # nobody was left to say otherwise
     assert run_local(spec, run.path) == SUCCEEDED

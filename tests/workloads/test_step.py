@@ -36,13 +36,15 @@ class Breaking(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> Output:
         self.seen.append((progress.step, self.weight.sum().item()))
-        factor = torch.ones(())
+        factor, added = torch.ones(()), torch.zeros(())
         match self.bad.get(progress.step):
             case "loss":
                 factor = torch.tensor(float("nan"))
+            case "loss alone":  # its gradient is finite
+                added = torch.tensor(float("inf"))
             case "gradient":  # the loss is finite, its root at 0 has an infinite slope
                 factor = (self.weight[0] - self.weight[0]).sqrt() + 1
-        loss: Tensor = (self.weight * factor - batch["image"].mean()).square().sum()
+        loss: Tensor = (self.weight * factor - batch["image"].mean()).square().sum() + added
         return Output(loss)
 
 
@@ -60,7 +62,7 @@ def breaking(toy_job: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "lamb"])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "loss alone", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     breaking: Make, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -101,7 +103,19 @@ def test_loss_scale_halves_at_once_and_doubles_in_time() -> None:
     assert scale.value == start and scale.good == 0
 
 
-def test_fp16_follows_fp32_and_resumes_with_its_scale(toy_job: Make, tmp_path: Path) -> None:
+def test_a_resume_brings_back_the_loss_scale(breaking: Make, tmp_path: Path) -> None:
+    Breaking.bad[1] = "gradient"
+    spec, whole, halves = breaking(precision="fp16"), RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "halves")
+    assert train(spec, whole, tmp_path)
+    polls = iter([False] * 2 + [True])
+    assert not train(spec, halves, tmp_path, should_stop=lambda: next(polls))
+    assert train(spec, halves, tmp_path)
+    files = [run.checkpoints / "step-00000020.pt" for run in (whole, halves)]
+    extra = [torch.load(file, weights_only=True)["extra"] for file in files]
+    assert extra[0] == extra[1] == {"skipped_in_a_row": 0, "scale": 2**15, "good": 18}
+
+
+def test_fp16_follows_fp32_and_resumes(toy_job: Make, tmp_path: Path) -> None:
     runs = {name: RunFolder(tmp_path / name) for name in ("fp32", "fp16", "halves")}
     half = toy_job(precision="fp16", epochs=None, steps=6)
     assert train(toy_job(epochs=None, steps=6), runs["fp32"], tmp_path)

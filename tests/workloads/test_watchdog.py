@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from workloads.checkpoint import Checkpoints
+from workloads.record import RunFolder
+from workloads.spec import JobSpec
+from workloads.train import train
 from workloads.watchdog import GRACE_S, HUNG, Watchdog
 
 LIMIT_S = 100.0
@@ -92,6 +97,23 @@ def test_pauses_nest_and_are_followed_by_a_whole_limit(watched: Watched) -> None
     assert not watched.stacks
     watched.idle(1)
     assert watched.stacks
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_write_may_take_long(
+    toy_job: Callable[..., JobSpec], watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    wait, takes_s = Checkpoints.wait, iter([10 * LIMIT_S, 0])  # in the loop; when it is left, and nobody watches
+
+    def long(self: Checkpoints) -> None:
+        watched.idle(next(takes_s))
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", long)
+    monkeypatch.setattr("workloads.monitor.Watchdog", lambda *_, **__: watched.dog)
+    job = toy_job(epochs=None, steps=2)
+    assert train(job, RunFolder(tmp_path / "run"), tmp_path, should_stop=lambda: stopped) is not stopped
+    assert not watched.stacks and not watched.ended
 
 
 def test_a_process_that_stood_still_is_not_hung(watched: Watched) -> None:
