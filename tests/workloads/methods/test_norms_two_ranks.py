@@ -11,7 +11,6 @@ from torch import Tensor
 from tests.toy import difference
 from tests.toy_methods import toy_method_job
 from tests.two_ranks import TwoRanks
-from workloads import checkpoint
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 from workloads.train import train
