@@ -166,6 +166,8 @@ def rankme(features: Tensor) -> float:
 def features_of(method: Method, batch: Batch, views: Views) -> Tensor | None:
     """Features float32 [B, D] of the first image view by the network that the method exports; changes nothing.
 
+    Where there are volumes only [B, C, D, H, W], of the slice in the middle of each.
+
     Training modes, gradients, buffers and torch's generators are afterwards as they were. Where
     weights are shared out (FSDP) every rank calls this at the same time, within `Spread.whole`.
 
@@ -175,19 +177,31 @@ def features_of(method: Method, batch: Batch, views: Views) -> Tensor | None:
         views: those of the method.
 
     Returns:
-        None where the method exports no encoder or looks at no images.
+        None where the method exports no encoder or looks at neither images nor volumes.
     """
-    name = next((name for name, view in views.items() if isinstance(view, View)), None)
+    name = _first(views, View) or _first(views, _volume_view())
     if type(method).exports != "encoder" or name is None:
         return None
     of_first = batch if len(method.streams) == 1 else batch[method.streams[0]]
     images: Tensor = of_first[name][:MOST_SAMPLES]
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
     devices = [images.device] if images.device.type == "cuda" else []
     with _training_kept(method), torch.random.fork_rng(devices), torch.no_grad(), _not_compiled():
         model: nn.Module = method.export()
         with _training_kept(model):
             features: Tensor = model.eval()(images)
     return features.float()
+
+
+def _first(views: Views, kind: type) -> str | None:
+    return next((name for name, view in views.items() if isinstance(view, kind)), None)
+
+
+def _volume_view() -> type:
+    from workloads.data.transforms.volume import VolumeView  # nibabel costs what it costs only here
+
+    return VolumeView
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ class Monitor:
         stacks = run.path / f"stacks-rank{ranks.rank}.txt"
         self._watchdog = Watchdog(spec.guards.hang, stacks, rank=ranks.rank, tell=partial(run.event, "hang"))
         self._features: dict[str, float] = {}
+        self._collapsed: CollapseError | None = None
 
     def __enter__(self) -> Monitor:
         self._stack = contextlib.ExitStack()
@@ -133,7 +134,20 @@ class Monitor:
         """Whether a guard has begun to count; rank 0 knows."""
         return self._divergence.counts or self._collapse.counts
 
-    def checkpoint(self, step: int, model: Spread, method: Method, streams: dict[str, Batch], views: Views) -> None:
+    def features(self, model: Spread, method: Method, streams: dict[str, Batch], views: Views) -> None:
+        """Measures features for the next point of the curve, which is written whatever they say: see `checkpoint`."""
+        if self._spec.guards.min_feature_std is None and self._spec.guards.min_rankme is None:
+            return
+        batch = streams if len(streams) > 1 else next(iter(streams.values()))
+        with model.whole():
+            features = features_of(method, batch, views)
+        if features is not None and self._ranks.rank == 0:
+            try:
+                self._features = self._collapse.look(features)
+            except CollapseError as error:
+                self._collapsed = error
+
+    def checkpoint(self, step: int, model: Spread) -> None:
         """What must hold before a checkpoint replaces the one before it.
 
         Raises:
@@ -143,19 +157,8 @@ class Monitor:
         if not model.finite():
             raise NonFiniteLossError(f"a weight became infinite or NaN at step {step}")
         self._curve.flush()  # the curve up to a checkpoint must outlive whatever comes after it
-        if self._spec.guards.min_feature_std is None and self._spec.guards.min_rankme is None:
-            return
-        batch = streams if len(streams) > 1 else next(iter(streams.values()))
-        with model.whole():
-            features = features_of(method, batch, views)
-        collapsed = None
-        if features is not None and self._ranks.rank == 0:
-            try:
-                self._features = self._collapse.look(features)
-            except CollapseError as error:
-                collapsed = error
-        if self._ranks.any(collapsed is not None):
-            raise collapsed or CollapseError(f"features collapsed by step {step}, as rank 0 says")
+        if self._ranks.any(self._collapsed is not None):
+            raise self._collapsed or CollapseError(f"features collapsed by step {step}, as rank 0 says")
 
 
 def flops_of_step(

@@ -147,10 +147,12 @@ def train(
 
             wish = agreement.after(step)
             save = wish != "go on" or step % spec.checkpoint.every_steps == 0 or step == total
+            if save:
+                monitor.features(model, method, streams, views)  # which this point of the curve shows
             if save or step % spec.log_steps == 0:
                 point = monitor.point(step, progress.epoch, stepper, lr=lr)
             if save:
-                monitor.checkpoint(step, model, method, streams, views)
+                monitor.checkpoint(step, model)
                 with monitor.patient():
                     extra, metric = stepper.state_dict(), point.get(spec.checkpoint.metric)
                     checkpoints.save(step, method, optimizer, extra=extra, metric=metric, suspect=monitor.suspicious)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from workloads.data.transforms.volume import VolumeView
 from workloads.data.views import View
 from workloads.guards import Collapse, CollapseError, Divergence, DivergenceError, features_of
 from workloads.methods.base import Method, MethodConfig
@@ -230,6 +231,13 @@ def test_features_of_the_first_stream_and_the_first_image_view() -> None:
     batch = {"labeled": {"other": 1, "image": images}, "unlabeled": {}}
     features = features_of(method, batch, {"other": object(), **VIEWS})  # type: ignore[dict-item]
     assert features is not None and features.shape == (2, 4)
+
+
+def test_features_of_the_slice_in_the_middle_of_each_volume() -> None:
+    method, volumes = in_training(Convolutional), torch.randn(2, 3, 5, 8, 8)
+    features = features_of(method, {"volume": volumes}, {"volume": VolumeView(size=(5, 8, 8))})
+    with torch.no_grad():
+        assert features is not None and torch.equal(features, method.encoder.eval()(volumes[:, :, 2]))
 
 
 def test_no_features_without_an_encoder_or_images() -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.toy_methods import toy_method_job
 from workloads import catalog
 from workloads.checkpoint_folder import latest_step, seals
 from workloads.methods.base import Batch, Inputs, Method, MethodConfig, Output, Progress
 from workloads.record import RunFolder
 from workloads.run import FAILED, execute
 from workloads.spec import JobSpec
+from workloads.train import train
 
 Make = Callable[..., JobSpec]
 LAST_GOOD = 6  # step
@@ -84,3 +86,20 @@ def test_the_record_says_why_and_a_later_attempt_goes_on_from_before(
     went_back = f"{reason.split(':')[0]}: the checkpoint of step {suspect} was written after its first sign; "
     went_back += f"a later attempt goes on from step {LAST_GOOD}"
     assert [event["message"] for event in run.read_events()] == [went_back, passed_over, went_back]
+
+
+def test_each_checkpoint_has_its_features_in_the_curve(toy_job: Make, tmp_path: Path) -> None:
+    """Also the last one, which no point comes after."""
+    points = trained(toy_job(epochs=None, steps=10, log_steps=5), tmp_path / "images")
+    assert [(point["step"], "rankme" in point) for point in points] == [(5, True), (10, True)]
+
+
+def test_volumes_are_watched(toy_shards: dict[str, str], tmp_path: Path) -> None:
+    points = trained(toy_method_job(toy_shards, "medical_cl", epochs=None, steps=1), tmp_path / "volumes")
+    assert points[-1]["feature_std"] > 0 and points[-1]["rankme"] > 1
+
+
+def trained(spec: JobSpec, folder: Path) -> list[dict[str, Any]]:
+    run = RunFolder(folder)
+    assert train(spec, run, folder)
+    return list(run.read_metrics())

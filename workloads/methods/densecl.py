@@ -9,8 +9,9 @@ Differences from the released code. Where it shuffles keys over workers, BatchNo
 beginning of the next one, which is the same. With a `grid`, the map of the backbone is pooled to it before its places
 are matched; the code matches those of the whole map, so it can have none. Matching is in float64, which autocast
 leaves alone: in bfloat16, places that are nearly alike would tie. A batch need not divide the queues. Biases and norms
-do not decay. In the warm-up the dense loss is multiplied by 0 rather than left out, so each parameter has a gradient;
-by default there is no warm-up, as in the released configs, while the class that the code has for it says 1000 steps.
+do not decay; the cosine of the rate falls with each step, that of the code with each epoch. In the warm-up the dense
+loss is multiplied by 0 rather than left out, so each parameter has a gradient; by default there is no warm-up, as in
+the released configs, while the class that the code has for it says 1000 steps.
 
 Any network whose maps or patches form a square will do. The paper has ResNets only; the pooled feature of a ViT is
 the mean of its patches.

@@ -4,7 +4,7 @@ arXiv 2102.04848. Each image is a class of its own: the feature of a view should
 unlike the rows of all other images. All N of them are in the denominator, spread over the ranks
 (`parts.sharded_softmax`): nothing is sampled, and there is no second network and no queue. Rows start as the features
 of an untrained network, so that the task is contrast from the first step on, and the rows most like that of the image
-are wanted a little, too.
+are wanted a little, too. Biases and norms do not decay; rows do.
 
 Written by the paper and a student's reproduction of it; code of the authors was not found. Not certain: K, the head,
 how often the neighbours of a row are found anew (here in every step, from the rows as they are, without a table of

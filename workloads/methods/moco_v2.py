@@ -7,7 +7,8 @@ arXiv 1911.05722, algorithm 1).
 Where BatchNorm sees the keys of one worker together, queries could be matched by its statistics; the released code
 shuffles the batch over workers for keys, here BatchNorm goes by the batch of all of them (`engine.sync_batchnorm`,
 the default), for both. On one worker neither helps, as in the paper. The slow copy moves after a step rather than at
-the beginning of the next one, which is the same.
+the beginning of the next one, which is the same. Biases and norms do not decay, those of the code do; the cosine of
+the rate falls with each step, that of the code with each epoch.
 """
 
 from __future__ import annotations

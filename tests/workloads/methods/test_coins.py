@@ -16,7 +16,7 @@ from tests.toy import difference, no_load, random_images
 from tests.toy_methods import toy_method_job
 from tests.two_ranks import TwoRanks
 from workloads import checkpoint
-from workloads.evaluation.features import Features
+from workloads.evaluation.retrieval import recall_at
 from workloads.methods.base import DataInfo, Inputs, Method, Progress
 from workloads.methods.coins import CoIns, CoInsConfig, Instances, coarse_logits
 from workloads.methods.moco_v2 import MoCoV2, MoCoV2Config
@@ -285,13 +285,6 @@ def weights(run: RunFolder) -> dict[str, Tensor]:
     return state["method"]
 
 
-def recall_at_1(features: Features) -> float:
-    """Share of images whose nearest other one is of their class."""
-    x = F.normalize(features.x, dim=1)
-    nearest = (x @ x.T).fill_diagonal_(-2).argmax(dim=1)
-    return (features.y[nearest] == features.y).float().mean().item()
-
-
 @pytest.mark.slow
 def test_fine_classes_from_coarse_ones_and_single_images(real_images: RealImages, tmp_path: Path) -> None:
     """2,000 images of CIFAR-10, vehicles or animals, asked for the ten classes on 1,000; seeds 0 and 1.
@@ -314,6 +307,6 @@ def test_fine_classes_from_coarse_ones_and_single_images(real_images: RealImages
     encoders = {name: encoder_of(pretrained(spec, tmp_path, name)) for name, spec in specs.items()}
     encoders["untrained"] = untrained(specs["joint"])
     knn = {name: real_images.knn(encoder) for name, encoder in encoders.items()}
-    recall = {name: recall_at_1(real_images.features(encoder)[1]) for name, encoder in encoders.items()}
+    recall = {name: recall_at(real_images.features(encoder)[1], (1,))[1] for name, encoder in encoders.items()}
     assert knn["joint"] > max(knn["coarse"], knn["untrained"]), knn
     assert recall["joint"] > max(recall["instance"], recall["untrained"]), recall
