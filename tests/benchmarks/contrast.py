@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,10 +160,9 @@ class DenseLoss(nn.Module):
 
 def softmax_memory(instances: int) -> float:
     """Bytes of this rank at the peak of two steps of SGD over one row of 128 for each instance, without the rest."""
-    import resource
-
     ranks = synthetic.own_rank()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+    before = _peak()
     table = RowsOverRanks(instances, DIM)
     table.share_out(ranks.device)
     optimizer = torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
@@ -171,9 +171,15 @@ def softmax_memory(instances: int) -> float:
         instance_cross_entropy(features, index, table, 0.15)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak()
     synthetic.leave()
-    return 1024 * (peak - before)
+    return peak - before
+
+
+def _peak() -> float:
+    """Resident bytes of this process at most."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * float(line.split()[1])
 
 
 def rows() -> list[Row]:

@@ -93,6 +93,7 @@ def test_stopped_and_resumed_it_finds_the_same(
     whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "POINT_S", 0.0)  # a point after each chunk
+    monkeypatch.setattr(loop, "CHUNK_S", 0.0)  # of one candidate
     run = RunFolder(tmp_path)
 
     def stop(point: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def test_a_worker_lost_while_parts_are_written_does_not_end_the_job(
 
     checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointPolicy(), Ranks())
     with pytest.raises(checkpoint.CheckpointError) as caught:
-        checkpoints._write(5, fail, None)
+        checkpoints._write(5, fail, None, False)
     assert ray_train.of_a_lost_worker(caught.value) is not final
 
 
