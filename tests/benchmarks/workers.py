@@ -20,6 +20,9 @@ from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
 
+STARTING = 2  # points of the curve in which a group still imports and fills its caches
+
+
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + apart.LIMIT_S
     while not path.exists():
@@ -32,7 +35,7 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
     """Under torchrun: the shortest loop of PyTorch's DDP.
 
     Returns:
-        steps/s of each round: median over intervals of `log_steps` steps without the first, as for `ours`.
+        steps/s of each round: median over intervals of `log_steps` steps without the first ones, as for `ours`.
     """
     import torch
     import torch.distributed as dist
@@ -63,7 +66,7 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
             optimizer.step()
             if (step + 1) % spec.log_steps == 0:
                 stamps.append(time.perf_counter())
-        intervals = [after - before for before, after in itertools.pairwise(stamps[1:])]
+        intervals = [after - before for before, after in itertools.pairwise(stamps[STARTING:])]
         rates.append(spec.log_steps / statistics.median(intervals))
         dist.barrier()
         if ranks.rank == 0:
@@ -78,7 +81,7 @@ def rates(document: dict[str, Any], folder: str, rounds: int) -> dict[str, list[
     """Steps/s of each round, `ours` and `bare`; needs a connected cluster.
 
     Args:
-        document: of a job of two workers, of three points of the curve or more.
+        document: of a job of two workers, of more points of the curve than are `STARTING`.
         folder: is made.
         rounds: turns of each.
     """
@@ -96,7 +99,7 @@ def rates(document: dict[str, Any], folder: str, rounds: int) -> dict[str, list[
             run.path.mkdir()
             assert train_on_ray(spec, run, turns, connected=lambda: None)
             points = list(run.read_metrics())
-            own_rates.append(1 / statistics.median(point["step_time_s"] for point in points[1:]))
+            own_rates.append(1 / statistics.median(point["step_time_s"] for point in points[STARTING:]))
         return {"ours": own_rates, "bare": result()}
 
 
