@@ -19,7 +19,6 @@ from workloads.methods.base import Progress
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
-
 STARTING = 2  # points of the curve in which a group still imports and fills its caches
 
 
