@@ -91,13 +91,8 @@ class _Body:
     """
 
     def __init__(self, receive: Receive, send: Send, too_large: TooLarge, limit: int, timeout_s: float) -> None:
-        self._receive, self._send, self._too_large, self._limit, self._timeout_s = (
-            receive,
-            send,
-            too_large,
-            limit,
-            timeout_s,
-        )
+        self._receive, self._send, self._too_large = receive, send, too_large
+        self._limit, self._timeout_s = limit, timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._got = 0
         self._complete = False

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from workloads import checkpoint_folder as files
 from workloads.checkpoint_folder import CheckpointError, FileSum, Seal, latest_step, stem
 from workloads.checkpoint_mirror import Mirror
-from workloads.checkpoint_newest import Found, first_line, in_parts, newest
+from workloads.checkpoint_newest import Found, Note, first_line, in_parts, newest
 from workloads.checkpoint_state import Buffers, broadcast, load, write
 from workloads.data.sources import RETRY_DELAYS_S
 from workloads.ranks import Ranks
@@ -48,14 +48,12 @@ class Restored:
     Attributes:
         step: optimizer steps done; 0: nothing was there.
         extra: what the loop gave to `save`.
-        notes: what went wrong on the way, a sentence each, for the log, the warnings and the events.
-        mirror_away: the first of them is that the mirror does not answer.
+        notes: what went wrong on the way, for the log, the warnings and the events.
     """
 
     step: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    mirror_away: bool = False
+    notes: list[Note] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -113,7 +111,7 @@ class Checkpoints:
         else:
             state = broadcast(found.state, self._ranks)
         _load(state, method, optimizer, found.seal)
-        return Restored(found.seal.step, state["extra"], found.notes, found.mirror_away)
+        return Restored(found.seal.step, state["extra"], found.notes)
 
     def _find(self) -> Found:
         """What rank 0 finds; the state, unless it is in parts, is at rank 0 only."""
@@ -273,7 +271,7 @@ def restore_weights(folder: Path, method: nn.Module) -> int:
     """
     found = newest(folder)
     for note in found.notes:
-        logger.warning("%s", note)
+        logger.warning("%s", note.text)
     if found.seal is None:
         return 0
     state = _read_parts(folder, found.seal, method, None) if in_parts(found.seal) else found.state

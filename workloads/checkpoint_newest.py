@@ -5,13 +5,22 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from workloads import checkpoint_folder as files
 from workloads.checkpoint_folder import CheckpointError, Seal, stem
 from workloads.checkpoint_mirror import Mirror
+
+PASSED_OVER = "checkpoint_passed_over"
+
+
+class Note(NamedTuple):
+    """What went wrong on the way to a checkpoint: a kind of event of the run, and a sentence."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,11 @@ class Found:
         seal: None where there is none.
         state: None where it is in parts, which each rank reads for itself.
         notes: what was passed over, and why.
-        mirror_away: the first of them is that the mirror does not answer.
     """
 
     seal: Seal | None = None
     state: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    mirror_away: bool = False
+    notes: list[Note] = field(default_factory=list)
 
 
 def newest(folder: Path, mirror: Mirror | None = None) -> Found:
@@ -38,16 +45,17 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
         CheckpointError: there are some and none is whole, or there were some, or there may be some in a mirror that
             does not answer.
     """
-    here, there, problems, away = files.steps(folder), [], list[str](), False
+    here, there, problems = files.steps(folder), [], list[Note]()
     if mirror is not None:
         try:
             there = mirror.steps()
         except (OSError, ValueError) as error:
-            problems, away = [f"{mirror} cannot be read ({first_line(error)})"], True
+            problems.append(Note("mirror_away", f"{mirror} cannot be read ({first_line(error)})"))
     latest, mirrored = files.latest_step(folder), files.mirrored_step(folder)
     if latest is not None and mirrored is not None and latest < mirrored:  # went back, and could not tell the mirror
         there = [step for step in there if step <= latest]
-    problems += [f"checkpoint of step {step} is suspect: a guard had begun to count" for step in files.given_up(folder)]
+    for step in files.given_up(folder):
+        problems.append(Note(PASSED_OVER, f"checkpoint of step {step} is suspect: a guard had begun to count"))
     for step in sorted({*here, *there}, reverse=True):
         for at_mirror in (False, True):
             if step not in (there if at_mirror else here):
@@ -58,15 +66,16 @@ def newest(folder: Path, mirror: Mirror | None = None) -> Found:
                     mirror.fetch(step, folder)
                 seal, state = _open(folder, step)
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                problems.append(f"checkpoint of step {step}{where} is damaged ({first_line(error)})")
+                why = f"checkpoint of step {step}{where} is damaged ({first_line(error)})"
+                problems.append(Note(PASSED_OVER, why))
             else:
-                notes = [f"{problem}; continued from step {step}{where}" for problem in problems]
-                return Found(seal, state, notes, away)
+                notes = [Note(kind, f"{why}; continued from step {step}{where}") for kind, why in problems]
+                return Found(seal, state, notes)
     if latest is not None and not (here or there):
-        problems.append(f"`latest` names step {latest}, of which nothing is left")
+        problems.append(Note(PASSED_OVER, f"`latest` names step {latest}, of which nothing is left"))
     if problems:
         raise CheckpointError(
-            f"no checkpoint in {folder} can be read: {'; '.join(problems)}",
+            f"no checkpoint in {folder} can be read: {'; '.join(problem.text for problem in problems)}",
             f"bring one of them back, or remove {folder} to start anew"
             if here or there or latest is not None
             else f"see that {mirror} answers, then submit again",

@@ -62,11 +62,11 @@ class Monitor:
         self._on_point = on_point
         self._curve = Curve(ranks, MetricsWriter(run.metrics) if first else None, self._tell, spec.batch_size)
         self._skipped = SkippedLog(run.skipped, readers)
-        self._warnings = Warnings(run.warnings, readers, restored.notes) if first else None
+        self._warnings = Warnings(run.warnings, readers, [note.text for note in restored.notes]) if first else None
         if first:
             self._skipped.quarantined()
-            for i, note in enumerate(restored.notes):
-                run.event("mirror_away" if restored.mirror_away and i == 0 else "checkpoint_passed_over", note)
+            for note in restored.notes:
+                run.event(note.kind, note.text)
             record = run.read_record()
             self._trackers = trackers_of(spec, run, record.job_id if record else run.path.name, restored.step)
         known = (point for point in run.read_metrics() if point["step"] <= restored.step)

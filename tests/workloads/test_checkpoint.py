@@ -165,7 +165,7 @@ def test_damage_falls_back_to_the_one_before_and_says_so(
     harm(tmp_path / "step-00000010.pt")
     restored = checkpoints(tmp_path).restore(*trained(0))
     assert restored.step == 5
-    (note,) = restored.notes
+    ((_, note),) = restored.notes
     assert note.startswith("checkpoint of step 10 is damaged (") and note.endswith("; continued from step 5")
     assert re.search(why, note)
     assert checkpoint.restore_weights(tmp_path, trained(0)[0]) == 5

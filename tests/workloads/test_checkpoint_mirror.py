@@ -110,7 +110,7 @@ def test_the_mirror_goes_back_with_the_disk(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     assert listed(there) == (both(1, 2) if away else both(1))
     restored = checkpoints(tmp_path / "a", there).restore(*made())
-    assert restored.step == 1 and "step 2 is suspect" in restored.notes[0]
+    assert restored.step == 1 and "step 2 is suspect" in restored.notes[0].text
 
 
 def _refused(*_: object) -> None:
@@ -123,7 +123,7 @@ def test_the_mirror_heals_the_disk(mirror: str, tmp_path: Path) -> None:
         save(writer, 2)
     (folder(tmp_path / "a") / "step-00000002.pt").write_bytes(b"")
     restored = checkpoints(tmp_path / "a", mirror).restore(*made())
-    assert restored.step == 2 and restored.notes[0].endswith(f"continued from step 2 in {mirror}/{RUN}")
+    assert restored.step == 2 and restored.notes[0].text.endswith(f"continued from step 2 in {mirror}/{RUN}")
     assert checkpoint.restore_weights(folder(tmp_path / "a"), made()[0]) == 2
 
 
@@ -227,7 +227,7 @@ def test_a_mirror_that_cannot_be_read_is_no_fresh_start(frail: str, s3_server: S
     with Checkpoints(folder(tmp_path / "a"), CheckpointPolicy(), Ranks()) as writer:
         save(writer, 1)
     restored = checkpoints(tmp_path / "a", frail).restore(*made())
-    assert restored.step == 1 and "cannot be read" in restored.notes[0] and restored.mirror_away
+    assert restored.step == 1 and "cannot be read" in restored.notes[0].text and restored.notes[0].kind == "mirror_away"
 
 
 def test_a_mirror_of_an_unknown_kind_is_named(tmp_path: Path) -> None:

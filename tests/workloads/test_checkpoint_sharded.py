@@ -161,7 +161,7 @@ def test_a_damaged_part_falls_back(written: Path) -> None:
     restored = Checkpoints(written / "parts", POLICY, Ranks()).restore(*made(0))
     part.write_bytes(whole_part)
     assert restored.step == 10
-    assert restored.notes == [
+    assert [note.text for note in restored.notes] == [
         "checkpoint of step 15 is damaged (the sha256 of step-00000015/__1_0.distcp differs); continued from step 10"
     ]
 

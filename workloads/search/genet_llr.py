@@ -147,11 +147,8 @@ class GENetLLR(Search):
         """Latency in ms of the fastest network, by the sums; 0: nothing could be measured."""
         if not any(self._told.values()):
             return 0.0
-        t0, saved = self.t0, [0.0 for _ in self.config.master.blocks]
-        for number, (at, _) in enumerate(self.config.replacements, 1):
-            if result := self._told[number]:
-                saved[at] = min(saved[at], self._of(result) - t0)
-        return t0 + sum(saved)
+        known = {number: self._of(result) for number, result in self._told.items() if number and result}
+        return self.config.fastest(self.t0, known)
 
     def measured(self) -> dict[int, Result]:
         """What was measured of each network of which nothing failed."""

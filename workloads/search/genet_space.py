@@ -198,10 +198,19 @@ class GENetLLRConfig(SearchConfig):
             return {}
         networks = [self.master, *(network for _, network in self.replacements)]
         t0, *ts = (table.predict(of_branches(branches(network), self.size)) for network in networks)
-        by_block = [[0.0] for _ in self.master.blocks]
-        for (at, _), t in zip(self.replacements, ts, strict=True):
-            by_block[at].append(t - t0)
-        return {"latency_ms": t0 + sum(map(min, by_block))}
+        return {"latency_ms": self.fastest(t0, dict(enumerate(ts, 1)))}
+
+    def fastest(self, t0: float, replaced: Mapping[int, float]) -> float:
+        """Latency in ms of the fastest network, by the sums.
+
+        Args:
+            t0: of the master.
+            replaced: of it with a replacement, by the number of that from 1 on; what is not known counts as no gain.
+        """
+        saved = [0.0 for _ in self.master.blocks]
+        for number, (at, _) in enumerate(self.replacements, 1):
+            saved[at] = min(saved[at], replaced.get(number, t0) - t0)
+        return t0 + sum(saved)
 
     def problems(self, device: str) -> list[tuple[tuple[str | int, ...], str]]:
         if found := self.budget.latency.problems(device, self.size):
