@@ -83,7 +83,7 @@ class Spread:
         return DistributedDataParallel(
             self.method,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=not engine.sync_batchnorm,  # else they are equal, and queues are tens of MB a step
+            forward_sync_buffers=not engine.sync_batchnorm,  # else they stay equal; queues are tens of MB a step
         )
 
     def __call__(self, *args: Any) -> Any:

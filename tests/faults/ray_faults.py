@@ -43,14 +43,16 @@ def started_again(times: int) -> Callable[[Trial], None]:
 
 
 def worker_killed(head: Head, times: int = 1, look: Callable[[], None] = lambda: None) -> Fault:
-    """One worker of the group, of any rank, is killed so many times; `look` is called before each."""
+    """One worker of the group, of any rank, is killed so many times; `look` is called while it stands still for it."""
 
     def inject(trial: Trial, rng: random.Random) -> int:
         trial.start()
         for _ in range(times):
             trial.after(rng.randrange(1, STEPS // (times + 1)), rng)
+            victim = rng.choice(below(psutil.Process(head.pid), "RayTrainWorker"))
+            victim.suspend()  # the group waits for it: a look takes longer than the job on a busy machine
             look()
-            rng.choice(below(psutil.Process(head.pid), "RayTrainWorker")).kill()
+            victim.kill()
         return times
 
     return Fault("worker SIGKILL", inject, 2 * EVERY, started_again(times))

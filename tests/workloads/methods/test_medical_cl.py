@@ -297,15 +297,13 @@ def test_slices_of_a_partition_have_like_features(data_folder: Path, tmp_path: P
 
     The encoder sees one slice at a time: that slices at one height are alike in all volumes is all that it is told.
     """
-    shards = {
-        name: str(data_folder / "hippocampus" / f"{name}.tar") for name in ("train-{000000..000003}", "val-000000")
-    }
+    train, val = (str(data_folder / "hippocampus" / f"{name}.tar") for name in ("train-{000000..000003}", "val-000000"))
     spec = JobSpec.model_validate(
         {
             "name": "learning",
             "method": {"name": "medical_cl", "loss": "gd", "depth": 48},
             "model": {"name": "unet", "image_size": 48, "channels": [8, 16, 32, 32]},
-            "data": {"train": {"shards": shards[0]}},
+            "data": {"train": {"shards": train}},
             "steps": 100,
             "batch_size": 6,
             "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0},
@@ -314,7 +312,7 @@ def test_slices_of_a_partition_have_like_features(data_folder: Path, tmp_path: P
     )
     after = encoder_of(pretrained(spec, tmp_path, "job"))
     before, now = (
-        knn_accuracy(*(partitions_of(encoder, each, spec) for each in shards), k=20, temperature=0.07)
+        knn_accuracy(*(partitions_of(encoder, each, spec) for each in (train, val)), k=20, temperature=0.07)
         for encoder in (untrained(spec), after)
     )
     assert now > before + 0.03, (before, now)
