@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT = 500
+LIMIT = 400
 
 
 def main() -> int:

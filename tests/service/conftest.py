@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 
 from service import store
 from tests.service.fakes import local_client
+from tests.service.receivers import Stage
 from tests.service.rest import Service
 from tests.service.world import World
 from tests.toy import TOY_MAE, TOY_MODEL
@@ -68,3 +69,17 @@ def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
     world.store.close()
+
+
+@pytest.fixture(scope="session")
+def shared_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """For properties, which empty it themselves."""
+    stage = Stage(tmp_path_factory.mktemp("hooks"))
+    yield stage
+    stage.store.close()
+
+
+@pytest.fixture
+def stage(shared_stage: Stage) -> Stage:
+    shared_stage.empty()
+    return shared_stage
