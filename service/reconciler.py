@@ -7,7 +7,6 @@ holds a lock on its folder.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +17,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
+from service.adoption import Adoption
+from service.attempts import Attempts
 from service.checks import Checks
-from service.decisions import STALE_S, Decision, brief, decide, ended, lives, reached, said, stalled_after, stands
+from service.decisions import STALE_S, Decision, brief, decide, ended, lives, said, stands
 from service.errors import ServiceError, Unavailable
 from service.lead import Lead
-from service.logs import Wanted, part
 from service.observe.rounds import Rounds
 from service.preemption import Preemption
 from service.projects import quota_of
@@ -32,20 +32,17 @@ from service.registry import Registry
 from service.releases import Releases
 from service.seen_nodes import SeenNodes
 from service.settings import Settings
-from service.store import ACTIVE, AWAY, LONGEST_ID, SETTLED, TERMINAL, Job, JobState, Project, Store
+from service.store import ACTIVE, AWAY, SETTLED, TERMINAL, Job, JobState, Project, Store
 from service.usage import Cluster, Entry
 from workloads import preflight, tracing
-from workloads.log_file import append
 from workloads.log_lines import about
 from workloads.preflight import Check
-from workloads.record import Record, RunFolder, write_atomic
-from workloads.spec_any import AnySpec, parse_spec, spec_of
+from workloads.record import Record, RunFolder
 from workloads.spec_deploy import is_deploy
 
 logger = logging.getLogger(__name__)
 
 GATHER_S = 0.03  # after a wake-up: the answer goes out first, and a burst of submissions becomes one round
-LAST_WORDS = 1 << 14  # characters
 AT_ONCE = 10_000  # values in a statement: SQLite takes 32,766, PostgreSQL 65,535
 
 
@@ -79,12 +76,11 @@ class Reconciler:
             checkers: run the checks; default: threads of its own.
         """
         self._releases = releases
-        self._settings, self._store, self._ray, self._registry = settings, store, ray, registry
+        self._settings, self._store, self._ray = settings, store, ray
         self._deployments, self._clock = deployments, clock
         self.lead, self._seen_nodes = Lead(store.engine), SeenNodes(settings.home, clock)
-        self._known: set[str] = set()  # ids in the table, whose rows are never deleted
-        self._folders: set[str] = set()  # names in the folder of runs, in this round
-        self._unreadable: set[str] = set()  # run folders that are none, said once
+        self._adoption = Adoption(settings, store, ray)
+        self._attempts = Attempts(store, ray, registry, clock)
         self._beats: dict[str, tuple[float, float]] = {}  # job id -> its newest heartbeat, and when we saw it first
         self._wake = threading.Event()
         self._preemption = Preemption() if settings.preemption else None
@@ -153,7 +149,7 @@ class Reconciler:
         try:
             statuses = self._ray.statuses()
             hardware = self._ray.hardware()
-            self._adopt()
+            self._adoption.look()
         except Unavailable as error:
             self.ray_error = error.detail
             return
@@ -214,7 +210,7 @@ class Reconciler:
     def _settle_run(self, job: Job, ray: RayStatus | None, fits: bool, parents: Mapping[str, JobState | None]) -> None:
         run = RunFolder(self._settings.runs / job.id)
         # ten thousand that wait for the first time have none, but in a database restored from before they ran
-        record = run.read_record() if job.attempt or job.id in self._folders else None
+        record = run.read_record() if job.attempt or job.id in self._adoption.folders else None
         now = self._clock()
         alive = self._alive(job.id, record, now)
         most = self._settings.max_attempts
@@ -222,16 +218,16 @@ class Reconciler:
         self.rounds.acted(decision.act)
         ends = decision.act == "submit" or decision.state == "FAILED"
         if job.state in ACTIVE and ends and not ended(job, record):
-            self._keep_last_words(job, run)
+            self._attempts.keep_last_words(job, run)
         if decision.act in ("submit", "resubmit"):
-            self._submit(job, run, record, again=decision.act == "resubmit")
+            self._attempts.submit(job, run, record, again=decision.act == "resubmit")
         elif decision.act == "stop":
             run.stop.touch()
             with tracing.span("stop attempt", {"manta.job.id": job.id}, parent=job.traceparent):
                 self._ray.stop(job.id, job.attempt)
         elif decision.act == "finish" and decision.state == "SUCCEEDED":
             with tracing.span("register", {"manta.job.id": job.id}, parent=job.traceparent):
-                self._register(job, run)
+                self._attempts.register(job, run)
         elif decision.act == "check":
             decision = self._checks.decide(job)
         gave_way = job.state == "PAUSING" and decision.state == "QUEUED"
@@ -264,54 +260,6 @@ class Reconciler:
         self._beats[job_id] = record.updated_at, since
         return now - since <= STALE_S
 
-    def _submit(self, job: Job, run: RunFolder, record: Record | None, *, again: bool) -> None:
-        """Writes the attempt into the row, then asks Ray: a crash in between is a `resubmit` of the same attempt."""
-        if not again:
-            with self._store.session() as session:
-                row = session.get(Job, job.number, with_for_update=True)
-                assert row is not None
-                if row.revision != job.revision:
-                    raise StaleDataError(job.id)
-                # out of the queue comes who had no attempt yet, or whose attempt ended on request
-                row.stalled = 0 if row.state == "QUEUED" else stalled_after(row, record)
-                row.best_step = max(row.best_step, reached(row, record))
-                row.attempt += 1
-                row.become("STARTING", f"attempt {row.attempt}")
-                row.submitted_at = self._clock()
-                session.flush()
-                job.revision, job.attempt, job.stalled = row.revision, row.attempt, row.stalled
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.spec, parse_spec(job.spec).model_dump_json(indent=1))
-        run.stop.unlink(missing_ok=True)
-        logger.info("job %s: attempt %d is submitted", job.id, job.attempt)
-        told = {"manta.job.id": job.id, "manta.job.attempt": job.attempt}
-        with tracing.span("submit attempt", told, parent=job.traceparent):
-            self._ray.submit(job.id, job.attempt)
-
-    def _keep_last_words(self, job: Job, run: RunFolder) -> None:
-        """What a process printed that could not say why it ended goes into the log: Ray's own is lost with its head.
-
-        Of that, what is not in the log already; nothing where all is, as after a crash of the service at this place.
-        """
-        title = f"attempt {job.attempt} ended without giving a reason; what its process printed last:"
-        try:
-            words = self._ray.log_tail(job.id, job.attempt)[-LAST_WORDS:].splitlines()
-            known, _ = part(run.log, None, 4 * LAST_WORDS, Wanted())
-            if fresh := [line for line in words if line.strip() not in known]:
-                run.path.mkdir(parents=True, exist_ok=True)
-                append(run.log, logger.name, "\n".join([title, *fresh]))
-        except (ServiceError, OSError) as error:  # no reason to keep the job from its next attempt
-            logger.warning("job %s: the last words of attempt %d are not kept: %s", job.id, job.attempt, error)
-
-    def _register(self, job: Job, run: RunFolder) -> None:
-        """Registers what the job left, before its row says SUCCEEDED."""
-        name = job.spec.get("register")
-        if name is not None:
-            self._registry.register(name, run.artifact, job.id, "artifact")
-        for result in run.read_evaluations():
-            if "register" in result:
-                self._registry.register(result["register"], run.path / result["artifact"], job.id, result["artifact"])
-
     def _write(self, job: Job, decision: Decision, record: Record | None) -> None:
         """Puts what is true into the row, if it changed: for most of a long queue that costs nothing."""
         if stands(job, decision, record):
@@ -339,55 +287,6 @@ class Reconciler:
                 logger.info("job %s: %s %s", job.id, decision.state, decision.reason or "")
         if self._preemption is not None and job.state in ACTIVE and decision.state not in ACTIVE and job.cpus:
             self._preemption.left(job, self._clock())
-
-    def _adopt(self) -> None:
-        """Rows for runs that came by `ray job submit`, or by themselves: those are on another cluster."""
-        runs = self._settings.runs
-        self._folders = set(os.listdir(runs)) if runs.is_dir() else set()  # noqa: PTH208 ten thousand names
-        new = self._folders - self._known - self._unreadable
-        if not new:
-            return
-        with self._store.session() as session:
-            self._known = set(session.scalars(sa.select(Job.id)))
-        here: Mapping[str, RayStatus] | None = None
-        for path in (self._settings.runs / name for name in sorted(new - self._known)):
-            run = RunFolder(path)
-            try:
-                record = run.read_record()
-                if record is None or not run.spec.exists():
-                    continue  # no run yet, or none at all
-                spec = spec_of(run)
-                if here is None:
-                    here = self._ray.statuses()  # anew: a run is known to Ray before it has a folder
-                self._follow(path.name, spec, record, ours=path.name in here)
-            except (Unavailable, *AWAY):
-                raise
-            except Exception as error:  # one such folder must not keep the others from their round
-                logger.warning("%s is not followed: %s", ascii(str(path)), brief(error))
-                self._unreadable.add(path.name)
-
-    def _follow(self, job_id: str, spec: AnySpec, record: Record, *, ours: bool) -> None:
-        """A row for a run that this cluster's Ray knows, or that works on another one."""
-        if len(job_id) > LONGEST_ID:
-            raise ValueError(
-                f"got a name of {len(job_id)} characters, expected at most {LONGEST_ID}; use a shorter one"
-            )
-        job = Job(
-            id=job_id,
-            name=spec.name,
-            spec=spec.model_dump(mode="json"),
-            origin="ray" if ours else "outside",
-            attempt=record.attempt,
-            created_at=record.started_at,
-            cpus=spec.resources.cpus,
-            gpus=spec.resources.gpus,
-            custom=spec.resources.custom,
-            most_gpus=spec.resources.most_gpus,
-        )
-        job.become("STARTING", "came by `ray job submit`" if ours else "came by itself, on another cluster")
-        with self._store.session() as session:
-            session.add(job)
-        logger.info("job %s %s and is followed from now on", job_id, "came by Ray" if ours else "is of another cluster")
 
 
 def _states(session: Session, job_ids: Sequence[str]) -> dict[str, JobState]:

@@ -220,7 +220,7 @@ def test_an_attempt_that_was_decided_from_an_older_row_is_not_begun(world: World
     read, now = changed_meanwhile(world)
     run = RunFolder(world.folder(read))
     with pytest.raises(StaleDataError):
-        world.reconciler._submit(read, run, None, again=False)
+        world.reconciler._attempts.submit(read, run, None, again=False)
     found = world.jobs.get(read.id)
     assert (found.state, found.attempt, found.revision) == ("QUEUED", 0, now.revision)
     assert world.ray.submitted == [] and not run.path.exists()

@@ -107,7 +107,7 @@ def test_refusals_bugs_and_probes(service: Secured, kept: Kept, monkeypatch: pyt
 def test_the_reconciler_tells_which_job_it_is_at(service: Secured, kept: Kept) -> None:
     job_id = service.job()
     service.parts.reconciler.round()
-    about = [line for line in kept.lines if line["logger"] == "service.reconciler"]
+    about = [line for line in kept.lines if line["logger"] in ("service.reconciler", "service.attempts")]
     assert about and all((line["job_id"], line["project"]) == (job_id, "default") for line in about)
 
 

@@ -152,7 +152,7 @@ def test_the_last_words_of_a_process_that_died_without_a_log_outlive_ray(world: 
     world.reconciler.round()
     log = world.folder(job) / "log.txt"
     told = "attempt 1 ended without giving a reason; what its process printed last:\n    last words of " + job.id
-    assert told in log.read_text() and " WARNING service.reconciler: " in log.read_text()
+    assert told in log.read_text() and " WARNING service.attempts: " in log.read_text()
     with world.store.session() as session:  # the service died before the row was written: it is not said twice
         row = session.get(Job, job.number)
         assert row is not None
