@@ -47,8 +47,9 @@ def worker_killed(head: Head, times: int = 1, look: Callable[[], None] = lambda:
 
     def inject(trial: Trial, rng: random.Random) -> int:
         trial.start()
+        assert trial.spec.steps is not None
         for _ in range(times):
-            trial.after(rng.randrange(1, STEPS // (times + 1)), rng)
+            trial.after(rng.randrange(1, trial.spec.steps // (times + 1)), rng)
             victim = rng.choice(below(psutil.Process(head.pid), "RayTrainWorker"))
             victim.suspend()  # the group waits for it: a look takes longer than the job on a busy machine
             look()
@@ -110,22 +111,30 @@ def _answers(head: Head) -> bool:
     return False
 
 
-def _rank(spec: str, folder: Path, rank: int, world_size: int) -> None:
+def _rank(spec: str, folder: Path, home: Path, rank: int, world_size: int) -> None:
     from workloads.train import train
 
     job = JobSpec.model_validate_json(spec)
     torch.set_num_threads(job.resources.cpus_per_worker)  # sums of more threads round otherwise
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    train(job, RunFolder(folder / "run"), folder, Ranks(rank, world_size))
+    train(job, RunFolder(folder / "run"), home, Ranks(rank, world_size))
     dist.destroy_process_group()
 
 
-def uninterrupted_ranks(spec: JobSpec, folder: Path) -> Weights:
-    """The weights that as many ranks as the job has workers end with, without Ray, when nothing happens."""
+def uninterrupted_ranks(spec: JobSpec, folder: Path, home: Path | None = None) -> Weights:
+    """The weights that as many ranks as the job has workers end with, without Ray, when nothing happens.
+
+    Args:
+        spec: the job.
+        folder: a new one.
+        home: where its teachers are, if it has any.
+    """
     folder.mkdir(parents=True)
     n = spec.resources.max_workers
-    ranks = [FORKS.Process(target=_rank, args=(spec.model_dump_json(), folder, rank, n)) for rank in range(n)]
+    ranks = [
+        FORKS.Process(target=_rank, args=(spec.model_dump_json(), folder, home or folder, rank, n)) for rank in range(n)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:

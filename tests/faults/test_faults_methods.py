@@ -41,7 +41,6 @@ def test_a_killed_driver_of_each_method(
     whole = RunFolder(tmp_path / "whole")
     assert run_local(spec, whole.path) == SUCCEEDED
     with trial_of(spec, tmp_path / "trial") as trial:
-        for teacher in (toy_home / "runs").iterdir():
-            trial.lend(teacher)
+        trial.lend(toy_home)
         fault = Fault("driver SIGKILL, a method each", kill_driver, may_lose=2 * EVERY)
         record_row(fault.happens_to(trial, rng, final_weights(whole)))

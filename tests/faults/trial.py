@@ -67,10 +67,11 @@ class Trial:
         self._environment = inherited | dict(environment or {}) | own
         self._drivers: list[BaseProcess] = []
 
-    def lend(self, run: Path) -> None:
-        """Makes another run, of a teacher say, one of this installation."""
-        (self.folder / "runs").mkdir(exist_ok=True)
-        (self.folder / "runs" / run.name).symlink_to(run)
+    def lend(self, home: Path) -> None:
+        """Makes the runs of another installation, which are teachers, runs of this one."""
+        self.run.path.parent.mkdir()
+        for run in (home / "runs").iterdir():
+            (self.run.path.parent / run.name).symlink_to(run)
 
     def start(self) -> BaseProcess:
         """The driver of the next attempt."""

@@ -60,9 +60,16 @@ def _over_queue(q: Tensor, queue: Tensor, columns: int) -> tuple[Tensor, Tensor,
     """The same of q / tau [n, D], as columns [n, 1]; and the mean of the keys by their shares, [n, D]."""
     nearest, total, mean = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1), torch.zeros_like(q)
     for part in queue.split(columns):
-        logits = q @ part.T
+        logits = _product(q, part)
         before, nearest = nearest, torch.maximum(nearest, logits.amax(dim=1, keepdim=True))
         shares, shrunk = logits.sub_(nearest).exp_(), (before - nearest).exp()
         total = total * shrunk + shares.sum(dim=1, keepdim=True)
-        mean = torch.addmm(mean * shrunk, shares, part)
+        mean = mean * shrunk + _product(shares, part.T)
     return nearest + total.log(), nearest, mean / total
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[n, d] and [k, d] -> a b^T [n, k]; on a CPU by oneDNN: `@` takes MKL, half as fast on AMD."""
+    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return F.linear(a.to_mkldnn(), b.to_mkldnn()).to_dense()
+    return a @ b.T
