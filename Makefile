@@ -46,7 +46,7 @@ check: dev      ## lint, format, types, layers, the image and the chart
 test: dev       ## the whole suite, on three processes of one thread each: that with the Ray cluster waits for most of its time
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --no-loadscope-reorder --durations 30
 
-soak: dev       ## every fault at random moments for SOAK_MINUTES (30), then ordeals that take half an hour; FAULTS_SEED
+soak: dev       ## every fault at random moments for SOAK_MINUTES (30), then ordeals that take an hour; FAULTS_SEED
 	$(BIN)/pytest -m soak
 
 bench: .venv/.installed-bench      ## ratios of one run, into tests/benchmarks/RESULTS.md

@@ -61,7 +61,7 @@ def worker_killed(head: Head, times: int = 1, look: Callable[[], None] = lambda:
 
 @contextlib.contextmanager
 def node_killed(head: Head, folder: Path) -> Iterator[Fault]:
-    """The raylet of a node with a worker is killed; another node has room for that worker."""
+    """The raylet of a node and its worker are killed; another node has room for that worker."""
     with contextlib.ExitStack() as stack:
         nodes = []
         for name in ("one", "two"):
@@ -72,12 +72,14 @@ def node_killed(head: Head, folder: Path) -> Iterator[Fault]:
             trial.start()
             assert trial.spec.steps is not None
             trial.after(rng.randrange(1, trial.spec.steps // 2), rng)
-            victim = rng.choice([one for one in nodes if below(one, "RayTrainWorker")])
+            victim, worker = rng.choice([(one, found[0]) for one in nodes if (found := below(one, "RayTrainWorker"))])
+            worker.suspend()  # a worker notices within a second that its raylet is dead: the job could end before
             (raylet,) = below(victim, "raylet/raylet")
             raylet.kill()
+            worker.kill()
             return 1
 
-        yield Fault("raylet of a node SIGKILL", inject, 2 * EVERY, started_again(1))
+        yield Fault("node SIGKILL", inject, 2 * EVERY, started_again(1))
 
 
 def replica_killed(head: Head, spec: JobSpec, rng: random.Random, expected: Weights) -> Row:

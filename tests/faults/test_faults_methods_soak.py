@@ -63,4 +63,4 @@ def test_a_killed_node_of_each_method(
     environment = embedded.environment(cluster)
     with node_killed(cluster, tmp_path / "nodes") as fault, trial_of(spec, tmp_path / "trial", environment) as trial:
         trial.lend(toy_home)
-        record_row(replace(fault, name="raylet of a node SIGKILL, a method each").happens_to(trial, rng, expected))
+        record_row(replace(fault, name="node SIGKILL, a method each").happens_to(trial, rng, expected))
