@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workloads.batches import micro_batches
-from workloads.data.keys import mix
+from workloads.data.keys import mix_int
 from workloads.methods.base import Batch, Progress
 from workloads.parallel import Spread
 from workloads.parts.lars_lamb import own_parts
@@ -104,7 +104,7 @@ class Stepper:
         began = now(self._ranks.device)
         for i in range(self._n):
             batch: dict[str, Any] = {name: batches[i] for name, batches in parts.items()}
-            seed_micro_batch(self._spec.seed, progress.step, self._ranks.rank * self._n + i)
+            seed_micro_batch(self._spec.seed, progress.step, self._ranks.rank * self._n + i, self._ranks.device)
             with self._model.averaging(i == self._n - 1):
                 output = self._forward(batch if len(batch) > 1 else next(iter(batch.values())), progress)
                 metrics = output.metrics
@@ -166,7 +166,9 @@ class Stepper:
             self._scale.value, self._scale.good = state["scale"].to(device), state["good"].to(device)
 
 
-def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
+def seed_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
     """Seeds torch by the global number of the micro-batch: 1 rank with 8 of them draws what 8 ranks with 1 draw."""
-    draw = mix(mix(mix(torch.tensor(seed)) + step) + micro_batch)
-    torch.manual_seed(int(draw) & (2**63 - 1))
+    draw = mix_int(mix_int(mix_int(seed) + step) + micro_batch) & (2**63 - 1)
+    torch.default_generator.manual_seed(draw)  # `torch.manual_seed` takes a millisecond where no GPU is in use
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(draw)

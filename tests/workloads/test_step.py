@@ -134,6 +134,6 @@ def test_micro_batches_are_seeded_apart() -> None:
     draws = set()
     for step in range(3):
         for micro_batch in range(3):
-            seed_micro_batch(0, step, micro_batch)
+            seed_micro_batch(0, step, micro_batch, torch.device("cpu"))
             draws.add(torch.rand(1).item())
     assert len(draws) == 9

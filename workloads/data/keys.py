@@ -14,16 +14,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+GOLDEN, MIX1, MIX2, BITS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
+
 
 def _signed(value: int) -> int:
     """The int64 with the same 64 bits."""
-    value &= 2**64 - 1
+    value &= BITS
     return value - 2**64 if value >= 2**63 else value
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = map(_signed, (GOLDEN, MIX1, MIX2))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -39,6 +39,14 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def mix_int(x: int) -> int:
+    """The same of one number, as 64 bits without a sign: a tensor of one would take fifty times as long."""
+    x = (x + GOLDEN) & BITS
+    x = ((x ^ x >> 30) * MIX1) & BITS
+    x = ((x ^ x >> 27) * MIX2) & BITS
+    return x ^ x >> 31
+
+
 def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
     """One key a sample and epoch. `index` int64 [B] -> int64 [B]."""
     return mix(mix(index) ^ _base(seed, epoch))
@@ -46,7 +54,7 @@ def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _base(seed: int, epoch: int) -> int:
-    return int(mix(mix(torch.tensor(seed, dtype=torch.int64)) + epoch))
+    return _signed(mix_int(mix_int(seed) + epoch))
 
 
 def uniform(keys: Tensor, n: int, salt: str) -> Tensor:
