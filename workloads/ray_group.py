@@ -22,11 +22,13 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from workloads.checkpoint_folder import latest_step
@@ -75,10 +77,14 @@ def call(function: str, args: tuple[Any, ...]) -> None:
 
 
 class Trainer(DataParallelTrainer):
-    """Leaves Ctrl-C to the run, which asks the workers for a checkpoint; Ray's own handler would end them at once."""
+    """Ray's, without two things of it."""
 
     def _register_sigint_handler(self, controller: ActorHandle[Any]) -> None:
-        return
+        """Leaves Ctrl-C to the run, which asks the workers for a checkpoint: this would end them at once."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        """Without Ray Data, which every worker would import, beside an actor for it in a process of its own."""
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 class Group(ControllerCallback, WorkerGroupCallback):
