@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
-from ray.train import ControllerError, PreemptionError, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as Dead
 from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from workloads.checkpoint_folder import CheckpointError, stem
-from workloads.ray_group import MAX_FAILURES, MAX_WAIT_S, GivenUpError, Group, fatal, give_up, is_at_work
+from workloads.ray_group import MAX_FAILURES, MAX_WAIT_S, GivenUpError, Group, Trainer, fatal, give_up, is_at_work
 from workloads.record import RunFolder
 
 NOTICE = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a1": [2, 3]})
@@ -242,3 +243,11 @@ def test_a_run_that_is_asked_to_stop_is_not_started_again(run: Run) -> None:
 
     run.group.outlive(fit)
     assert run.events == [] and not fatal(run.run).exists()
+
+
+def test_workers_start_without_ray_data() -> None:
+    def of(kind: type[DataParallelTrainer]) -> set[str]:
+        trainer = kind(print, scaling_config=ScalingConfig(num_workers=2))
+        return {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+
+    assert of(DataParallelTrainer) - of(Trainer) == {"DatasetsCallback"}
