@@ -159,7 +159,10 @@ class DenseLoss(nn.Module):
 
 
 def softmax_memory(instances: int) -> float:
-    """Bytes of this rank at the peak of two steps of SGD over one row of 128 for each instance, without the rest."""
+    """Bytes of this rank at the peak of two steps of SGD over one row of 128 for each instance, without the rest.
+
+    Freed memory goes back to the system here, as it does not where we train: kept, it leaves gaps by chance.
+    """
     ranks = synthetic.own_rank()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     before = _peak()

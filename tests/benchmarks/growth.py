@@ -48,6 +48,7 @@ def step_times(document: dict[str, Any], images: int, steps: int, rounds: int) -
     from workloads.spec import JobSpec
     from workloads.step import Stepper
 
+    synthetic.one_thread()
     ranks = synthetic.own_rank()
     workers = {"batch_size": images * ranks.world_size, "resources": {"workers": ranks.world_size}}
     of_all, method = synthetic.build(document | workers)

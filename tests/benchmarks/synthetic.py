@@ -27,7 +27,6 @@ def one_thread() -> None:
 
 def own_rank() -> Ranks:
     """This process among those of torchrun, which can exchange tensors by gloo."""
-    one_thread()
     ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if ranks.world_size > 1:
         dist.init_process_group("gloo")

@@ -46,6 +46,7 @@ def bare(document: dict[str, Any], turns: str, rounds: int) -> list[float]:
     from workloads.data.ahead import ahead
     from workloads.data.reader import Reader
 
+    synthetic.one_thread()
     ranks = synthetic.own_rank()
     spec, method = synthetic.build(document)
     views = assemble.views_of(spec)
