@@ -249,4 +249,5 @@ def test_scores_of_ours_and_of_the_plainest(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.ray
 def test_searches_under_tune(cluster: Head, tmp_path: Path) -> None:
     (found,) = search.searched(tmp_path, 40, [2])
-    assert 0 < found["loop_s"] < found["fit_s"] and 0 < found["scoring_s"] < 2 * found["loop_s"]
+    # a chunk counts where it is told, so its scoring may be of a turn before, in which nothing was
+    assert 0 < found["loop_s"] < found["fit_s"] and 0 < found["scoring_s"] < 2 * found["fit_s"]
