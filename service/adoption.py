@@ -46,7 +46,7 @@ class Adoption:
         with self._store.session() as session:
             self._known = set(session.scalars(sa.select(Job.id)))
         here: Mapping[str, RayStatus] | None = None
-        for path in (self._settings.runs / name for name in sorted(new - self._known)):
+        for path in (runs / name for name in sorted(new - self._known)):
             run = RunFolder(path)
             try:
                 record = run.read_record()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from tests.faults.table import Row
 from tests.faults.trial import trial_of
 from tests.toy_methods import toy_method_job
 from workloads import catalog
-from workloads.spec import JobSpec
 
 STEPS = 200  # enough that the job still trains when the fault comes
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
@@ -25,14 +25,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.soak]
 Record = Callable[[Row], None]
 
 
-def job_of(name: str, toy_shards: dict[str, str], **resources: int) -> JobSpec:
-    of_two = {"resources": {"workers": 2, **resources}, "checkpoint": {"every_steps": EVERY}}
-    return toy_method_job(toy_shards, name, epochs=None, steps=STEPS, **of_two)
-
-
+@pytest.mark.parametrize("what", ["worker", "node"])
 @pytest.mark.parametrize("name", sorted(catalog.METHODS))
-def test_a_killed_worker_of_each_method(
+def test_a_fault_of_each_method(
     name: str,
+    what: str,
     cluster: Head,
     toy_shards: dict[str, str],
     toy_home: Path,
@@ -40,27 +37,11 @@ def test_a_killed_worker_of_each_method(
     record_row: Record,
     tmp_path: Path,
 ) -> None:
-    spec = job_of(name, toy_shards)
+    killed = nullcontext(worker_killed(cluster)) if what == "worker" else node_killed(cluster, tmp_path / "nodes")
+    of_two = {"workers": 2, "cpus_per_worker": 1 if what == "worker" else NODE_CPUS}
+    changes = {"steps": STEPS, "resources": of_two, "checkpoint": {"every_steps": EVERY}}
+    spec = toy_method_job(toy_shards, name, epochs=None, **changes)
     expected = uninterrupted_ranks(spec, tmp_path / "whole", home=toy_home)
-    with trial_of(spec, tmp_path / "trial", embedded.environment(cluster)) as trial:
+    with killed as fault, trial_of(spec, tmp_path / "trial", embedded.environment(cluster)) as trial:
         trial.lend(toy_home)
-        fault = replace(worker_killed(cluster), name="worker SIGKILL, a method each")
-        record_row(fault.happens_to(trial, rng, expected))
-
-
-@pytest.mark.parametrize("name", sorted(catalog.METHODS))
-def test_a_killed_node_of_each_method(
-    name: str,
-    cluster: Head,
-    toy_shards: dict[str, str],
-    toy_home: Path,
-    rng: random.Random,
-    record_row: Record,
-    tmp_path: Path,
-) -> None:
-    spec = job_of(name, toy_shards, cpus_per_worker=NODE_CPUS)
-    expected = uninterrupted_ranks(spec, tmp_path / "whole", home=toy_home)
-    environment = embedded.environment(cluster)
-    with node_killed(cluster, tmp_path / "nodes") as fault, trial_of(spec, tmp_path / "trial", environment) as trial:
-        trial.lend(toy_home)
-        record_row(replace(fault, name="node SIGKILL, a method each").happens_to(trial, rng, expected))
+        record_row(replace(fault, name=f"{fault.name}, a method each").happens_to(trial, rng, expected))

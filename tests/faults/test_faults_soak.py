@@ -97,7 +97,7 @@ def test_soak_of_the_service(job: JobSpec, record_row: Record, tmp_path: Path) -
 
 @pytest.mark.ray
 def test_soak_of_workers_and_nodes(cluster: Head, two_workers: JobSpec, record_row: Record, tmp_path: Path) -> None:
-    slow_to_end = {"steps": 1000, "resources": {"workers": 2, "cpus_per_worker": NODE_CPUS}}  # so is a node to die
+    slow_to_end = {"steps": 1000, "resources": {"workers": 2, "cpus_per_worker": NODE_CPUS}}  # a node is looked for
     wide = JobSpec.model_validate(two_workers.model_dump() | slow_to_end)
     expected = [uninterrupted_ranks(spec, tmp_path / name) for spec, name in ((two_workers, "narrow"), (wide, "wide"))]
     environment = embedded.environment(cluster)

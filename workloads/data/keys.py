@@ -40,7 +40,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mix_int(x: int) -> int:
-    """The same of one number, as 64 bits without a sign: a tensor of one would take fifty times as long."""
+    """The same of one number, as 64 bits without a sign: a tensor of one takes eighty times as long."""
     x = (x + GOLDEN) & BITS
     x = ((x ^ x >> 30) * MIX1) & BITS
     x = ((x ^ x >> 27) * MIX2) & BITS
