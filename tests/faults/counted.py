@@ -40,9 +40,9 @@ def count(home: Path) -> None:
 
 
 def _newest_whole(folder: Path) -> int:
-    """Up to `latest`: a kill between the seal and that leaves one that nobody goes on from."""
-    latest = checkpoint_folder.latest_step(folder) or 0
-    sealed = [seal for seal in checkpoint_folder.seals(folder) if seal.step <= latest]
+    """Up to `latest`, where there is one: a kill between a seal and that leaves one that nobody goes on from."""
+    latest = checkpoint_folder.latest_step(folder)
+    sealed = [seal for seal in checkpoint_folder.seals(folder) if latest is None or seal.step <= latest]
     return max((seal.step for seal in sealed if checkpoint_folder.damage(folder, seal) is None), default=0)
 
 
