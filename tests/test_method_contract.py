@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tests.toy import difference, random_images, write_shards
-from tests.toy_methods import toy_method_job
+from tests.toy_methods import TOY_FORMS, toy_form_job, toy_method_job
 from tests.toy_volumes import write_volumes
 from tests.two_ranks import TwoRanks
 from workloads import artifact, assemble, catalog, checkpoint
@@ -49,20 +49,25 @@ def spec(request: pytest.FixtureRequest, few: dict[str, str]) -> JobSpec:
     return toy_method_job(few, request.param)
 
 
+@pytest.fixture(params=sorted([*catalog.METHODS, *TOY_FORMS]))
+def form(request: pytest.FixtureRequest, few: dict[str, str]) -> JobSpec:
+    return toy_form_job(few, request.param)
+
+
 Whole = Callable[[JobSpec], RunFolder]
 
 
 @pytest.fixture(scope="module")
 def whole(toy_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """The job of a method run to its end by one process, made for the first test that compares with it."""
-    folder, made = tmp_path_factory.mktemp("whole"), set[str]()
+    """A job run to its end by one process, made for the first test that compares with it."""
+    folder, made = tmp_path_factory.mktemp("whole"), dict[str, RunFolder]()
 
     def of(spec: JobSpec) -> RunFolder:
-        run = RunFolder(folder / spec.method.name)
-        if spec.method.name not in made:
-            assert train(spec, run, toy_home)
-            made.add(spec.method.name)
-        return run
+        key = spec.model_dump_json()
+        if key not in made:
+            made[key] = RunFolder(folder / str(len(made)))
+            assert train(spec, made[key], toy_home)
+        return made[key]
 
     return of
 
@@ -134,28 +139,28 @@ def test_a_typo_in_the_config_is_refused(spec: JobSpec) -> None:
     assert cls.paper
 
 
-def test_stop_and_resume_at_any_step_is_bit_exact(spec: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path) -> None:
+def test_stop_and_resume_at_any_step_is_bit_exact(form: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path) -> None:
     parts = RunFolder(tmp_path / "parts")
     # every step a checkpoint: so a run can be cut at any of them
-    each = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"every_steps": 1})})
+    each = form.model_copy(update={"checkpoint": form.checkpoint.model_copy(update={"every_steps": 1})})
     steps = itertools.count(1)  # one process is asked after every step
     for stop in (2, 5, 9):  # 5 is the end of an epoch
         assert not train(each, parts, toy_home, should_stop=lambda stop=stop: next(steps) == stop)
         assert checkpoint.latest_step(parts.checkpoints) == stop
     assert train(each, parts, toy_home)
-    expected, got = (weights(run, spec, toy_home) for run in (whole(spec), parts))
+    expected, got = (weights(run, form, toy_home) for run in (whole(form), parts))
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
 def test_two_ranks_compute_what_one_does(
-    spec: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path, two_ranks: TwoRanks
+    form: JobSpec, whole: Whole, toy_home: Path, tmp_path: Path, two_ranks: TwoRanks
 ) -> None:
     """8 samples of one rank, in 2 micro-batches unless the method compares them = 4 on each of two ranks."""
-    one, two = whole(spec), RunFolder(tmp_path / "two")
-    on_two = JobSpec.model_validate(spec.model_dump() | {"resources": {"workers": 2}})
+    one, two = whole(form), RunFolder(tmp_path / "two")
+    on_two = JobSpec.model_validate(form.model_dump() | {"resources": {"workers": 2}})
     two_ranks.train(on_two, two, toy_home, tmp_path / "store")
-    expected, got = (weights(run, spec, toy_home) for run in (one, two))
+    expected, got = (weights(run, form, toy_home) for run in (one, two))
     assert difference(expected, got) < 5e-5
     curves = [[point["loss"] for point in run.read_metrics()] for run in (one, two)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)

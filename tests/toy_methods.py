@@ -119,6 +119,22 @@ TOY_JOBS: dict[str, dict[str, Any]] = {
     },
 }
 """Fields of the job of a method where they differ: methods that compare samples of a batch have no micro-batches."""
+_REGIONS = {"model": {"name": "unet", "image_size": 16, "channels": [4, 8, 8], "decoder_blocks": 1}}
+_ONE_VIEW = {"large": [{"crop_scale": [0.2, 1.0]}], "temperature": 0.1, "beta": 1}
+TOY_FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "coins of whole images": ("coins", {"instance": "same_class", "proxy_weight": 0.5}, {}),
+    "coke of one view, stage 2": ("coke", _ONE_VIEW | {"stage2_epoch": 1}, {}),
+    "coke of many views": (
+        "coke",
+        {"small": 2, "small_size": 8},
+        {"model": TOY_JOBS["rtk"]["model"], "optimizer": {"name": "lars", "lr": 0.01}},
+    ),
+    "medical_cl of random pairs": ("medical_cl", {"loss": "gr"}, {}),
+    "medical_cl of like slices": ("medical_cl", {"loss": "gd_minus"}, {}),
+    "medical_cl of regions": ("medical_cl", {"loss": "lr"}, _REGIONS),
+    "medical_cl of like regions": ("medical_cl", {"loss": "ld"}, _REGIONS),
+}
+"""Other forms of a method, which keep other state: the method, more of its config, more fields of its job."""
 TOY_DATA = {"medical_cl": "volumes"}
 """Which of the toy shards a method trains on, where it is not `train`."""
 
@@ -140,3 +156,9 @@ def toy_method_job(toy_shards: dict[str, str], name: str, **fields: Any) -> JobS
     own = {"micro_batch_size": 4, "method": {"name": name} | TOY_CONFIGS[name]} | TOY_JOBS.get(name, {})
     own["data"] = {"train": {"shards": toy_shards[TOY_DATA.get(name, "train")]}}
     return make_job(toy_shards, **(own | fields))
+
+
+def toy_form_job(toy_shards: dict[str, str], form: str) -> JobSpec:
+    """A job of one of `TOY_FORMS`, or of a method as it is."""
+    name, more, fields = TOY_FORMS.get(form, (form, {}, {}))
+    return toy_method_job(toy_shards, name, **{"method": {"name": name} | TOY_CONFIGS[name] | more} | fields)

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.learning import RealImages, encoder_of, pretrained, untrained
-from tests.toy import difference, no_load, random_images
+from tests.toy import no_load, random_images
 from tests.toy_methods import toy_method_job
-from tests.two_ranks import TwoRanks
-from workloads import checkpoint
+from workloads import assemble, checkpoint
 from workloads.evaluation.retrieval import recall_at
 from workloads.methods.base import DataInfo, Inputs, Method, Progress
 from workloads.methods.coins import CoIns, CoInsConfig, Instances, coarse_logits
@@ -24,7 +23,6 @@ from workloads.models.vit import ViTConfig
 from workloads.parts.crop import JITTER
 from workloads.parts.queue_infonce import queue_info_nce
 from workloads.record import RunFolder
-from workloads.spec import JobSpec
 from workloads.train import train
 
 START = Progress(step=0, epoch=0, total_steps=10)
@@ -259,30 +257,14 @@ def test_views_are_those_of_moco_v2() -> None:
     assert CoIns.views(CoInsConfig(), 224) == MoCoV2.views(MoCoV2Config(), 224)
 
 
-def test_weights_of_images_resume_bit_exact_and_two_ranks_are_one(
-    toy_shards: dict[str, str], tmp_path: Path, two_ranks: TwoRanks
-) -> None:
-    """What the contract checks of the released form, for that with most state of its own."""
+def test_every_image_is_given_a_weight_of_its_own(toy_shards: dict[str, str], tmp_path: Path) -> None:
     spec = toy_method_job(toy_shards, "coins", method={"name": "coins", "dim": 8, "coarse": [0, 1, 1, 0]} | GENERAL)
-    whole, parts, two = (RunFolder(tmp_path / name) for name in ("whole", "parts", "two"))
-    assert train(spec, whole, tmp_path)
-    each = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"every_steps": 1})})
-    asked = iter(range(1000))
-    assert not train(each, parts, tmp_path, should_stop=lambda: next(asked) == 6)
-    assert train(each, parts, tmp_path)
-    two_ranks.train(
-        JobSpec.model_validate(spec.model_dump() | {"resources": {"workers": 2}}), two, tmp_path, tmp_path / "store"
-    )
-    expected, resumed, got = (weights(run) for run in (whole, parts, two))
-    assert [name for name in expected if not torch.equal(expected[name], resumed[name])] == []
-    assert difference(expected, got) < 5e-5 and torch.equal(expected["instances.classes"], got["instances.classes"])
-    assert (expected["instances.classes"] >= 0).all() and len(expected["instances.classes"]) == 80
-
-
-def weights(run: RunFolder) -> dict[str, Tensor]:
-    step = checkpoint.latest_step(run.checkpoints)
-    state: dict[str, Any] = torch.load(run.checkpoints / f"step-{step:08d}.pt", weights_only=True)
-    return state["method"]
+    run = RunFolder(tmp_path / "job")
+    assert train(spec, run, tmp_path)
+    method = assemble.build_method(spec, DataInfo(80, 4, (3, 16, 16)), tmp_path)
+    checkpoint.restore_weights(run.checkpoints, method)
+    classes = method.state_dict()["instances.classes"]
+    assert (classes >= 0).all() and len(classes) == 80
 
 
 @pytest.mark.slow

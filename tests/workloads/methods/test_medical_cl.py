@@ -16,10 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tests.learning import encoder_of, pretrained, untrained
-from tests.toy import difference, no_load, png
+from tests.toy import no_load, png
 from tests.toy_methods import toy_method_job
-from tests.two_ranks import TwoRanks
-from workloads import artifact, assemble, checkpoint
+from workloads import artifact, assemble
 from workloads.data.keys import sample_keys
 from workloads.data.transforms.volume import VolumeGeometry
 from workloads.estimate import estimate
@@ -34,9 +33,7 @@ from workloads.models.unet import UNet
 from workloads.parts.infonce import nt_xent
 from workloads.parts.volume_contrast import global_terms
 from workloads.preflight import check
-from workloads.record import RunFolder
 from workloads.spec import JobSpec, Stream
-from workloads.train import train
 
 START = Progress(step=0, epoch=0, total_steps=10)
 LOCAL = {"method": {"name": "medical_cl", "depth": 14, "dim": 8, "loss": "lr"}}
@@ -259,24 +256,6 @@ def test_both_stages_and_what_they_export(toy_shards: dict[str, str], tmp_path: 
     assert not torch.equal(after.levels[0][0][2].running_mean, before.levels[0][0][2].running_mean)
     for name, parameter in after.decoder.named_parameters():
         assert not torch.equal(parameter, start.decoder.get_parameter(name))
-
-
-def test_stage_2_on_two_ranks_is_that_of_one(
-    toy_shards: dict[str, str], toy_home: Path, tmp_path: Path, two_ranks: TwoRanks
-) -> None:
-    """L^D matches volumes of both ranks; the contract test is of stage 1."""
-    local = {**LOCAL, "method": {**LOCAL["method"], "loss": "ld"}}
-    spec = toy_method_job(toy_shards, "medical_cl", epochs=None, steps=4, **local)
-    one, two = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
-    assert train(spec, one, toy_home)
-    on_two = JobSpec.model_validate(spec.model_dump() | {"resources": {"workers": 2}})
-    two_ranks.train(on_two, two, toy_home, tmp_path / "store")
-    weights = []
-    for run in (one, two):
-        method = assemble.build_method(spec, DataInfo(80, 0, (3, 16, 16)), toy_home)
-        checkpoint.restore_weights(run.checkpoints, method)
-        weights.append(method.state_dict())
-    assert difference(*weights) < 5e-5
 
 
 def partitions_of(encoder: nn.Module, shards: str, spec: JobSpec) -> Features:
