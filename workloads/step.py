@@ -7,6 +7,7 @@ optimizer itself (`found_inf`), and what happened is read when a point of the cu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,25 @@ class LossScale:
 class Stepper:
     """Makes the optimizer steps of one rank."""
 
-    def __init__(self, spec: JobSpec, model: Spread, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        model: Spread,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        forwarded: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes no step yet.
+
+        Args:
+            spec: the job.
+            model: the method, spread over the ranks.
+            optimizer: of its parameters.
+            ranks: this process among those of the job.
+            forwarded: called before each backward, which leaves the interpreter to other threads.
+        """
         self._spec, self._model, self._optimizer, self._ranks = spec, model, optimizer, ranks
+        self._forwarded = forwarded
         self._n = spec.accumulation_on(ranks.world_size)
         self._scale = LossScale(ranks.device) if spec.precision == "fp16" else None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -109,6 +127,7 @@ class Stepper:
                 output = self._forward(batch if len(batch) > 1 else next(iter(batch.values())), progress)
                 metrics = output.metrics
                 alone = began, now(self._ranks.device)
+                self._forwarded()
                 if output.loss is not None:
                     losses.append(output.loss.detach())
                     # Times 1, or NaN: a loss that is not finite makes the gradient so, by which every rank knows of it.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +104,8 @@ def train(
     flops = flops_of_step(spec, method, readers, views, ranks)  # before blocks are changed, which would falsify it
     model = Spread(method, spec.engine, ranks)
     optimizer = optimizers.build(method.parameter_groups(), spec.optimizer)
-    stepper = Stepper(spec, model, optimizer, ranks)
+    forwarded = threading.Event()
+    stepper = Stepper(spec, model, optimizer, ranks, forwarded.set)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, spec.checkpoint, ranks, sharded=model.in_parts))
         restored = checkpoints.restore(method, optimizer)
@@ -126,8 +128,10 @@ def train(
             raw = reader.batches(restored.step, total, ranks.rank, ranks.world_size, pin_memory=on_gpu)
             stack.enter_context(contextlib.closing(raw))
             made = (moved(batch) for batch in raw)
-            # On a CPU it is done a batch ahead, in a thread: it would cost the step 1 %.
-            sources[name] = stack.enter_context(contextlib.closing(made if on_gpu else ahead(made, depth=1)))
+            # On a CPU it is done a batch ahead, in a thread, or it would cost the step 1 %; and not beside the forward
+            # pass, where it costs as much, since two threads hand Python to and fro. Several ranks then exchange.
+            quiet = forwarded if ranks.world_size == 1 else None
+            sources[name] = stack.enter_context(contextlib.closing(made if on_gpu else ahead(made, 1, quiet)))
         method.train()
         point = {}
         step = restored.step

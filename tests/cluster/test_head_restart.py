@@ -20,8 +20,9 @@ import yaml
 
 from cluster import embedded
 from service.client import Client
-from tests.cluster.test_nodes import own_ip, until
+from tests.cluster.test_nodes import own_ip
 from tests.cluster.test_serve_config import CONFIG, TOKEN
+from tests.waiting import until
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 
@@ -147,22 +148,22 @@ def test_a_job_outlives_its_head(
     url = f"http://127.0.0.1:{pod.http}"
     processes = [pod.start()]
     try:
-        until(lambda: pod.answers("/api/serve/applications/"), "the head is up", 120)
+        until(lambda: pod.answers("/api/serve/applications/"), "the head is up")
         processes.append(pod.worker())
         pod.api("PUT", "/api/serve/applications/", json=config).raise_for_status()
-        until(lambda: ready(url), "the front end takes requests", 180)
+        until(lambda: ready(url), "the front end takes requests")
         with Client(url, token=TOKEN) as client:
             spec = toy_job(epochs=None, steps=30000, checkpoint={"every_steps": 200})
             job_id = client.submit(spec.model_dump(mode="json"))["id"]
             run = RunFolder(home / "runs" / job_id)
-            until(lambda: client.job(job_id)["progress"]["step"] > 400, "it trains on the worker", 180)
+            until(lambda: client.job(job_id)["progress"]["step"] > 400, "it trains on the worker")
             before = client.job(job_id)["progress"]["step"]
             killed(processes[0])
             assert not ready(url)
             processes.append(pod.start())
-            until(lambda: ready(url), "the front end is back by itself: Serve's state was kept", 240)
+            until(lambda: ready(url), "the front end is back by itself: Serve's state was kept")
             assert processes[1].poll() is None, "the worker waited for the head"
-            until(lambda: client.job(job_id)["progress"]["step"] > before, "the job goes on", 180)
+            until(lambda: client.job(job_id)["progress"]["step"] > before, "the job goes on")
             client.cancel(job_id)
             job = client.wait(job_id)
         record = run.read_record()

@@ -19,7 +19,8 @@ from cluster import embedded
 from cluster.embedded import Head
 from service.client import ApiError, Client
 from tests.cluster.test_nodes import own_ip
-from tests.workloads.ray_paced import end_node, hold, one_process, orders, until
+from tests.waiting import until
+from tests.workloads.ray_paced import end_node, hold, one_process, orders
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
 

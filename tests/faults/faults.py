@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.table import Row
-from tests.faults.trial import Trial, Weights, final_weights, same, until
+from tests.faults.trial import Trial, Weights, final_weights, same
 from tests.s3 import S3
+from tests.waiting import until
 from workloads.run import FAILED
 
 SEED = os.environ["FAULTS_SEED"]  # of the whole run: see tests/conftest.py

@@ -20,7 +20,7 @@ import httpx
 from cluster import embedded
 from cluster.embedded import Head
 from tests.faults.doomed import PID, ROOT
-from tests.faults.trial import until
+from tests.waiting import until
 
 ANSWER_S = 120.0  # in which a client that tries again is answered
 KILLED_S = 900.0  # in which the service is killed that was told to kill itself
@@ -51,7 +51,7 @@ class Postgres:
         while True:
             with open(self._folder.with_suffix(".log"), "ab") as log:
                 self._process = subprocess.Popen([*AS_NOBODY, *words], stdout=log, stderr=log, cwd="/")
-            until(lambda: self._process.poll() is not None or self._answers(), "PostgreSQL answers or ends", 60)
+            until(lambda: self._process.poll() is not None or self._answers(), "PostgreSQL answers or ends")
             if self._process.poll() is None:
                 return
             assert time.monotonic() < deadline, "PostgreSQL does not start; its log is beside its folder"

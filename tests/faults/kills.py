@@ -22,8 +22,8 @@ from tests.faults.doomed import POINTS
 from tests.faults.installed import ANSWER_S, Installation, Postgres, installation
 from tests.faults.ray_faults import below
 from tests.faults.table import KillRow
-from tests.faults.trial import until
 from tests.service.world import BODY
+from tests.waiting import until
 
 SETTLE_S = 900.0  # in which the last job has ended
 EPOCHS = 30  # of 0.1 s: as long as Ray takes to start a job, so that kills meet jobs at work too
@@ -75,7 +75,7 @@ def _head(installed: Installation, rng: random.Random) -> None:
     leader = psutil.Process(installed.head.pid)
     (gcs,) = below(leader, "gcs_server")
     gcs.kill()
-    until(lambda: not installed.head.alive() or leader.status() == psutil.STATUS_ZOMBIE, "the head ends", 60)
+    until(lambda: not installed.head.alive() or leader.status() == psutil.STATUS_ZOMBIE, "the head ends")
     embedded.stop(installed.head)
     installed.head = embedded.start(installed.head.home, num_cpus=installed.head.num_cpus)
     installed.stop()

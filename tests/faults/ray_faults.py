@@ -16,7 +16,8 @@ from cluster.embedded import Head
 from service.client import Client
 from tests.faults.faults import EVERY, STEPS, Fault
 from tests.faults.table import Row
-from tests.faults.trial import FORKS, TIMEOUT_S, Trial, Weights, final_weights, same, until
+from tests.faults.trial import FORKS, TIMEOUT_S, Trial, Weights, final_weights, same
+from tests.waiting import until
 from tests.workloads.ray_paced import node
 from workloads.ranks import Ranks
 from workloads.record import RunFolder

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.faults.counted import drive
+from tests.waiting import until
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED
 from workloads.spec import JobSpec
@@ -40,13 +41,6 @@ def final_weights(run: RunFolder) -> Weights:
 def same(expected: Weights, got: Weights) -> bool:
     """Bit for bit."""
     return expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.001)
 
 
 class Trial:
@@ -100,7 +94,11 @@ class Trial:
         """Returns at some moment after so many more steps were made."""
         want = self.steps() + steps
         last = self._drivers[-1]
-        until(lambda: self.steps() >= want or last.exitcode is not None, f"{steps} more steps of {self.folder}")
+        until(
+            lambda: self.steps() >= want or last.exitcode is not None,
+            f"{steps} more steps of {self.folder}",
+            pause_s=0.001,
+        )
         assert last.exitcode is None, f"the driver ended before the fault, with {last.exitcode}; {self.said()}"
         time.sleep(rng.random() * 0.01)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tests.faults.trial import final_weights
 from tests.toy import TOY_MAE
 from tests.toy_artifact import image
 from tests.toy_search import toy_search
+from tests.waiting import until
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, run_local
 from workloads.spec import JobSpec
@@ -60,13 +60,6 @@ def head_of(home: Path) -> Head:
     head = embedded.read(home)
     assert head is not None
     return head
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def classifier(toy_job: Callable[..., JobSpec], **changes: Any) -> dict[str, Any]:

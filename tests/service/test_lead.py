@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +19,9 @@ from tests.postgres import Postgres
 from tests.service.front import FolderRay
 from tests.service.rest import NoDeployments
 from tests.service.world import BODY
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
-
-
-def until(what: Callable[[], bool], limit_s: float = 120.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def front(name: str, home: Path, url: str, ray_folder: Path, submit_s: float = 0.0) -> Parts:

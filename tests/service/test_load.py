@@ -21,8 +21,8 @@ from tests.benchmarks import apart, service_load
 from tests.benchmarks.service_load import CPUS, Engine
 from tests.service.fakes import local_client, write_record
 from tests.service.rest import NoDeployments, Service
-from tests.service.test_lead import until
 from tests.service.world import BODY
+from tests.waiting import until
 from workloads.record import RunFolder
 
 

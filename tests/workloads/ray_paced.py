@@ -22,6 +22,7 @@ import torch
 
 from cluster import embedded
 from cluster.embedded import Head
+from tests.waiting import until
 from workloads import ray_group, ray_train, watchdog
 from workloads.record import RunFolder
 from workloads.spec import JobSpec
@@ -29,15 +30,6 @@ from workloads.step import Stepper
 from workloads.train import train
 
 _step = Stepper.__call__
-
-
-def until(what: Any, timeout_s: float = 300.0) -> Any:
-    """The first true answer of `what()`."""
-    deadline = time.monotonic() + timeout_s
-    while not (answer := what()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-    return answer
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import torch
 
 from cluster.embedded import Head
 from tests.toy import difference
-from tests.workloads.ray_paced import beside, end_node, hold, node, notes, one_process, orders, until
+from tests.waiting import until
+from tests.workloads.ray_paced import beside, end_node, hold, node, notes, one_process, orders
 from workloads import checkpoint, ray_train
 from workloads.record import RunFolder
 from workloads.run import SUCCEEDED, execute

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 
 from cluster.embedded import Head
 from tests.toy_search import kept, toy_search
+from tests.waiting import until
 from workloads.explore import IslandFile
 from workloads.record import RunFolder
 from workloads.run import FAILED, STOPPED, SUCCEEDED, execute
@@ -29,14 +29,6 @@ LONG = {"iterations": 3000, "population": 16, "batch_size": 8, "image_size": 16}
 
 def told(run: RunFolder, island: int = 0) -> int:
     return (IslandFile(run, island).read() or {"told": 0})["told"]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, "it took too long"
-        time.sleep(0.1)
-    return found
 
 
 def processes(head: Head, name: str) -> list[psutil.Process]:
@@ -74,11 +66,11 @@ def test_two_actors_find_what_one_process_finds_though_one_dies_and_the_island_t
     run = RunFolder(tmp_path / "run")
 
     def kill() -> None:
-        wait_for(lambda: told(run) > 1)
-        wait_for(lambda: processes(cluster, "Scorer"))[0].kill()
+        until(lambda: told(run) > 1)
+        until(lambda: processes(cluster, "Scorer"))[0].kill()
         before = told(run) + 100  # so the actor is there again
-        wait_for(lambda: told(run) > before)
-        wait_for(lambda: processes(cluster, "ImplicitFunc"))[0].kill()
+        until(lambda: told(run) > before)
+        until(lambda: processes(cluster, "ImplicitFunc"))[0].kill()
 
     with meanwhile(kill):
         assert execute(toy_search(LONG, resources={"workers": 2}), run, tmp_path, job_id="a", ray=True) == SUCCEEDED
@@ -107,13 +99,13 @@ def test_a_driver_that_dies_is_restored_and_one_that_is_stopped_goes_on(
     command = [sys.executable, "-m", "workloads.run", str(tmp_path / "job.yaml")]
     with open(tmp_path / "out.txt", "wb") as out:
         driver = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        wait_for(lambda: told(run) > 100)
+        until(lambda: told(run) > 100)
         driver.kill()
         driver.wait()
-        wait_for(lambda: not processes(cluster, "ImplicitFunc"))  # Ray ends what the driver began
+        until(lambda: not processes(cluster, "ImplicitFunc"))  # Ray ends what the driver began
         before = told(run)
         again = subprocess.Popen(command, env=environment | {"MANTA_ATTEMPT": "2"}, stdout=out, stderr=out)
-        wait_for(lambda: told(run) > before)
+        until(lambda: told(run) > before)
         again.send_signal(signal.SIGTERM)
         assert again.wait(60) == STOPPED
         assert "search_restored" in [event["kind"] for event in run.read_events()]

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from cluster.embedded import Head
-from tests.workloads.ray_paced import end_node, node, until
+from tests.waiting import until
+from tests.workloads.ray_paced import end_node, node
 from workloads import checkpoint_folder, ray_notice
 from workloads.place import Here
 from workloads.ray_notice import notice, own_node

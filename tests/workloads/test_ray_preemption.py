@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from cluster.embedded import Head
 from tests.toy import difference
-from tests.workloads.ray_paced import DiesOnArrival, beside, end_node, node, notes, one_process, orders, until
+from tests.waiting import until
+from tests.workloads.ray_paced import DiesOnArrival, beside, end_node, node, notes, one_process, orders
 from workloads import agreement, checkpoint, ray_group, ray_train
 from workloads.ranks import Ranks
 from workloads.record import RunFolder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.embedded import Head
-from tests.faults.trial import until
+from tests.waiting import until
 from workloads.checkpoint_folder import latest_step
 from workloads.record import RunFolder
 from workloads.run import FAILED, STOPPED, execute

@@ -340,7 +340,7 @@ def of_foregrounds(method: CP2, spec: JobSpec) -> tuple[float, float]:
 def test_foreground_is_more_like_foreground_than_before(photographs: RealImages, tmp_path: Path) -> None:
     """On 2,000 images of CIFAR-10, 62 steps: .252 -> .406, not above the .428 of two places that are drawn.
 
-    In the small recipe, of 156 steps of 256 images, .36 in the first ten, .59 at 80, .48 in the last. On images of 16
+    In the small recipe, of 156 steps of 256 images, .36 in the first ten, .60 at 80, .47 in the last. On images of 16
     pixels and maps of 4 x 4 it stays about chance (.45) for 372 steps, .36 to .47; a ViT of one block begins with .62
     and is at .56 after 248. The dense loss hardly falls below that of places that are all alike, log 64 = 4.159:
     here 4.165 -> 4.164, in the recipe 4.161 -> 4.144 at 80 -> 4.155.
