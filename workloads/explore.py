@@ -27,7 +27,7 @@ from workloads.spec_search import SearchSpec
 
 logger = logging.getLogger(__name__)
 
-CHUNK_S = 0.15  # of scoring: what is sent about and looked at costs little beside it
+CHUNK_S = 0.2  # of scoring: what is sent about and looked at costs little beside it
 SAVE_S = 5.0
 POINT_S = 1.0
 TOLD = 3  # failures that become events of the job; the log has all

@@ -37,6 +37,7 @@ class Spread:
     Attributes:
         sharded: whether weights are shared out (FSDP).
         in_parts: whether some are, by FSDP or by the method itself: then all ranks write a checkpoint together.
+        channels_last: the memory format of weights, and that images should have.
     """
 
     def __init__(self, method: nn.Module, engine: Engine, ranks: Ranks) -> None:
@@ -49,7 +50,8 @@ class Spread:
         """
         self.method, self._ranks = method, ranks
         self.sharded = ranks.world_size > 1 and _shards(method, engine, ranks.device)
-        if engine.channels_last:
+        self.channels_last = _convolves(method) if engine.channels_last is None else engine.channels_last
+        if self.channels_last:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if engine.sync_batchnorm and ranks.world_size > 1:
             _synchronise(method, ranks.device)
@@ -145,6 +147,12 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
         else:
             found += blocks_of(child)
     return found
+
+
+def _convolves(method: nn.Module) -> bool:
+    """Whether windows overlap anywhere, as those of the patches of a ViT do not."""
+    kernels = [(m.kernel_size, m.stride) for m in method.modules() if isinstance(m, nn.Conv2d)]
+    return any(size > step for kernel, stride in kernels for size, step in zip(kernel, stride, strict=True))
 
 
 def _shards(method: nn.Module, engine: Engine, device: torch.device) -> bool:

@@ -84,7 +84,7 @@ def train(
     total = total_steps(spec, steps_per_epoch)
 
     def moved(batch: Batch, through: Views = views) -> Batch:
-        return to_device(batch, through, ranks.device, channels_last=spec.engine.channels_last)
+        return to_device(batch, through, ranks.device, channels_last=model.channels_last)
 
     def scan(stream: str, through: Views | None = None, rows: range | None = None) -> Iterator[Batch]:
         manifest, through = manifests[stream], through or views

@@ -18,9 +18,11 @@ from tests.benchmarks.table import Row
 from workloads.methods.base import Batch, Output, Progress
 from workloads.methods.densecl import dense_pairs, match
 from workloads.models.encoders import build_encoder
+from workloads.parallel import Spread
 from workloads.parts.ema import copy_of
 from workloads.parts.queue_infonce import queue_info_nce
 from workloads.parts.sharded_softmax import RowsOverRanks, instance_cross_entropy
+from workloads.ranks import Ranks
 from workloads.spec import JobSpec
 
 DIM, QUEUE, INSTANCES = 128, 4096, 600_000
@@ -114,7 +116,10 @@ LIGHTLY: dict[str, type[nn.Module]] = {"simclr": SimCLR, "moco_v2": MoCo, "dense
 
 
 def step_times(document: dict[str, Any], name: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds a step, round by round, of method `name` of ours and with lightly, on equal encoders and images."""
+    """Seconds a step, round by round, of method `name` of ours, laid out as the loop does, and with lightly.
+
+    Encoders and images are equal.
+    """
     from workloads.models.timm_import import timm  # noqa: F401  # torchvision, which lightly imports, needs its help
 
     synthetic.one_thread()
@@ -122,6 +127,7 @@ def step_times(document: dict[str, Any], name: str, rounds: int) -> dict[str, li
     n, size = document["batch_size"], document["model"]["image_size"]
     batch = synthetic.images(n, size) | {"other": torch.rand(n, 3, size, size)}
     models = {"ours": built(document, METHODS[name]), "lightly": LIGHTLY[name](build_encoder(spec.model))}
+    Spread(models["ours"], spec.engine, Ranks())
     return in_turn(models, batch, steps=1, rounds=rounds)
 
 
@@ -134,11 +140,14 @@ def dense_times(document: dict[str, Any], rounds: int) -> dict[str, Any]:
     from workloads.flops import count
 
     synthetic.one_thread()
+    spec = JobSpec.model_validate({"data": {"train": {"shards": "synthetic"}}} | document)
     n, size = document["batch_size"], document["model"]["image_size"]
     batch = synthetic.images(n, size) | {"other": torch.rand(n, 3, size, size)}
     methods: dict[str, Any] = {name: built(document, {"name": name}) for name in ("densecl", "moco_v2")}
     flops = {name: count(method, batch, synthetic.START) for name, method in methods.items()}
     assert flops["densecl"] is not None and flops["moco_v2"] is not None
+    for method in methods.values():
+        Spread(method, spec.engine, Ranks())
     methods["loss"] = DenseLoss(methods["densecl"], batch)
     return {**in_turn(methods, batch, 1, rounds), "predicted": flops["densecl"] / flops["moco_v2"]}
 

@@ -16,6 +16,7 @@ from torch import nn
 from tests.toy import difference
 from workloads import agreement, checkpoint
 from workloads.export import export
+from workloads.models.timm_import import timm
 from workloads.parallel import Spread, _shards, blocks_of
 from workloads.ranks import Ranks
 from workloads.record import RunFolder
@@ -118,15 +119,32 @@ def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_number
 
     monkeypatch.setattr(Stepper, "__call__", look)
     curves = []
-    for on in (False, True):
+    for on in (False, True, None):
         model = {"name": "resnet_cifar", "image_size": 16, "depth": 8}
         run = RunFolder(tmp_path / str(on))
         spec = toy_job(model=model, method={"name": "fine_tune"}, epochs=None, steps=1, engine={"channels_last": on})
         assert train(spec, run, tmp_path)
         curves += run.read_metrics()
-    assert seen == [(False, False), (True, True)]
+    assert seen == [(False, False), (True, True), (True, True)]
     for name in ("loss", "grad_norm"):
         assert curves[1][name] == pytest.approx(curves[0][name], rel=1e-4)
+        assert curves[2][name] == curves[1][name]
+
+
+@pytest.mark.parametrize(
+    ("model", "convolves"),
+    [
+        ("vit_base_patch16_224", False),
+        ("swin_tiny_patch4_window7_224", False),
+        ("convnext_tiny", True),
+        ("resnet50", True),
+        ("mobilenetv3_small_050", True),
+    ],
+)
+def test_networks_of_convolutions_are_told_by_windows_that_overlap(model: str, convolves: bool) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(model)
+    assert Spread(network, Engine(), Ranks()).channels_last is convolves
 
 
 def _rank(rank: int, port: int, spec: str, folder: str) -> None:
