@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.faults.table import Row
@@ -119,14 +120,21 @@ def submit_twice(trial: Trial, rng: random.Random) -> int:
     (runs,) = [driver for driver in drivers if driver.pid == record.pid]
     (waits,) = [driver for driver in drivers if driver.pid != record.pid]
     os.kill(runs.pid, signal.SIGSTOP)
-    before = _written(trial)
     try:
+        until(lambda: _stands_still(runs), "the run that trains stops")
+        before = _written(trial)
         assert trial.code(waits) == FAILED, trial.said()
         assert _written(trial) == before, "a run that was refused wrote into the folder"
     finally:
         os.kill(runs.pid, signal.SIGCONT)
     assert "another process runs the job" in trial.said()
     return 1
+
+
+def _stands_still(driver: BaseProcess) -> bool:
+    """Whether each of its threads does, where the system tells: one that writes is stopped when it has written."""
+    states = (stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc").glob(f"{driver.pid}/task/*/stat"))
+    return all(state == "T" for state in states)
 
 
 def _written(trial: Trial) -> dict[Path, int]:
