@@ -216,24 +216,32 @@ def point_of(islands: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Turn:
-    """From now on: what an island does until `standing` is asked for."""
+    """What an island does between two points of the curve."""
 
     def __init__(self, explorer: Explorer, processes: int) -> None:
         self._explorer, self._processes = explorer, processes
-        self.told, self._busy_s, self._since = explorer.island.told, explorer.busy_s, time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._told, self._busy_s, self._since = self._explorer.island.told, self._explorer.busy_s, time.monotonic()
 
     def standing(self) -> dict[str, Any]:
-        """What `point_of` needs: candidates told a second, the share of the time that the processes scored."""
+        """What `point_of` needs: candidates told a second, the share of the time that the processes scored.
+
+        A chunk counts where it is told. The next turn begins.
+        """
         island, seconds = self._explorer.island, max(1e-9, time.monotonic() - self._since)
         best = island.best or {}
         busy_s = self._explorer.busy_s - self._busy_s
-        return {
+        standing = {
             "told": island.told,
             "spent": island.spent,
             "best": best.get("score"),
-            "rate": (island.told - self.told) / seconds,
+            "rate": (island.told - self._told) / seconds,
             "share": busy_s / seconds / self._processes,
         }
+        self._begin()
+        return standing
 
 
 def explore(
@@ -267,15 +275,15 @@ def explore(
     write_atomic(run.total_steps, str(sum(one.island.search.total for one in explorers)))
     writer = MetricsWriter(run.metrics)
     saved = time.monotonic()
+    turns = [Turn(one, 1) for one in explorers]
     try:
         while not all(one.island.done for one in explorers) and not should_stop():
-            turns = [Turn(one, 1) for one in explorers]
-            before = sum(turn.told for turn in turns)
-            for number, (one, turn) in enumerate(zip(explorers, turns, strict=True)):
+            before = [one.island.told for one in explorers]
+            for number, one in enumerate(explorers):
                 until = time.monotonic() + POINT_S
                 one.go(lambda until=until: time.monotonic() > until or should_stop())  # type: ignore[misc]
-                migrate(spec, run, number, one.island, turn.told)
-            if sum(one.island.told for one in explorers) > before:
+                migrate(spec, run, number, one.island, before[number])
+            if [one.island.told for one in explorers] != before:
                 point = point_of([turn.standing() for turn in turns])
                 writer.append(point)
                 on_point(point)

@@ -168,11 +168,11 @@ def _island(spec: SearchSpec, run: RunFolder, home: Path, number: int) -> None:
     if (state := _newest(file)) is not None:
         this.restore(state)
     explorer = Explorer(this, _pool(spec, home, number, this), lambda said: run.event("score_failed", said))
-    pause = FIRST_S
+    pause, turn = FIRST_S, Turn(explorer, _scorers(spec))
     while not this.done and not run.stop.exists():
-        until, turn = time.monotonic() + pause, Turn(explorer, _scorers(spec))
+        until, told = time.monotonic() + pause, this.told
         explorer.go(lambda until=until: time.monotonic() > until or run.stop.exists())  # type: ignore[misc]
-        migrate(spec, run, number, this, turn.told)
+        migrate(spec, run, number, this, told)
         file.write(this)
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copy(file.path, Path(scratch) / STATE)

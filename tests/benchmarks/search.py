@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -26,6 +27,9 @@ NETWORKS = {"S0": START["cifar"]} | {
 SIZE, BATCH_SIZE, ROUNDS = 32, 64, 3
 SCORE_S = 1.0  # a network is scored for so long at least
 RECIPE = Path(__file__).parents[2] / "workloads/recipes/search_zen_nas_cifar10.yaml"
+STEADY = (0.3, 0.9)
+"""Shares of the candidates: by then all scorers are there, those of the start, which are small, are over, and the last
+ones, for which there is nothing to score beside, have not come."""
 SMALL_MS = 12  # of a candidate of at most 20 M FLOPs, 32 px, batch 64: about the smallest that one would search among
 
 
@@ -120,7 +124,7 @@ def searched(folder: Path, candidates: int, workers: list[int]) -> list[dict[str
 
     Returns:
         For each: `fit_s` from the start of Tune to its end, `loop_s` of the island's loop, `scoring_s` of its
-        processes, all together; `rate`, candidates a second once the scorers are there.
+        processes, all together; `rate`, candidates a second while `STEADY`.
     """
     from workloads.ray_explore import explore_on_ray
     from workloads.record import RunFolder
@@ -131,15 +135,17 @@ def searched(folder: Path, candidates: int, workers: list[int]) -> list[dict[str
         run.path.mkdir()
         since = time.perf_counter()
         assert explore_on_ray(spec_of(candidates, n), run, folder, connected=lambda: None)
-        fit_s, told, loop_s, scoring_s, after_first = time.perf_counter() - since, 0, 0.0, 0.0, []
+        fit_s, told, at_s, scoring_s = time.perf_counter() - since, [0], [0.0], 0.0
         for point in run.read_metrics():
             if not point["candidates_per_s"]:
                 continue  # nothing was told yet
-            seconds = (point["step"] - told) / point["candidates_per_s"]
-            after_first.append((point["step"] - told, seconds))
-            told, loop_s, scoring_s = point["step"], loop_s + seconds, scoring_s + n * seconds * point["scoring_share"]
-        new, seconds = map(sum, zip(*(after_first[1:] or after_first), strict=True))
-        found.append({"fit_s": fit_s, "loop_s": loop_s, "scoring_s": scoring_s, "rate": new / seconds})
+            seconds = (point["step"] - told[-1]) / point["candidates_per_s"]
+            scoring_s += n * seconds * point["scoring_share"]
+            told.append(point["step"])
+            at_s.append(at_s[-1] + seconds)
+        began, ended = np.interp([share * candidates for share in STEADY], told, at_s)
+        rate = (STEADY[1] - STEADY[0]) * candidates / (ended - began)
+        found.append({"fit_s": fit_s, "loop_s": at_s[-1], "scoring_s": scoring_s, "rate": rate})
     return found
 
 
@@ -171,7 +177,7 @@ def rows(folder: Path) -> list[Row]:
     rates = {name: statistics.median(ours_[name] for ours_, _ in pairs) for name in NETWORKS}
     each = ", ".join(f"{name} {rates[name]:.3g}/s ({ratios[name]:.2f})" for name in NETWORKS)
     (one,) = apart.run(under_tune, folder=str(folder / "tune-1"), candidates=10_000, workers=[1])
-    turns = apart.run(under_tune, folder=str(folder / "tune-2"), candidates=500, workers=[1, 2] * ROUNDS)
+    turns = apart.run(under_tune, folder=str(folder / "tune-2"), candidates=1000, workers=[1, 2] * ROUNDS)
     alone, both = ([turn["rate"] for turn in turns[i::2]] for i in range(2))
     gain, most = apart.ratio(both, alone), statistics.median(cores(300) for _ in range(ROUNDS))
     overhead, best = one["fit_s"] / one["scoring_s"] - 1, apart.run(best_score, folder=str(folder / "recipe"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 from tests.toy_search import TOY_SEARCH, kept, toy_search
 from workloads import explore as loop
-from workloads.explore import IslandFile
+from workloads.explore import IslandFile, Turn
 from workloads.models.encoders import build_encoder
 from workloads.preflight import check
 from workloads.record import RunFolder
@@ -75,6 +76,18 @@ def test_leaves_structure_score_costs_latency_and_population(whole: RunFolder, t
     assert found.structure in words and "`model: {name: job:s1}`" in words
     write(tmp_path / "artifact", found.model_copy(update={"job_id": "local-1"}), rows)  # which no `job:` finds
     assert "`model: {name: the path of this folder}`" in (tmp_path / "artifact" / "README.md").read_text()
+
+
+def test_what_is_told_between_two_turns_counts_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a report takes its time, in which scorers go on."""
+    clock = iter([0.0, 2.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr("workloads.explore.time.monotonic", lambda: next(clock))
+    explorer = SimpleNamespace(island=SimpleNamespace(told=10, spent=0, best=None), busy_s=4.0)
+    turn = Turn(explorer, 2)  # type: ignore[arg-type]
+    explorer.island.told, explorer.busy_s = 20, 7.0
+    assert turn.standing() == {"told": 20, "spent": 0, "best": None, "rate": 5.0, "share": 0.75}
+    explorer.island.told, explorer.busy_s = 24, 8.0
+    assert turn.standing() == {"told": 24, "spent": 0, "best": None, "rate": 4.0, "share": 0.5}
 
 
 def test_killed_and_resumed_it_finds_the_same(whole: RunFolder, tmp_path: Path) -> None:

@@ -355,7 +355,6 @@ def test_places_of_an_object_are_matched_with_it(tmp_path: Path) -> None:
     pretrained(spec, tmp_path, "densecl")
     checkpoint.restore_weights(RunFolder(tmp_path / "runs" / "densecl").checkpoints, method)
     after = correspondence(method.query, spec)
-    print(before, after)
     assert after > before + 0.02, (before, after)
 
 
