@@ -46,7 +46,7 @@ def test_the_loop_and_the_bare_loop(toy_shards: dict[str, str], monkeypatch: pyt
 @pytest.mark.ray
 def test_two_workers_and_torchrun(cluster: Head, toy_shards: dict[str, str], tmp_path: Path) -> None:
     document = toy_document(toy_shards["train"], 40) | {"resources": {"workers": 2}}
-    rates = workers.rates(document, str(tmp_path / "turns"), rounds=1)
+    rates = workers.rates(document, str(tmp_path / "turns"), rounds=1, head=cluster.pid)
     assert len(rates["ours"]) == len(rates["bare"]) == 1
     assert 0.01 < apart.ratio(rates["ours"], rates["bare"]) < 10
 

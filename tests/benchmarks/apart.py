@@ -17,7 +17,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.embedded import Head
 
 LIMIT_S = 600.0
 
@@ -74,7 +77,7 @@ def run(function: Callable[..., Any], *, ranks: int | None = None, **arguments: 
 
 
 @contextlib.contextmanager
-def own_cluster(home: Path) -> Iterator[None]:
+def own_cluster(home: Path) -> Iterator[Head]:
     """A cluster of two CPUs that is there for nothing else, to which this process is connected."""
     from cluster import embedded
     from service.local_cluster import signals_raise
@@ -83,7 +86,7 @@ def own_cluster(home: Path) -> Iterator[None]:
         head = embedded.start(home, num_cpus=2)
         try:
             embedded.connect(head.home)
-            yield
+            yield head
         finally:
             import ray  # not before `connect`, which says how
 

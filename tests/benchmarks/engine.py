@@ -122,7 +122,7 @@ def rows(folder: Path, shards: str) -> list[Row]:
     """(what, measured, wanted, reached)."""
     one = apart.run(loop.measure, shards=shards)
     two_document = loop.spec_of(shards, 80) | {"resources": {"workers": 2}}
-    two = apart.run(workers.rates_on_own_cluster, document=two_document, folder=str(folder / "two"), rounds=8)
+    two = apart.run(workers.rates_on_own_cluster, document=two_document, folder=str(folder / "two"), rounds=24)
     tokens = apart.run(masking, document=MASKING, steps=2, rounds=5)
     held = apart.run(stall, document=STALL | {"data": {"train": {"shards": shards}}}, interval=12, checkpoints=4)
     of_one, of_two = apart.ratio(one["ours"], one["bare"]), apart.ratio(two["ours"], two["bare"])
