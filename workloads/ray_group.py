@@ -19,17 +19,23 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import ray
+from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError
-from ray.train import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train import PreemptionError, Result, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import state as states
-from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_placement_groups
 
 from workloads.checkpoint_folder import latest_step
 from workloads.record import RunFolder, write_atomic
@@ -60,6 +66,13 @@ def give_up(run: RunFolder, reason: str, hint: str | None) -> None:
     write_atomic(fatal(run), json.dumps({"reason": reason, "hint": hint}))
 
 
+def free_room() -> None:
+    """Removes the placement groups of this driver, which Ray keeps until it ends; their workers end with them."""
+    mine = ("creator_job_id", "=", ray.get_runtime_context().get_job_id())
+    for group in list_placement_groups(filters=[mine, ("state", "!=", "REMOVED")]):
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group.placement_group_id))))
+
+
 def is_at_work(run: RunFolder) -> bool:
     """Whether a group joined and nobody has told that it left."""
     kinds = [event["kind"] for event in run.read_events() if event["kind"] in ("workers_joined", "workers_left")]
@@ -76,15 +89,39 @@ def call(function: str, args: tuple[Any, ...]) -> None:
     getattr(importlib.import_module(module), name)(*args)
 
 
+class OwnRoom(FixedScalingPolicy):
+    """Asks for room by the placement group alone, which the autoscaler of a cluster sees too.
+
+    Ray's own asks an actor as well, which shares a cluster out between Ray Data and Ray Train. Each actor takes 1 % of
+    a core for as long as the cluster is there, since its main thread looks for signals 100 times a second.
+    """
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Starts no such actor."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Asks none."""
+
+
 class Trainer(DataParallelTrainer):
-    """Ray's, without two things of it."""
+    """Ray's, without what a run of ours has no use for; two workers on two cores make 3 % more steps a second so."""
 
     def _register_sigint_handler(self, controller: ActorHandle[Any]) -> None:
         """Leaves Ctrl-C to the run, which asks the workers for a checkpoint: this would end them at once."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        """Without Ray Data, which every worker would import, beside an actor for it in a process of its own."""
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        """Without Ray Data, which every worker would import, beside an actor for it in a process of its own.
+
+        And without the actor that asks once a second whether the controller lives: see `Group.outlive`.
+        """
+        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, left_out)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        policy = arguments["scaling_policy"]
+        if isinstance(policy, FixedScalingPolicy):
+            arguments["scaling_policy"] = OwnRoom(policy.scaling_config)
+        return super()._initialize_and_run_controller(**arguments)
 
 
 class Group(ControllerCallback, WorkerGroupCallback):
@@ -97,16 +134,24 @@ class Group(ControllerCallback, WorkerGroupCallback):
         self._waits_since: float | None = None
         self._started: WorkerGroup | None = None
 
-    def outlive(self, fit: Callable[[], object]) -> None:
-        """Calls `fit`, again when Ray Train's controller itself fails, until it returns or the job is to end.
+    def outlive(self, fit: Callable[[], object], free_room: Callable[[], None]) -> None:
+        """Calls `fit`, again when Ray Train's controller itself fails or is killed, until it returns or the job ends.
 
         For the controller a worker that dies is a failure to try again after, but for a moment of the start of a group.
+
+        Args:
+            fit: starts a controller, and returns when it is done.
+            free_room: takes back what a controller had that was killed.
         """
         while not self._ends():
             try:
                 fit()
                 return
             except TrainingFailedError as error:
+                if not self._ends():
+                    self._failed(error)
+            except ActorDiedError as error:
+                free_room()
                 if not self._ends():
                     self._failed(error)
 
@@ -191,6 +236,8 @@ class Group(ControllerCallback, WorkerGroupCallback):
 
 def _reasons(failure: Exception) -> str:
     """Why workers failed, in one line."""
+    if isinstance(failure, ActorDiedError):
+        return "the process that watches over the workers died, and they with it"
     if not isinstance(failure, WorkerGroupError):
         return f"the group could not be kept: {_first_line(failure)}"
     return "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(failure.worker_failures.items()))

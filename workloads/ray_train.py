@@ -63,7 +63,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
     import ray
     import ray.train
 
-    from workloads.ray_group import Group, Trainer, call, fatal, is_at_work
+    from workloads.ray_group import Group, Trainer, call, fatal, free_room, is_at_work
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -97,7 +97,7 @@ def train_on_ray(spec: JobSpec, run: RunFolder, home: Path, *, connected: Callab
             ),
         ),
     )
-    group.outlive(lambda: trainer().fit())
+    group.outlive(lambda: trainer().fit(), free_room)
     if fatal(run).exists():
         raise TrainingFailedError(**json.loads(fatal(run).read_text()))
     done = run.total_steps.exists() and checkpoint.latest_step(run.checkpoints) == int(run.total_steps.read_text())

@@ -60,6 +60,20 @@ def worker_killed(head: Head, times: int = 1, look: Callable[[], None] = lambda:
     return Fault("worker SIGKILL", inject, 2 * EVERY, started_again(times))
 
 
+def controller_killed(head: Head) -> Fault:
+    """The process that watches over the workers is killed, and they go with it."""
+
+    def inject(trial: Trial, rng: random.Random) -> int:
+        trial.start()
+        assert trial.spec.steps is not None
+        trial.after(rng.randrange(1, trial.spec.steps // 2), rng)
+        (controller,) = below(psutil.Process(head.pid), "TrainController")
+        controller.kill()
+        return 1
+
+    return Fault("controller SIGKILL", inject, 2 * EVERY, started_again(1))
+
+
 @contextlib.contextmanager
 def node_killed(head: Head, folder: Path) -> Iterator[Fault]:
     """The raylet of a node and its worker are killed; another node has room for that worker."""

@@ -21,7 +21,14 @@ import pytest
 from cluster import embedded
 from cluster.embedded import Head
 from tests.faults.faults import FAULTS, SEED, s3_gone
-from tests.faults.ray_faults import NODE_CPUS, node_killed, replica_killed, uninterrupted_ranks, worker_killed
+from tests.faults.ray_faults import (
+    NODE_CPUS,
+    controller_killed,
+    node_killed,
+    replica_killed,
+    uninterrupted_ranks,
+    worker_killed,
+)
 from tests.faults.table import Row
 from tests.faults.trial import Weights, final_weights, trial_of
 from tests.s3 import S3, on_s3
@@ -103,9 +110,10 @@ def test_soak_of_workers_and_nodes(cluster: Head, two_workers: JobSpec, record_r
     environment = embedded.environment(cluster)
 
     def turn(n: int, rng: random.Random, folder: Path) -> Row:
-        if n % 2:
+        if n % 3:
+            fault = controller_killed(cluster) if n % 3 == 1 else worker_killed(cluster, times=rng.randrange(1, 4))
             with trial_of(two_workers, folder, environment) as trial:
-                return worker_killed(cluster, times=rng.randrange(1, 4)).happens_to(trial, rng, expected[0])
+                return fault.happens_to(trial, rng, expected[0])
         with node_killed(cluster, folder / "nodes") as fault, trial_of(wide, folder / "trial", environment) as trial:
             return fault.happens_to(trial, rng, expected[1])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train import ControllerError, PreemptionError, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as Dead
@@ -211,8 +211,21 @@ def test_a_controller_that_fails_is_started_again(run: Run) -> None:
         if errors:
             raise errors.pop()
 
-    run.group.outlive(fit)
+    run.group.outlive(fit, lambda: None)
     assert not errors and [kind for kind, _ in run.events] == ["workers_left"] * 3
+
+
+def test_what_a_killed_controller_had_is_taken_back_before_it_is_started_again(run: Run) -> None:
+    calls: list[str] = []
+
+    def fit() -> None:
+        calls.append("fit")
+        if len(calls) < 4:
+            raise ActorDiedError
+
+    run.group.outlive(fit, lambda: calls.append("free"))
+    assert calls == ["fit", "free", "fit", "free", "fit"]
+    assert [kind for kind, _ in run.events] == ["workers_left"] * 2 and "watches over the workers" in run.events[0][1]
 
 
 def test_but_not_for_ever(run: Run) -> None:
@@ -222,7 +235,7 @@ def test_but_not_for_ever(run: Run) -> None:
         calls.append(1)
         raise ControllerError(ValueError("no such placement strategy"))
 
-    run.group.outlive(fit)
+    run.group.outlive(fit, lambda: None)
     assert len(calls) == MAX_FAILURES + 1
     assert "no such placement strategy: 6 times in a row" in json.loads(fatal(run.run).read_text())["reason"]
 
@@ -232,7 +245,7 @@ def test_what_the_controller_gave_up_is_not_started_again(run: Run) -> None:
         give_up(run.run, "DataError: no such shard", None)
         raise ControllerError(GivenUpError("fatal.json says why"))
 
-    run.group.outlive(fit)
+    run.group.outlive(fit, lambda: None)
     assert run.events == []
 
 
@@ -241,13 +254,13 @@ def test_a_run_that_is_asked_to_stop_is_not_started_again(run: Run) -> None:
         run.run.stop.touch()
         raise ControllerError(GivenUpError("the run was asked to stop"))
 
-    run.group.outlive(fit)
+    run.group.outlive(fit, lambda: None)
     assert run.events == [] and not fatal(run.run).exists()
 
 
-def test_workers_start_without_ray_data() -> None:
+def test_workers_start_without_ray_data_and_without_a_cleaner() -> None:
     def of(kind: type[DataParallelTrainer]) -> set[str]:
         trainer = kind(print, scaling_config=ScalingConfig(num_workers=2))
         return {type(callback).__name__ for callback in trainer._create_default_callbacks()}
 
-    assert of(DataParallelTrainer) - of(Trainer) == {"DatasetsCallback"}
+    assert of(DataParallelTrainer) - of(Trainer) == {"DatasetsCallback", "PlacementGroupCleanerCallback"}

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.embedded import Head
+from tests.faults.ray_faults import below
 from tests.waiting import until
 from workloads.checkpoint_folder import latest_step
 from workloads.record import RunFolder
@@ -30,20 +32,36 @@ def test_a_failure_that_would_come_again_is_not_tried_again(
     assert "not finite in" in record.reason and "lower optimizer.lr" in record.hint
 
 
-def test_ctrl_c_asks_the_workers_for_a_checkpoint(
+def test_a_killed_controller_is_replaced_and_ctrl_c_asks_the_workers_for_a_checkpoint(
     cluster: Head, toy_job: Callable[..., JobSpec], tmp_path: Path
 ) -> None:
+    import ray
+
     run = RunFolder(tmp_path / "run")
-    spec = toy_job(resources={"workers": 2}, epochs=None, steps=10**6, log_steps=1, checkpoint={"every_steps": 10**6})
+    resources = {"workers": 2, "cpus_per_worker": 2}  # all there are: the second group needs what the first had
+    spec = toy_job(resources=resources, epochs=None, steps=10**6, log_steps=1, checkpoint={"every_steps": 10**6})
+
+    def trains(times: int) -> bool:
+        return run.log.exists() and run.log.read_text().count("step 0 of 1000000") == 2 * times and run.metrics.exists()
 
     def press() -> None:
-        until(lambda: run.metrics.exists() and run.metrics.read_text().count("\n") >= 2, "it trains")
-        signal.raise_signal(signal.SIGINT)
+        try:
+            until(lambda: trains(1), "it trains")
+            (controller,) = below(psutil.Process(cluster.pid), "TrainController")
+            controller.kill()
+            until(lambda: trains(2), "it trains again")
+        finally:
+            signal.raise_signal(signal.SIGINT)
 
+    others = set(ray.util.placement_group_table())
     threading.Thread(target=press).start()
     assert execute(spec, run, tmp_path, job_id="interrupted", ray=True) == STOPPED
     record, step = run.read_record(), latest_step(run.checkpoints)
-    assert record is not None and record.state == "STOPPED" and step is not None and 2 <= step < 10**6
+    assert record is not None and record.state == "STOPPED" and step is not None and 0 < step < 10**6
+    left = [event["message"] for event in run.read_events() if event["kind"] == "workers_left"]
+    assert "watches over the workers died" in left[0]
+    groups = [group for name, group in ray.util.placement_group_table().items() if name not in others]
+    assert [group["state"] for group in groups] == ["REMOVED"] * 2
 
 
 def test_the_cluster_makes_the_manifest_that_one_process_makes(cluster: Head, tmp_path: Path) -> None:
