@@ -47,6 +47,7 @@ def test_the_loop_and_the_bare_loop(toy_shards: dict[str, str], monkeypatch: pyt
 def test_two_workers_and_torchrun(cluster: Head, toy_shards: dict[str, str], tmp_path: Path) -> None:
     document = toy_document(toy_shards["train"], 40) | {"resources": {"workers": 2}}
     rates = workers.rates(document, str(tmp_path / "turns"), rounds=1, head=cluster.pid)
+    assert 0 < growth.idle_share(cluster.pid, 1.0) < 4
     assert len(rates["ours"]) == len(rates["bare"]) == 1
     assert 0.01 < apart.ratio(rates["ours"], rates["bare"]) < 10
 
@@ -162,13 +163,13 @@ def test_rows_judge_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         "stall": {"step_s": 0.1, "cost_s": 3.0, "save_s": 0.1},
         "step_times": {"step": 0.3, "compute": 0.2},
         "checkpoint_times": {"millions": 5.0, "held_s": 0.01, "disk_s": 0.5},
-        "group_start_times_on_own_cluster": {"joined_s": 9.0, "first_step_s": 10.0},
+        "costs_of_own_cluster": {"joined_s": 9.0, "first_step_s": 10.0, "idle": 0.05},
     }
     monkeypatch.setattr(apart, "run", lambda function, **_: measured[function.__name__])
     monkeypatch.setattr(growth, "start_times", lambda *_, **__: {"first_step_s": 3.0, "import_torch_s": 1.5})
     rows = engine.rows(tmp_path, "digits.tar")
-    assert [row[3] for row in rows] == [True, False, True, False, None, None, None, None]
-    assert rows[6][1] == "9.0 s; 10.0 s"
+    assert [row[3] for row in rows] == [True, False, True, False, None, None, None, None, None]
+    assert rows[6][1] == "9.0 s; 10.0 s" and rows[7][1] == "5.0% of a core"
     assert rows[3][1] == "6.00 % (3000 ms, of which in `save` 100 ms, for 500 steps of 0.10 s)"
     assert rows[4][1] == "0.300 (0.200 + 0.100) / 0.300 (0.200 + 0.100) / 0.300 (0.200 + 0.100) s"
     assert table.markdown(rows[1]).endswith("| 0.960 (0.96 / 1.00) | >= 0.97 | **no** |")

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.benchmarks import apart, loop
 from tests.benchmarks.table import Row
 
@@ -117,10 +119,27 @@ def group_start_times(shards: str, folder: str, times: int) -> dict[str, float]:
     return {"joined_s": statistics.median(joined), "first_step_s": statistics.median(to_first_step)}
 
 
-def group_start_times_on_own_cluster(shards: str, folder: str, times: int) -> dict[str, float]:
-    """`group_start_times` on a cluster that is there for nothing else."""
-    with apart.own_cluster(Path(folder) / "home"):
-        return group_start_times(shards, folder, times)
+def idle_share(head: int, seconds: float) -> float:
+    """Of one core that the processes of a cluster take while nothing is asked of it.
+
+    Args:
+        head: the process that the others come from.
+        seconds: to watch them.
+    """
+    processes = [psutil.Process(head), *psutil.Process(head).children(recursive=True)]
+
+    def used() -> float:
+        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
+def costs_of_own_cluster(shards: str, folder: str, times: int) -> dict[str, float]:
+    """`group_start_times` and `idle_share` of a cluster that is there for nothing else."""
+    with apart.own_cluster(Path(folder) / "home") as head:
+        return group_start_times(shards, folder, times) | {"idle": idle_share(head.pid, 20.0)}
 
 
 def checkpoint_times(dim: int, depth: int, folder: str, saves: int) -> dict[str, float]:
@@ -168,7 +187,7 @@ def rows(folder: Path, shards: str) -> list[Row]:
     steps = [apart.run(step_times, ranks=n, document=document, images=IMAGES, steps=8 // n, rounds=3) for n in WORLDS]
     start = start_times(shards, str(folder), times=3)
     (folder / "groups").mkdir()
-    group = apart.run(group_start_times_on_own_cluster, shards=shards, folder=str(folder / "groups"), times=3)
+    group = apart.run(costs_of_own_cluster, shards=shards, folder=str(folder / "groups"), times=3)
     saved = [
         apart.run(checkpoint_times, dim=dim, depth=depth, folder=str(folder / f"saved-{dim}"), saves=2)
         for dim, depth in SIZES
@@ -197,6 +216,7 @@ def rows(folder: Path, shards: str) -> list[Row]:
             "-",
             None,
         ),
+        ("cost: a cluster in which nothing runs", f"{group['idle']:.1%} of a core", "-", None),
         (
             f"cost: a checkpoint of {millions} million parameters: the loop is held up; until it is on the disk",
             f"{held} ms; {disk} s",

@@ -1,10 +1,10 @@
 """Two workers under Ray Train against two under torchrun, each with DDP over gloo and one thread.
 
 Both groups are there all the time and take turns of a few seconds, so that the machine's mood hits both: the job as the
-service runs it, but that it waits after its turn, and the shortest loop of PyTorch's DDP, beside which the Python
-processes of Ray's node are stopped, the actors of the job among them, since they too take from the cores. Both groups
-decode and augment the same shards by the same reader, in threads beside the training, since with two ranks on two cores
-there is nowhere else to do it. Compared is the steady state.
+service runs it, but that it waits after its turn, and the shortest loop of PyTorch's DDP, beside which the actors of
+the job are stopped, since they too take from the cores. What an idle cluster takes (see `growth`) runs beside both.
+Both groups decode and augment the same shards by the same reader, in threads beside the training, since with two ranks
+on two cores there is nowhere else to do it. Compared is the steady state.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def wait_for(path: Path) -> None:
 
 @contextlib.contextmanager
 def actors_stopped(head: int) -> Iterator[None]:
-    """No actor on this node does anything, nor the agents of the node."""
-    processes = [each for each in psutil.Process(head).children(recursive=True) if each.name().startswith("ray::")]
+    """No actor on this node does anything."""
+    below = psutil.Process(head).children(recursive=True)
+    processes = [one for one in below if one.name().startswith("ray::") and not one.name().endswith("Agent")]
     try:
         for process in processes:
             process.suspend()
