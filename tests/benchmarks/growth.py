@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -126,14 +127,18 @@ def idle_share(head: int, seconds: float) -> float:
         head: the process that the others come from.
         seconds: to watch them.
     """
-    processes = [psutil.Process(head), *psutil.Process(head).children(recursive=True)]
 
-    def used() -> float:
-        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+    def used() -> dict[int, float]:
+        found = {}
+        for process in (psutil.Process(head), *psutil.Process(head).children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # workers end when nothing has been asked of them for long
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+        return found
 
     before = used()
     time.sleep(seconds)
-    return (used() - before) / seconds
+    return sum(now - before.get(pid, 0.0) for pid, now in used().items()) / seconds
 
 
 def costs_of_own_cluster(shards: str, folder: str, times: int) -> dict[str, float]:
