@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workloads import catalog
+from workloads.checkpoint_folder import latest_step
 from workloads.log_file import segment, segments
 from workloads.online import config_of, left, pinned
 from workloads.record import RunFolder
@@ -47,6 +48,8 @@ def evaluate_checkpoint(run: RunFolder, step: int, home: Path, job_id: str) -> N
     here = Here(Resources(), home, run.stop.exists)  # one core: the rest is for the training
     at = pinned(run, step)
     with run.logging("[online] "), _told(run, f"the checkpoint of step {step}"):
+        if latest_step(at.checkpoints) != step:  # `export` would take the weights of the start
+            raise FileNotFoundError(f"there is no checkpoint of step {step} in {at.checkpoints} any more")
         export(spec, at, home, job_id)
         epoch = next((p["epoch"] for p in run.read_metrics() if p["step"] == step), None)
         for entry in left(spec, run, step):

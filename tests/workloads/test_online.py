@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cluster.embedded import Head
+from tests.waiting import until
 from tests.workloads.test_trackers import curves
 from workloads import checkpoint, online
 from workloads import checkpoint_folder as files
@@ -325,8 +326,16 @@ def test_on_the_cluster_it_is_a_task_that_can_be_ended(
     trained: RunFolder,
     knn: Callable[..., dict[str, Any]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from ray.exceptions import TaskCancelledError, WorkerCrashedError
+
+    from workloads import ray_online
     from workloads.ray_online import ClusterTask
+
+    def forever(run: str, *_: Any) -> None:
+        Path(run, "begun").touch()
+        time.sleep(10**6)
 
     run = RunFolder(tmp_path)
     run.spec.write_text(toy_job(evaluate=[knn(1)]).model_dump_json())
@@ -335,7 +344,20 @@ def test_on_the_cluster_it_is_a_task_that_can_be_ended(
     while not task.wait(1.0):
         pass
     assert [(result["step"], result["entry"]) for result in run.read_online()] == [(20, 0)]
+    monkeypatch.setattr(ray_online, "evaluate_apart", forever)
     other = ClusterTask(run, 15, tmp_path, "j")
-    other.wait(0)
+    until(lambda: other.wait(0.1) or (tmp_path / "begun").exists(), "it evaluates")
     other.end()
-    assert len(run.read_online()) == 1
+    with pytest.raises((TaskCancelledError, WorkerCrashedError)):
+        other.wait(10)
+
+
+def test_without_its_checkpoint_nothing_is_evaluated(
+    toy_job: Callable[..., JobSpec], knn: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path)
+    run.spec.write_text(toy_job(evaluate=[knn(1)]).model_dump_json())
+    evaluate_checkpoint(run, 15, tmp_path, "j")
+    assert list(run.read_online()) == []
+    (event,) = run.read_events()
+    assert event["kind"] == "evaluation_failed" and "no checkpoint of step 15" in event["message"]
