@@ -104,7 +104,7 @@ def environment(head: Head) -> dict[str, str]:
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # by the replica's own port: an actor call makes a prediction 3 ms longer
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # default 4 MiB: reports, logs, images are larger
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",  # so that handles are awaited only; another thread costs 1.6 ms
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # default 2: a run ends up to that much later
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # default 2: a run ends up to that much later
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }

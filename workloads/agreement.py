@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-
 from workloads.ranks import Ranks
 
 POLL_S = 2.0
@@ -28,7 +26,7 @@ class Agreement:
         Args:
             ranks: those of the job.
             should_stop: whether this rank was asked to stop.
-            preempted: whether a node of the job is about to be taken away; may itself be a call of all ranks.
+            preempted: whether this rank was told that a node of the job is about to be taken away.
             clock: seconds.
         """
         self._ranks, self._should_stop, self._preempted, self._clock = ranks, should_stop, preempted, clock
@@ -42,15 +40,12 @@ class Agreement:
         """
         if step < self._next:
             return "go on"
-        if not self._leaving:
-            self._leaving = self._preempted()
-        stop = self._ranks.any(self._should_stop())
-        self._next = step + (1 if self._leaving or self._ranks.world_size == 1 else self._interval(step))
-        return "stop" if stop else "save" if self._leaving else "go on"
-
-    def _interval(self, step: int) -> int:
-        """Steps that take about POLL_S, the same on every rank."""
-        now, steps = self._clock(), max(1, step - self._asked_at)
-        step_s = float(self._ranks.mean(torch.tensor((now - self._asked_s) / steps, device=self._ranks.device)))
+        now = self._clock()
+        step_s = (now - self._asked_s) / max(1, step - self._asked_at)
         self._asked_at, self._asked_s = step, now
-        return max(1, min(1000, int(POLL_S / max(step_s, 1e-6))))
+        # one exchange for all three; step_s is then the same on every rank
+        stop, leaving, step_s = self._ranks.means(self._should_stop(), self._leaving or self._preempted(), step_s)
+        self._leaving = leaving > 0
+        each = self._leaving or self._ranks.world_size == 1
+        self._next = step + (1 if each else max(1, min(1000, int(POLL_S / max(step_s, 1e-6)))))
+        return "stop" if stop else "save" if self._leaving else "go on"

@@ -114,8 +114,12 @@ class Curve:
         elapsed = time.perf_counter() - self._since
         series = {"loss": self._losses} | dict(sorted(self._metrics.items())) | {"skipped_steps": self._skipped}
         series = {name: values for name, values in series.items() if values}
-        together = torch.cat([torch.stack(values).float() for values in series.values()])
-        parts = self._ranks.mean(together).split([len(values) for values in series.values()])  # one exchange for all
+        alone_s = torch.zeros(self._ranks.world_size, device=self._ranks.device)
+        alone_s[self._ranks.rank] = self._wait_s + sum(seconds_between(*moments) for moments in self._alone)
+        columns = [torch.stack(values).float() for values in series.values()] + [alone_s]
+        *parts, alone_s = self._ranks.mean(torch.cat(columns)).split(
+            [len(column) for column in columns]
+        )  # one exchange
         means = {name: _finite_mean(values) for name, values in zip(series, parts, strict=True)}
         bad = steps * (means.pop("skipped_steps") or 0.0)
         point: dict[str, Any] = {"step": step, "epoch": epoch, "loss": means.pop("loss", None)} | more | means
@@ -124,9 +128,9 @@ class Curve:
         point["data_wait_share"] = round(self._wait_s / elapsed, 4)
         point["memory_gib"] = round(_memory_gib(self._ranks.device), 3)
         if self._ranks.world_size > 1:
-            alone_s = self._ranks.each(self._wait_s + sum(seconds_between(*moments) for moments in self._alone))
-            point["rank_skew"] = round((max(alone_s) - min(alone_s)) / elapsed, 4)
-            point["slowest_rank"] = alone_s.index(max(alone_s))
+            by_rank = (alone_s * self._ranks.world_size).tolist()
+            point["rank_skew"] = round((max(by_rank) - min(by_rank)) / elapsed, 4)
+            point["slowest_rank"] = by_rank.index(max(by_rank))
         if bad:
             point["skipped_steps"] = round(bad)
         self._reset()

@@ -85,6 +85,7 @@ class Spread:
         return DistributedDataParallel(
             self.method,
             device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # neither memory for them twice nor a copy back
             forward_sync_buffers=not engine.sync_batchnorm,  # else they stay equal; queues are tens of MB a step
         )
 

@@ -26,21 +26,15 @@ class Ranks:
             values = values / self.world_size
         return values.cpu()
 
-    def each(self, value: float) -> list[float]:
-        """That of every rank, by rank."""
-        values = torch.zeros(self.world_size, device=self.device)
-        values[self.rank] = value
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.tolist()
+    def means(self, *values: float) -> list[float]:
+        """Mean over ranks of each of `values`, in one exchange."""
+        if self.world_size == 1:
+            return list(values)
+        return self.mean(torch.tensor(values, dtype=torch.float32, device=self.device)).tolist()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
-        if self.world_size == 1:
-            return flag
-        vote = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(vote)
-        return bool(vote.item())
+        return self.means(flag)[0] > 0
 
     def barrier(self) -> None:
         if self.world_size > 1:

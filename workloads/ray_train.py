@@ -146,7 +146,7 @@ def worker(spec_json: str, run: RunFolder, home: Path, variables: dict[str, str]
 
     def preempted() -> bool:
         """`ray.train.get_preemption_info` tells the same by a call to an actor in which all workers must take part."""
-        return ranks.any(preemption.preemption_info is not None)
+        return preemption.preemption_info is not None
 
     with run.logging(f"[rank {rank}] "):
         if store is not None:

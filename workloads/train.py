@@ -63,7 +63,7 @@ def train(
         home: where references such as name@version are looked up.
         ranks: this process among those of the job.
         should_stop: polled; when true on any rank, all checkpoint and return.
-        preempted: polled by all ranks at once; when true, each step is followed by a checkpoint.
+        preempted: polled; once true on any rank, each step is followed by a checkpoint.
         on_point: gets each point of the curve on rank 0.
 
     Returns:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import torch
-
 from workloads.agreement import POLL_S, Agreement
 from workloads.ranks import Ranks
 
@@ -17,18 +15,15 @@ class Both(Ranks):
     shared: list[Any]
     meeting: threading.Barrier
 
-    def exchange(self, value: float) -> list[float]:
-        self.shared[self.rank] = value
+    def exchange(self, values: tuple[float, ...]) -> list[tuple[float, ...]]:
+        self.shared[self.rank] = values
         self.meeting.wait(5)
         both = list(self.shared)
         self.meeting.wait(5)
         return both
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(sum(self.exchange(float(values))) / 2)
-
-    def any(self, flag: bool) -> bool:
-        return any(self.exchange(flag))
+    def means(self, *values: float) -> list[float]:
+        return [sum(one) / 2 for one in zip(*self.exchange(values), strict=True)]
 
 
 def run(step_s: tuple[float, float], stop_at: int, preempted_at: int | None = None) -> list[dict[int, str]]:
@@ -42,7 +37,7 @@ def run(step_s: tuple[float, float], stop_at: int, preempted_at: int | None = No
         now = step = 0.0
 
         def preempted() -> bool:
-            return any(ranks.exchange(preempted_at is not None and step >= preempted_at))
+            return number == 1 and preempted_at is not None and step >= preempted_at  # one of them is told
 
         agreement = Agreement(ranks, lambda: number == 1 and step >= stop_at, preempted, clock=lambda: now)
         for step in range(1, 400):
