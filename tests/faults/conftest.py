@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.faults.faults import EVERY, SEED, STEPS
+from tests.faults.ray_faults import NODE_CPUS
 from tests.faults.trial import Weights, final_weights
 from tests.toy import TOY_MAE, TOY_MODEL
 from workloads.record import RunFolder
@@ -47,3 +48,10 @@ def uninterrupted(job: JobSpec, tmp_path_factory: pytest.TempPathFactory) -> Wei
     run = RunFolder(tmp_path_factory.mktemp("uninterrupted") / "run")
     assert run_local(job, run.path) == SUCCEEDED
     return final_weights(run)
+
+
+@pytest.fixture(scope="session")
+def on_two_nodes(job: JobSpec) -> JobSpec:
+    """A worker fills a node; there are steps enough for a fault that has to find its node first."""
+    changes = {"steps": 1000, "resources": {"workers": 2, "cpus_per_worker": NODE_CPUS}}
+    return JobSpec.model_validate(job.model_dump() | changes)

@@ -1,4 +1,4 @@
-"""Two workers under Ray Train, one of which dies: the weights of two ranks that nothing happened to."""
+"""Two workers under Ray Train, one of which dies, or its node: the weights of two ranks that nothing happened to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cluster import embedded
 from cluster.doctor import listening
 from cluster.embedded import Head
-from tests.faults.ray_faults import uninterrupted_ranks, worker_killed
+from tests.faults.ray_faults import node_killed, uninterrupted_ranks, worker_killed
 from tests.faults.table import Row
 from tests.faults.trial import trial_of
 from workloads.spec import JobSpec
@@ -30,3 +30,15 @@ def test_a_killed_worker_changes_no_bit(
         record_row(fault.happens_to(trial, rng, expected))
     assert open_to_all == []  # torch's store and gloo too are on loopback
     assert json.loads((trial.run.artifact / "manta.json").read_text())["job_id"] == "job"
+
+
+def test_a_killed_node_changes_no_bit(
+    cluster: Head, on_two_nodes: JobSpec, rng: random.Random, record_row: Callable[[Row], None], tmp_path: Path
+) -> None:
+    expected = uninterrupted_ranks(on_two_nodes, tmp_path / "ranks")
+    environment = embedded.environment(cluster)
+    with (
+        node_killed(cluster, tmp_path / "nodes") as fault,
+        trial_of(on_two_nodes, tmp_path / "trial", environment) as trial,
+    ):
+        record_row(fault.happens_to(trial, rng, expected))

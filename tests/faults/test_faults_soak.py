@@ -22,7 +22,6 @@ from cluster import embedded
 from cluster.embedded import Head
 from tests.faults.faults import FAULTS, SEED, s3_gone
 from tests.faults.ray_faults import (
-    NODE_CPUS,
     controller_killed,
     node_killed,
     replica_killed,
@@ -103,10 +102,11 @@ def test_soak_of_the_service(job: JobSpec, record_row: Record, tmp_path: Path) -
 
 
 @pytest.mark.ray
-def test_soak_of_workers_and_nodes(cluster: Head, two_workers: JobSpec, record_row: Record, tmp_path: Path) -> None:
-    slow_to_end = {"steps": 1000, "resources": {"workers": 2, "cpus_per_worker": NODE_CPUS}}  # a node is looked for
-    wide = JobSpec.model_validate(two_workers.model_dump() | slow_to_end)
-    expected = [uninterrupted_ranks(spec, tmp_path / name) for spec, name in ((two_workers, "narrow"), (wide, "wide"))]
+def test_soak_of_workers_and_nodes(
+    cluster: Head, two_workers: JobSpec, on_two_nodes: JobSpec, record_row: Record, tmp_path: Path
+) -> None:
+    jobs = {"one": two_workers, "two": on_two_nodes}
+    expected = [uninterrupted_ranks(job, tmp_path / nodes) for nodes, job in jobs.items()]
     environment = embedded.environment(cluster)
 
     def turn(n: int, rng: random.Random, folder: Path) -> Row:
@@ -114,7 +114,10 @@ def test_soak_of_workers_and_nodes(cluster: Head, two_workers: JobSpec, record_r
             fault = controller_killed(cluster) if n % 3 == 1 else worker_killed(cluster, times=rng.randrange(1, 4))
             with trial_of(two_workers, folder, environment) as trial:
                 return fault.happens_to(trial, rng, expected[0])
-        with node_killed(cluster, folder / "nodes") as fault, trial_of(wide, folder / "trial", environment) as trial:
+        with (
+            node_killed(cluster, folder / "nodes") as fault,
+            trial_of(on_two_nodes, folder / "trial", environment) as trial,
+        ):
             return fault.happens_to(trial, rng, expected[1])
 
     soak("workers and nodes", 0.4, turn, record_row, tmp_path)
